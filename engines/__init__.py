@@ -1,0 +1,48 @@
+"""How a model is run: the tuple of all engines, and how to find one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+
+from engines.base import Engine, EngineSettings
+from engines.llama_cpp import LlamaCpp
+from registry.decode import did_you_mean
+
+ENGINES: tuple[Engine, ...] = (LlamaCpp(),)
+
+logger = logging.getLogger("hostler.engines")
+
+
+def available(settings: Mapping[str, EngineSettings] | None = None) -> tuple[Engine, ...]:
+    """All engines, ours first, then those of entry points `hostler.engines`, with a site's settings.
+
+    Raises:
+        ValueError: the settings name an engine that there is not.
+    """
+    engines = {engine.name: engine for engine in ENGINES}
+    for entry in entry_points(group="hostler.engines"):
+        try:
+            engine = entry.load()
+        except Exception:  # a stranger's package must not keep the others from starting
+            logger.exception("The engine %s (%s) cannot be loaded and is left out.", entry.name, entry.value)
+            continue
+        engines.setdefault(engine.name, engine)
+    for name, of_site in (settings or {}).items():
+        if name not in engines:
+            raise ValueError(f"There is no engine {name!r}. {did_you_mean(name, engines)}")
+        engines[name] = engines[name].configured(of_site)
+    return tuple(engines.values())
+
+
+def find(name: str, engines: tuple[Engine, ...] = ENGINES) -> Engine:
+    """The engine of that name, case aside.
+
+    Raises:
+        ValueError: there is none; the text says which there are.
+    """
+    for engine in engines:
+        if engine.name.lower() == name.lower():
+            return engine
+    raise ValueError(f"There is no engine {name!r}. {did_you_mean(name, [e.name for e in engines])}")

@@ -1,0 +1,37 @@
+"""Which program runs an engine: a binary that is named or found, or a worker of ours under some Python."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+
+
+def find_binary(name: str, configured: str | None) -> str | None:
+    """The program's absolute path, or None if it is not there or not executable."""
+    return shutil.which(configured or name)
+
+
+def worker_argv(module: str, python: str | None = None) -> tuple[str, ...]:
+    """How to start a worker of ours. -P keeps the working folder off the import path."""
+    return (python or sys.executable, "-P", "-m", module)
+
+
+def has_package(name: str) -> bool:
+    """Whether our own Python could import the package, without importing it."""
+    return importlib.util.find_spec(name) is not None
+
+
+def child_environment(added: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a child: ours, without our own settings and keys, and with `added`.
+
+    PYTHONDONTWRITEBYTECODE would make a torch engine compile itself at every start: minutes.
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("HOSTLER_") and name != "PYTHONDONTWRITEBYTECODE"
+    }
+    return kept | dict(added)

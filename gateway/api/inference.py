@@ -1,0 +1,376 @@
+"""The hot path: a request's bytes go to a replica, the reply's bytes come back as they are.
+
+We read the head of the body (which model, streamed or not) and nothing else. Deciding (which replica, may it
+be tried again) is kept apart from moving bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+
+import msgspec
+from aiohttp import ClientResponse
+from starlette.types import Receive, Scope, Send
+
+from gateway import metrics
+from gateway.api.wire import Head
+from gateway.deployment import Deployment
+from gateway.errors import (
+    SOURCE_HEADER,
+    BadRequest,
+    BodyTooLarge,
+    EngineDied,
+    ErrorBody,
+    HostlerError,
+    ModelLoading,
+    ShuttingDown,
+    answer,
+    body_of,
+    envelope,
+)
+from gateway.fleet import Fleet
+from gateway.replica import Replica
+from gateway.upstream import UpstreamLost, read_chunk
+
+logger = logging.getLogger("hostler.inference")
+
+# Headers that belong to one connection or one door, and end there.
+NOT_FORWARDED = frozenset(
+    b"authorization connection content-length cookie expect host keep-alive proxy-authorization proxy-connection te "
+    b"trailer transfer-encoding upgrade x-api-key x-request-id".split()
+)
+NOT_RETURNED = frozenset(
+    b"connection date keep-alive server set-cookie trailer transfer-encoding upgrade x-request-id".split()
+)
+SSE = b"text/event-stream"
+SSE_HEADERS = [(b"content-type", SSE), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+DONE = b"data: [DONE]\n\n"
+ATTEMPTS = 2
+ENGINE_ERROR_LIMIT_BYTES = 64 * 1024
+
+
+class Inference:
+    """One public path, as an ASGI app."""
+
+    def __init__(self, fleet: Fleet, path: str, head: type[Head]) -> None:
+        self._fleet = fleet
+        self._path = path
+        self._decoder = msgspec.json.Decoder(head)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read, find the model, relay."""
+        body = await read_body(scope, receive, self._fleet.settings.max_body_bytes)
+        head = self._read_head(body)
+        deployment = self._fleet.find(head.model)
+        exchange = Exchange(self._fleet, deployment, self._path, scope, send, body, is_stream=bool(head.stream))
+        await exchange.run(receive)
+
+    def _read_head(self, body: bytes) -> Head:
+        try:
+            return self._decoder.decode(body)
+        except msgspec.ValidationError as exc:
+            text, _, path = str(exc).partition(" - at `$.")
+            raise BadRequest(str(exc), param=path.rstrip("`") or _missing_field(text)) from exc
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise BadRequest(f"The request body is not valid JSON: {exc}") from exc
+
+
+class Exchange:
+    """One request and its reply."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        deployment: Deployment,
+        path: str,
+        scope: Scope,
+        send: Send,
+        body: bytes,
+        *,
+        is_stream: bool,
+    ) -> None:
+        self.fleet = fleet
+        self.deployment = deployment
+        self.path = path
+        self.scope = scope
+        self.send = send
+        self.body = body
+        self.is_stream = is_stream
+        self.started = time.perf_counter()
+        self.status = 0  # once the head of the reply is on its way
+        self.is_sse = False  # the reply's head says so
+        self.phase = "queued"  # then "waiting" for the engine's first byte, then "answering"
+        self.is_finished = False
+
+    async def run(self, receive: Receive) -> None:
+        """Answer, or stop at once when the client leaves; either way count it."""
+        uid = self.deployment.launch.uid
+        try:
+            if await _unless_client_leaves(self._answer(), receive, self):
+                outcome = self.status
+            else:
+                outcome = 499
+                metrics.CANCELLED.labels(uid, self.phase).inc()
+        except asyncio.CancelledError:
+            outcome = 499
+            raise
+        self.scope["outcome"] = outcome
+        metrics.REQUESTS.labels(uid, self.path, outcome).inc()
+        metrics.REQUEST_SECONDS.labels(uid).observe(time.perf_counter() - self.started)
+
+    async def _answer(self) -> None:
+        try:
+            await self._relay_from_a_replica()
+        except HostlerError as exc:
+            if not self.status:
+                self.status = exc.status
+                self.is_finished = True
+                await answer(exc)(self.scope, _no_receive, self.send)
+            elif self.is_sse:
+                await self._end_stream_with(exc)
+            else:  # a body that was promised cannot be completed: the connection must end, and does on return
+                logger.warning("%s: the reply broke off: %s", self.deployment.launch.uid, exc)
+                self.status = exc.status
+
+    async def _relay_from_a_replica(self) -> None:
+        """Try a replica, and once more if it dies before a byte of its reply."""
+        lost: Replica | None = None
+        for attempt in range(1, ATTEMPTS + 1):
+            replica = await self._acquire(avoid=lost)
+            was_served = False
+            try:
+                response, chunk = await self._ask(replica)
+                try:
+                    await self._relay(response, chunk, replica)
+                    was_served = True
+                finally:
+                    response.close()  # a reply that was read to its end has gone back to the pool already
+                return
+            except UpstreamLost as exc:
+                await replica.confirm()
+                if self.fleet.is_closing:
+                    raise ShuttingDown("The gateway is shutting down.") from exc
+                if attempt == ATTEMPTS or self.phase == "answering":
+                    raise EngineDied(_death(self.deployment, replica, exc)) from exc
+                logger.warning("%s died before it answered; the request is sent again", replica)
+                metrics.RETRIES.labels(self.deployment.launch.uid).inc()
+                lost = replica
+            finally:
+                self.deployment.release(replica, was_served=was_served)
+
+    async def _acquire(self, avoid: Replica | None) -> Replica:
+        """A replica that is ready; a stream that waits gets comments, others wait up to load_timeout_s."""
+        self.phase = "queued"
+        replica = self.deployment.pick(avoid)
+        if replica is not None:
+            return self.deployment.take(replica)
+        waited_since = time.perf_counter()
+        try:
+            if self.is_stream:
+                return await self._acquire_with_comments(avoid)
+            limit_s = self.deployment.launch.load_timeout_s
+            try:
+                async with asyncio.timeout(limit_s):
+                    return await self.deployment.acquire(avoid)
+            except TimeoutError as exc:
+                raise ModelLoading(
+                    f"{self.deployment.progress_text()}. It was not ready within load_timeout_s ({limit_s:g} s); the "
+                    "load goes on, so try again later, or send a streamed request, which waits for longer."
+                ) from exc
+        finally:
+            metrics.QUEUE_SECONDS.labels(self.deployment.launch.uid).observe(time.perf_counter() - waited_since)
+
+    async def _acquire_with_comments(self, avoid: Replica | None) -> Replica:
+        """As long as the model is coming; how long that may take is for its own clocks to say."""
+        while True:
+            try:
+                async with asyncio.timeout(self.fleet.settings.keepalive_interval_s):
+                    return await self.deployment.acquire(avoid)
+            except TimeoutError:
+                if not self.status:
+                    self.is_sse = True
+                    await self._start(200, SSE_HEADERS)
+                await self._send_body(f": {self.deployment.progress_text()}\n\n".encode())
+
+    async def _ask(self, replica: Replica) -> tuple[ClientResponse, bytes]:
+        """Send the request; the head of the reply and the first bytes of its body."""
+        upstream = replica.upstream
+        if upstream is None:
+            raise UpstreamLost("it was stopped")
+        self.phase = "waiting"
+        self.scope["served_by"] = replica
+        path = self.deployment.engine.routes.get(self.path, self.path)
+        headers = [
+            (name.decode("latin-1"), value.decode("latin-1"))
+            for name, value in self.scope["headers"]
+            if name not in NOT_FORWARDED
+        ]
+        headers.append(("x-request-id", self.scope["request_id"].decode("latin-1")))
+        response = await upstream.send("POST", path, headers, self.body)
+        try:
+            chunk = await read_chunk(response)
+        except BaseException:
+            response.close()
+            raise
+        metrics.FIRST_BYTE_SECONDS.labels(self.deployment.launch.uid).observe(time.perf_counter() - self.started)
+        return response, chunk
+
+    async def _relay(self, response: ClientResponse, chunk: bytes, replica: Replica) -> None:
+        """Pass the reply on as it comes."""
+        if response.status >= 400:
+            await self._relay_error(response, chunk)
+            return
+        self.is_sse |= response.content_type == SSE.decode() and "content-encoding" not in response.headers
+        headers = [(name.lower(), value) for name, value in response.raw_headers]
+        headers = [
+            header
+            for header in headers
+            if header[0] not in NOT_RETURNED and not header[0].startswith(b"access-control-")
+        ]
+        headers.append((b"x-hostler-replica", str(replica.index).encode()))
+        if self.is_sse:
+            headers += [header for header in SSE_HEADERS if header[0] not in {name for name, _ in headers}]
+        if not self.status:
+            await self._start(response.status, headers)
+        self.phase = "answering"
+        held = b""  # the beginning of an event whose end has not come: a break must not leave half an event
+        while chunk:
+            if self.is_sse:
+                chunk, held = _whole_events(held + chunk if held else chunk)
+            if chunk:
+                await self._send_body(chunk)
+            chunk = await read_chunk(response)
+        await self._finish(held)
+
+    async def _relay_error(self, response: ClientResponse, chunk: bytes) -> None:
+        """An engine's error, in the envelope that clients know."""
+        text = chunk
+        while chunk and len(text) < ENGINE_ERROR_LIMIT_BYTES:
+            chunk = await read_chunk(response)
+            text += chunk
+        error = _engine_error(response.status, text)
+        if self.status:  # comments were sent, so the error can only be an event
+            await self._finish(b"data: " + envelope(error) + b"\n\n" + DONE)
+            return
+        headers = [(b"content-type", b"application/json"), (SOURCE_HEADER.encode(), b"engine")]
+        headers += [(b"retry-after", value) for name, value in response.raw_headers if name.lower() == b"retry-after"]
+        payload = envelope(error)
+        await self._start(response.status, [*headers, (b"content-length", str(len(payload)).encode())])
+        await self._finish(payload)
+
+    async def _end_stream_with(self, exc: HostlerError) -> None:
+        self.status = exc.status
+        await self._finish(b"data: " + envelope(body_of(exc)) + b"\n\n" + DONE)
+
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status = status
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def _send_body(self, chunk: bytes) -> None:
+        await self.send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def _finish(self, chunk: bytes) -> None:
+        self.is_finished = True
+        await self.send({"type": "http.response.body", "body": chunk, "more_body": False})
+
+
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
+    """The whole body of the request.
+
+    Raises:
+        BodyTooLarge: before more than `limit_bytes` are kept.
+    """
+    refusal = BodyTooLarge(f"The request body is larger than `max_body_bytes` ({limit_bytes} bytes) allows.")
+    for name, value in scope["headers"]:
+        if name == b"content-length" and int(value) > limit_bytes:
+            raise refusal
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise BadRequest("The client left before the whole body had come.")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit_bytes:
+            raise refusal
+        parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _unless_client_leaves(work: Awaitable[None], receive: Receive, exchange: Exchange) -> bool:
+    """Do the work, but stop it at once if the client leaves; whether it was done.
+
+    The server's `send` says nothing when a client has left, so somebody must listen.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    has_left = False
+
+    async def watch() -> None:
+        nonlocal has_left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not exchange.is_finished:
+            has_left = True
+            task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        await work
+    except asyncio.CancelledError:
+        if not has_left:
+            raise
+        task.uncancel()
+        return False
+    finally:
+        watcher.cancel()
+    return True
+
+
+def _whole_events(data: bytes) -> tuple[bytes, bytes]:
+    """The events that are whole, and the beginning of the next."""
+    if data.endswith((b"\n\n", b"\r\n\r\n")):
+        return data, b""
+    end = max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in (b"\n\n", b"\r\n\r\n"))
+    return data[:end], data[end:]
+
+
+def _engine_error(status: int, text: bytes) -> ErrorBody:
+    """What an engine says of a failure, in whichever shape it says it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    try:
+        said = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        said = None
+    error = said.get("error", said) if isinstance(said, dict) else None
+    if not isinstance(error, dict):
+        message = error if isinstance(error, str) else text.decode(errors="replace").strip()
+        return ErrorBody(message=message or f"The engine answered {status}.", type=kind, source="engine")
+    message = error.get("message") or error.get("detail") or text.decode(errors="replace")
+    code = error.get("code")
+    return ErrorBody(
+        message=str(message),
+        type=str(error.get("type") or kind),
+        param=error["param"] if isinstance(error.get("param"), str) else None,
+        code=code if isinstance(code, str | int) else None,
+        source="engine",
+    )
+
+
+def _death(deployment: Deployment, replica: Replica, exc: UpstreamLost) -> str:
+    why = f"{replica.failure.reason}. {replica.failure.advice}" if replica.failure else f"{exc}."
+    return f"The engine of {deployment.launch.uid!r} went away while it answered: {why}"
+
+
+def _missing_field(text: str) -> str | None:
+    """`messages` of "Object missing required field `messages`"."""
+    return text.split("`")[1] if "missing required field" in text else None
+
+
+async def _no_receive() -> dict[str, str]:
+    return {"type": "http.disconnect"}

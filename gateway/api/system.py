@@ -1,0 +1,47 @@
+"""Probes, metrics, and what clients ask about the gateway itself."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gateway import metrics
+from gateway.api.models import json_answer
+from gateway.fleet import Fleet
+
+
+class System:
+    """The routes that are about no single model."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    async def root(self, request: Request) -> Response:
+        """What this is, for those who open the address in a browser."""
+        return json_answer({"name": "hostler", "version": version("hostler"), "api": "/v1"})
+
+    async def health(self, request: Request) -> Response:
+        """Live: the process answers."""
+        return json_answer({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """Ready: every model that is loaded at start has been loaded. Names no model, as it needs no key."""
+        deployments = [deployment for deployment in self._fleet.deployments() if deployment.launch.preload]
+        ready = sum(deployment.is_settled for deployment in deployments)
+        is_ready = ready == len(deployments) and not self._fleet.is_closing
+        body = {
+            "status": "ready" if is_ready else "not ready",
+            "models_ready": ready,
+            "models_preloaded": len(deployments),
+        }
+        return json_answer(body, 200 if is_ready else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus' text; reading it wakes no model."""
+        return Response(metrics.render(), media_type=metrics.CONTENT_TYPE)
+
+    async def auth(self, request: Request) -> Response:
+        """Whether a key is needed; Xinference's clients ask this first."""
+        return json_answer({"auth": bool(self._fleet.settings.api_keys)})

@@ -1,0 +1,47 @@
+"""hostler config"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from gateway.cli.options import print_json
+
+
+@click.group("config")
+def command() -> None:
+    """Check a settings file, or print its JSON Schema."""
+
+
+@command.command("schema")
+def print_schema() -> None:
+    """Print the JSON Schema of the settings, for editors."""
+    from gateway.config import Settings
+    from registry.decode import schema
+
+    print_json(schema(Settings))
+
+
+@command.command("check")
+@click.argument("file", type=click.Path())
+def check(file: str) -> None:
+    """Say whether a settings file is right, and what each of its models would be run by. Starts nothing."""
+    from gateway.config import load
+    from gateway.errors import SettingsError
+    from gateway.fleet import available_engines, plan_declared
+    from registry.registry import Registry
+
+    try:
+        settings = load(file, {})
+        launches = plan_declared(settings, Registry.builtin(), available_engines(settings))
+    except SettingsError as exc:
+        click.echo(str(exc), err=True)
+        sys.exit(1)
+    for launch in launches:
+        artifact = launch.artifact
+        click.echo(
+            f"{launch.uid}: {artifact.family.model_name} ({artifact.spec.model_format}) by {launch.engine}, from "
+            f"{artifact.source.model_hub}:{artifact.source.model_id}"
+        )
+    click.echo(f"{file} is right: {len(launches)} model{'s' * (len(launches) != 1)}.")

@@ -1,0 +1,44 @@
+"""hostler ps"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from gateway.cli.options import as_json_option, megabytes, print_json, print_table, seconds, with_client
+from gateway.client import Client
+
+
+@click.command("ps")
+@as_json_option
+@with_client
+def command(client: Client, as_json: bool) -> None:
+    """Show every replica: state, process, memory, requests, idle time, last failure."""
+    replicas = client.get("/v1/replicas")
+    if as_json:
+        print_json(replicas)
+        return
+    right = ("PID", "MEMORY", "IN FLIGHT", "WAITING", "IDLE")
+    print_table(
+        {"UID": "left", "STATE": "left", "FOR": "right"} | dict.fromkeys(right, "right") | {"LAST FAILURE": "left"},
+        [
+            [
+                replica["uid"] + (f"/{replica['replica']}" if replica["replica"] else ""),
+                replica["progress"] or replica["state"],
+                seconds(replica["state_s"]),
+                str(replica["pid"] or "-"),
+                megabytes(replica["memory_bytes"]),
+                str(replica["in_flight"]),
+                str(replica["waiting"]),
+                seconds(replica["idle_s"]),
+                _failure(replica["failure"]),
+            ]
+            for replica in replicas
+        ],
+    )
+
+
+def _failure(failure: dict[str, Any] | None) -> str:
+    return f"{failure['reason']}, {seconds(time.time() - failure['at'])} ago" if failure else "-"

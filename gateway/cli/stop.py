@@ -1,0 +1,18 @@
+"""hostler stop"""
+
+from __future__ import annotations
+
+import click
+
+from gateway.cli.options import with_client
+from gateway.client import Client, model_path
+
+
+@click.command("stop")
+@click.argument("uid")
+@click.option("--force", is_flag=True, help="Do not wait for requests in flight: they end with an error.")
+@with_client
+def command(client: Client, uid: str, force: bool) -> None:
+    """Unload a model, after the requests in flight. Its next request loads it again."""
+    model = client.post(model_path(uid, "/stop"), limit_s=None, force=str(force).lower())
+    click.echo(f"{uid} is {model['status']}.")

@@ -1,0 +1,211 @@
+"""The settings: file < environment < flags, decoded once into one frozen Struct."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from engines.base import EngineSettings
+from gateway.client import ENDPOINT_VARIABLE, KEY_VARIABLE
+from gateway.errors import SettingsError
+from gateway.launch import LaunchRequest
+from registry.decode import DecodeError, Secret, decode
+
+ENV_PREFIX = "HOSTLER_"
+# ${NAME}, ${NAME:-default}, ${file:/path}; $${...} stands for itself.
+REFERENCE = re.compile(r"(?P<escape>\$)?\$\{(?P<file>file:)?(?P<name>[^}:]+)(?::-(?P<default>[^}]*))?\}")
+
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that a site can set. Each is also an environment variable: HOSTLER_ and the name in capitals."""
+
+    host: Annotated[str, Meta(description="address to listen on; beyond loopback it needs api_keys")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0: any free one")] = 9997
+    home: Annotated[str, Meta(description="folder of launches, logs and fetched files")] = "~/.hostler"
+    cache: Annotated[str, Meta(description="folder of fetched files, if not in `home`")] | None = None
+    api_keys: Annotated[tuple[Secret, ...], Meta(description="who sends one of these may do everything")] = ()
+    api_keys_file: Annotated[str, Meta(description="a file with one key a line, added to api_keys")] | None = None
+    allowed_origins: Annotated[tuple[str, ...], Meta(description="web pages of these origins may call; '*': all")] = ()
+    max_body_bytes: Annotated[int, Meta(ge=1024, description="a larger request is refused with 413")] = 64 * 2**20
+    log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
+    access_log: Annotated[bool, Meta(description="one line a request")] = True
+    keepalive_interval_s: Annotated[
+        Seconds, Meta(description="between the SSE comments that a waiting stream gets")
+    ] = 5.0
+    drain_timeout_s: Annotated[
+        float,
+        Meta(ge=0, description="how long requests in flight may go on when a model or the gateway stops"),
+    ] = 30.0
+    restart_limit: Annotated[int, Meta(ge=1, description="failures in a row until a model counts as failed")] = 5
+    download_stall_s: Annotated[Seconds, Meta(description="a download without a byte for so long is started anew")] = (
+        120.0
+    )
+    engines: Annotated[dict[str, EngineSettings], Meta(description="settings of engines, by engine name")] = {}
+    models: Annotated[dict[str, LaunchRequest], Meta(description="models to serve, by uid")] = {}
+
+    @property
+    def home_path(self) -> Path:
+        """The data folder, absolute."""
+        return Path(self.home).expanduser().absolute()
+
+    @property
+    def cache_path(self) -> Path:
+        """Where fetched files are kept, absolute."""
+        return Path(self.cache).expanduser().absolute() if self.cache else self.home_path / "cache"
+
+
+def load(file: str | None, flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Settings:
+    """Read the settings from all three places.
+
+    Args:
+        file: path of a YAML, TOML or JSON file, by its ending; None for none.
+        flags: what the command line says; None values are left out.
+    Raises:
+        SettingsError: naming the key's path, or the file, and what to do.
+    """
+    data = _read(Path(file)) if file else {}
+    data |= _from_environment(environment)
+    data |= {name: value for name, value in flags.items() if value is not None}
+    try:
+        settings = decode(_resolve(data, "$", environment), Settings, strict=False)
+    except DecodeError as exc:
+        raise SettingsError(f"{file or 'The settings'}: {exc}") from exc
+    if settings.api_keys_file:
+        keys = _keys_in(Path(settings.api_keys_file).expanduser())
+        settings = msgspec.structs.replace(settings, api_keys=settings.api_keys + keys)
+    if key := environment.get(KEY_VARIABLE):
+        settings = msgspec.structs.replace(settings, api_keys=(*settings.api_keys, Secret(key)))
+    if not all(settings.api_keys):
+        raise SettingsError("$.api_keys: an empty key would let everybody in. Remove it, or fill it in.")
+    return settings
+
+
+def check_exposure(settings: Settings, *, insecure: bool) -> None:
+    """Raises SettingsError if strangers could reach the gateway and no key stops them."""
+    if settings.api_keys or insecure or _is_loopback(settings.host):
+        return
+    raise SettingsError(
+        f"Listening on {settings.host} lets other machines in, and there is no API key. Set `api_keys` "
+        "(or HOSTLER_API_KEYS, or `api_keys_file`), listen on 127.0.0.1, or say --insecure if you mean it."
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise SettingsError(f"The settings file {path} cannot be read: {exc}") from exc
+    try:
+        match path.suffix:
+            case ".toml":
+                data = tomllib.loads(text)
+            case ".json":
+                data = json.loads(text)
+            case ".yaml" | ".yml":
+                data = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 (a SafeLoader)
+            case _:
+                raise SettingsError(f"{path}: a settings file ends in .yaml, .yml, .toml or .json.")
+    except (yaml.YAMLError, ValueError) as exc:
+        raise SettingsError(f"{path} is not valid {path.suffix[1:].upper()}: {exc}") from exc
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise SettingsError(f"{path} holds {type(data).__name__}, not keys with values.")
+    return data
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key written twice is an error and not a silent loss."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1 and key != "<<":
+                raise yaml.YAMLError(f"the key {key!r} stands twice, {node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """HOSTLER_PORT=... and so on; what is not a plain value is written as YAML."""
+    types = get_type_hints(Settings)
+    names = {ENV_PREFIX + field.upper(): field for field in types}
+    data: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if variable not in names:
+            if variable in (KEY_VARIABLE, ENDPOINT_VARIABLE):
+                continue
+            if variable.startswith(ENV_PREFIX) and (near := difflib.get_close_matches(variable, names, 1, 0.85)):
+                raise SettingsError(f"The environment has {variable}, which is no setting. Did you mean {near[0]}?")
+            continue
+        field = names[variable]
+        if types[field] in (tuple[Secret, ...], tuple[str, ...]) and not text.lstrip().startswith("["):
+            data[field] = [part.strip() for part in text.split(",") if part.strip()]
+        elif types[field] in (str, str | None):
+            data[field] = text
+        else:
+            try:
+                data[field] = yaml.safe_load(text)
+            except yaml.YAMLError as exc:
+                raise SettingsError(f"{variable} is not valid YAML: {exc}") from exc
+    return data
+
+
+def _resolve(data: Any, path: str, environment: Mapping[str, str]) -> Any:
+    """Put in what ${...} refers to, everywhere."""
+    if isinstance(data, dict):
+        return {key: _resolve(value, f"{path}.{key}", environment) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_resolve(value, f"{path}[{index}]", environment) for index, value in enumerate(data)]
+    if not isinstance(data, str):
+        return data
+
+    def put_in(match: re.Match[str]) -> str:
+        if match["escape"]:
+            return match[0][1:]
+        if match["file"]:
+            try:
+                return Path(match["name"]).expanduser().read_text(encoding="utf-8").strip()
+            except OSError as exc:
+                raise SettingsError(f"{match[0]} at `{path}` cannot be read: {exc.strerror}") from exc
+        value = environment.get(match["name"], match["default"])
+        if value is None:
+            raise SettingsError(
+                f"{match[0]} at `{path}` refers to an environment variable that is not set. Set it, or write "
+                f"${{{match['name']}:-a default}}."
+            )
+        return value
+
+    return REFERENCE.sub(put_in, data)
+
+
+def _keys_in(path: Path) -> tuple[Secret, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as exc:
+        raise SettingsError(f"`api_keys_file` {path} cannot be read: {exc.strerror}") from exc
+    keys = tuple(Secret(line.strip()) for line in lines if line.strip() and not line.startswith("#"))
+    if not keys:
+        raise SettingsError(f"`api_keys_file` {path} holds no key: write one a line.")
+    return keys

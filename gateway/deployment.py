@@ -1,0 +1,198 @@
+"""One uid at work: keeps its replicas, picks one for a request, starts on demand, unloads when idle."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from engines.base import Engine, Launch
+from gateway.errors import ModelFailed, ShuttingDown
+from gateway.replica import COMING, Replica, State
+
+logger = logging.getLogger("hostler.deployment")
+
+
+class Deployment:
+    """A Launch and its Replicas. `run` drives it; requests come through `acquire` and `release`."""
+
+    def __init__(self, launch: Launch, engine: Engine, *, drain_timeout_s: float) -> None:
+        self.launch = launch
+        self.engine = engine
+        self.replicas: Sequence[Replica] = ()
+        self.waiting = 0  # requests that wait for a replica
+        self._drain_timeout_s = drain_timeout_s
+        self._start_wanted = launch.preload
+        self._stopping = False  # from the decision to stop until all replicas have stopped
+        self._is_forced = False
+        self._is_closed = False
+        self._change = asyncio.Event()
+
+    # --- what requests do
+
+    def pick(self, avoid: Replica | None = None) -> Replica | None:
+        """The ready replica with the least in flight, and `avoid` only if there is no other; or None."""
+        if self._stopping:
+            return None
+        ready = [replica for replica in self.replicas if replica.state is State.READY]
+        return min(ready, key=lambda replica: (replica is avoid, replica.in_flight), default=None)
+
+    async def acquire(self, avoid: Replica | None = None) -> Replica:
+        """A ready replica, counted as in use until `release`; waits, and starts the model, if there is none.
+
+        Raises:
+            ModelFailed: no replica starts.
+            ShuttingDown: the deployment is ending.
+        """
+        self.waiting += 1
+        if self.waiting == 1:
+            self.notify()
+        try:
+            while (replica := self.pick(avoid)) is None:
+                if self._is_closed:
+                    raise ShuttingDown(f"{self.launch.uid} is being stopped for good.")
+                if self.has_failed:
+                    raise ModelFailed(self.failure_text())
+                await self.changed()
+        finally:
+            self.waiting -= 1
+            if not self.waiting:
+                self.notify()
+        return self.take(replica)
+
+    def take(self, replica: Replica) -> Replica:
+        """Count the replica as in use until `release`."""
+        replica.in_flight += 1
+        return replica
+
+    def release(self, replica: Replica, *, was_served: bool) -> None:
+        """The request on the replica has ended."""
+        replica.in_flight -= 1
+        replica.served += was_served
+        replica.last_used = time.monotonic()
+        if not replica.in_flight:
+            self.notify()  # an idle clock or a drain may wait for it
+
+    # --- what it says of itself
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that its replicas are answering."""
+        return sum(replica.in_flight for replica in self.replicas)
+
+    @property
+    def state(self) -> State:
+        """The state of its best replica."""
+        if self._stopping:
+            return State.STOPPING
+        states = {replica.state for replica in self.replicas}
+        order = (State.READY, State.STARTING, State.DOWNLOADING, State.WAITING, State.BACKOFF, State.STOPPING)
+        return next((state for state in (*order, State.FAILED) if state in states), State.STOPPED)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it serves, or nobody has asked for it to be loaded."""
+        return not self._start_wanted or self.state is State.READY
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether every replica has given up; a stop and a start give it another chance."""
+        return bool(self.replicas) and all(replica.state is State.FAILED for replica in self.replicas)
+
+    def progress_text(self) -> str:
+        """What a waiting client is told: the stage, how long it lasts, and the last failure if there is one."""
+        if self.state in COMING:
+            replica = next(replica for replica in self.replicas if replica.state is self.state)
+            stage = str(replica.progress or replica.state)
+            again = f", after: {replica.failure.reason}" if replica.failure and replica.failures_in_row else ""
+            return f"{self.launch.uid} is loading: {stage}, {time.monotonic() - replica.state_since:.0f} s{again}"
+        return f"{self.launch.uid} is {self.state}"
+
+    def failure_text(self) -> str:
+        """Why it does not serve, and what to do."""
+        failure = next((replica.failure for replica in self.replicas if replica.failure), None)
+        return (
+            f"The model {self.launch.uid!r} does not start: {failure} "
+            f"It is not tried again by itself; after mending it, say `hostler start {self.launch.uid}`."
+        )
+
+    # --- what changes it
+
+    def start(self) -> None:
+        """Load now, and give a failed model another chance."""
+        self._start_wanted = True
+        if self.has_failed:
+            self._stopping = True
+        self.notify()
+
+    def stop(self, *, force: bool = False) -> None:
+        """Unload once the requests in flight have ended, or at once; the next request loads again."""
+        self._start_wanted = False
+        self._is_forced |= force
+        if any(replica.state is not State.STOPPED for replica in self.replicas):
+            self._stopping = True
+        self.notify()
+
+    async def stopped(self) -> None:
+        """Until nothing of it runs."""
+        while self._stopping:
+            await self.changed()
+
+    async def close(self, *, force: bool) -> None:
+        """Stop for good: whoever waits is told so."""
+        self._is_closed = True
+        self.stop(force=force)
+        await self.stopped()
+
+    async def run(self) -> None:
+        """Start when somebody wants it, stop when nobody does, until cancelled."""
+        while True:
+            while self._is_closed or not (self._start_wanted or self.waiting):
+                await self.changed()
+            lives = [asyncio.create_task(replica.run(), name=str(replica)) for replica in self.replicas]
+            try:
+                await self._until_stopping()
+                await self._drain()
+            finally:
+                for life in lives:
+                    life.cancel()
+                await asyncio.gather(*lives, return_exceptions=True)
+                self._stopping = self._is_forced = False
+                self.notify()
+
+    async def _until_stopping(self) -> None:
+        """Until a stop was asked for, or it has been idle for too long."""
+        while not self._stopping:
+            idle_timeout_s = self.launch.idle_timeout_s
+            if idle_timeout_s is None or self.in_flight or self.waiting or self.state is not State.READY:
+                await self.changed()
+                continue
+            rest_s = max(replica.last_used for replica in self.replicas) + idle_timeout_s - time.monotonic()
+            if rest_s <= 0:
+                logger.info("%s was idle for %g s and is unloaded", self.launch.uid, idle_timeout_s)
+                self.stop()
+                return
+            await self.changed(limit_s=rest_s)
+
+    async def _drain(self) -> None:
+        """Let the requests in flight end, for as long as the settings allow."""
+        deadline = time.monotonic() + self._drain_timeout_s
+        while self.in_flight and not self._is_forced and (rest_s := deadline - time.monotonic()) > 0:
+            await self.changed(limit_s=rest_s)
+
+    # --- how waiters learn of it
+
+    def notify(self) -> None:
+        """Wake everybody who waits for a change; each looks again for itself."""
+        self._change.set()
+        self._change = asyncio.Event()
+
+    async def changed(self, limit_s: float | None = None) -> None:
+        """Until the next change, or the limit."""
+        change = self._change
+        try:
+            async with asyncio.timeout(limit_s):
+                await change.wait()
+        except TimeoutError:
+            return

@@ -1,0 +1,106 @@
+"""Fetches an artifact's files by a child process, so that a cancel ends it at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from engines.environments import worker_argv
+from gateway.process import marked_environment
+from registry import hubs
+from registry.schema import Source
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the child: how far it is, or how it ended."""
+
+    stage: str = ""
+    done_bytes: int = 0
+    total_bytes: int | None = None
+    file: str | None = None
+    path: str | None = None
+    error: str | None = None
+    permanent: bool = False
+
+    def __str__(self) -> str:
+        if not self.total_bytes:
+            return self.stage
+        percent = 100 * self.done_bytes / self.total_bytes
+        return f"{self.stage} {percent:.0f} % of {self.total_bytes / 1e6:,.0f} MB"
+
+
+class DownloadFailed(Exception):
+    """The files could not be had; `permanent` if trying again cannot help."""
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+
+
+_decode_line = msgspec.json.Decoder(Progress).decode
+
+
+async def fetch(
+    source: Source,
+    cache: Path,
+    *,
+    folder: Path,
+    stall_s: float,
+    report: Callable[[Progress], None],
+) -> Path:
+    """The path of the source's files in the cache, after fetching what is missing.
+
+    Args:
+        folder: the gateway's run folder, by which the watchdog knows our children.
+        stall_s: give up when nothing moves for so long.
+        report: called with each step of the progress.
+    Raises:
+        DownloadFailed: with the hub's sentence.
+    """
+    if (path := hubs.find_cached(source, cache)) is not None:
+        return path
+    order = msgspec.json.encode({"source": source, "cache": str(cache)}).decode()
+    process = await asyncio.create_subprocess_exec(
+        *worker_argv("registry.hubs.fetch"),
+        order,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=marked_environment({}, folder),
+        cwd=folder,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    chatter = asyncio.ensure_future(_last_lines(process.stderr))
+    last = Progress()
+    try:
+        while line := await asyncio.wait_for(process.stdout.readline(), stall_s):
+            last = _decode_line(line)
+            report(last)
+        await process.wait()
+    except TimeoutError as exc:
+        raise DownloadFailed(f"nothing arrived from hub {source.model_hub} for {stall_s:.0f} s") from exc
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+        heard = await chatter
+    if last.path:
+        return Path(last.path)
+    said = last.error or f"the download ended with exit code {process.returncode}: {' | '.join(heard)}"
+    raise DownloadFailed(said, permanent=last.permanent)
+
+
+async def _last_lines(stream: asyncio.StreamReader, keep: int = 5) -> list[str]:
+    """Read to the end, so that the child never blocks; what it said last."""
+    lines: list[str] = []
+    while chunk := await stream.read(65536):
+        lines = (lines + chunk.decode(errors="replace").splitlines())[-keep:]
+    return lines

@@ -1,0 +1,166 @@
+"""Our exceptions as one tree, and the one place where an error becomes an answer.
+
+HostlerError
+  SettingsError         the settings are wrong, or do not go together; the program does not start
+  RequestRefused        what the client sent cannot be done: 4xx
+    BadRequest            400: the body or a parameter is wrong
+    BadKey                401: no API key, or a wrong one
+    Forbidden             403: a page of another site is calling
+    NotFound              404: no such route or thing
+    ModelNotFound         404: no such model
+    BodyTooLarge          413: more bytes than `max_body_bytes`
+  CannotServe           the request is fine, but cannot be answered now: 5xx
+    ModelLoading          503: still loading when the client's patience ended; worth a retry
+    ModelFailed           503: it does not start; the text says why
+    ShuttingDown          503: the gateway is ending
+    EngineDied            502: the engine went away while it answered
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+from starlette.responses import Response
+
+
+class HostlerError(Exception):
+    """Anything that we say about a failure ourselves; the text is written for the user."""
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "internal_error"
+    code: ClassVar[str | None] = None
+    retry_after_s: ClassVar[int | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class SettingsError(HostlerError):
+    """The settings are wrong, or do not go together."""
+
+
+class RequestRefused(HostlerError):
+    """What the client sent cannot be done."""
+
+    status = 400
+    kind = "invalid_request_error"
+
+
+class BadRequest(RequestRefused):
+    """The body or a parameter is wrong."""
+
+
+class BadKey(RequestRefused):
+    """There is no API key with the request, or a wrong one."""
+
+    status = 401
+    kind = "authentication_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(RequestRefused):
+    """A web page of another site is calling, and there is no key to tell friend from foe."""
+
+    status = 403
+    kind = "permission_error"
+    code = "origin_not_allowed"
+
+
+class NotFound(RequestRefused):
+    """There is no such route or thing."""
+
+    status = 404
+    kind = "not_found_error"
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """No model of that name is served here."""
+
+    kind = "invalid_request_error"
+    code = "model_not_found"
+
+
+class BodyTooLarge(RequestRefused):
+    """The request's body is larger than the setting `max_body_bytes`."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class CannotServe(HostlerError):
+    """The request is fine, but it cannot be answered now."""
+
+    status = 503
+    kind = "server_error"
+
+
+class ModelLoading(CannotServe):
+    """The model was still loading when the time to wait for it ended."""
+
+    code = "model_loading"
+    retry_after_s = 10
+
+
+class ModelFailed(CannotServe):
+    """The model does not start; the text says why and what to do."""
+
+    code = "model_failed"
+
+
+class ShuttingDown(CannotServe):
+    """The gateway is ending, and its models with it."""
+
+    code = "shutting_down"
+    retry_after_s = 10
+
+
+class EngineDied(CannotServe):
+    """The engine went away while it answered."""
+
+    status = 502
+    code = "engine_died"
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """OpenAI's error object; `source` says who made it, gateway or engine."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | int | None = None
+    source: str = "gateway"
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True):
+    """An error on the wire; `detail` is where Xinference's clients look."""
+
+    error: ErrorBody
+    detail: str
+
+
+SOURCE_HEADER = "x-hostler-error-source"
+encode = msgspec.json.encode
+
+
+def envelope(error: ErrorBody) -> bytes:
+    """An error as JSON bytes."""
+    return encode(Envelope(error=error, detail=error.message))
+
+
+def body_of(exc: HostlerError) -> ErrorBody:
+    """One of our exceptions as OpenAI's error object."""
+    return ErrorBody(message=exc.message, type=exc.kind, param=exc.param, code=exc.code)
+
+
+def answer(exc: HostlerError) -> Response:
+    """One of our exceptions as a whole answer."""
+    headers = {SOURCE_HEADER: "gateway"}
+    if exc.retry_after_s is not None:
+        headers["retry-after"] = str(exc.retry_after_s)
+    if isinstance(exc, BadKey):
+        headers["www-authenticate"] = "Bearer"
+    return Response(envelope(body_of(exc)), exc.status, headers, "application/json")

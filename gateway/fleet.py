@@ -1,0 +1,181 @@
+"""All deployments, by uid: launch, terminate, restore at start. Owns the tasks that drive them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+import engines
+from engines.base import Engine, Launch
+from gateway.config import Settings
+from gateway.deployment import Deployment
+from gateway.errors import BadRequest, ModelNotFound, SettingsError, ShuttingDown
+from gateway.launch import LaunchRequest, file_name, plan
+from gateway.nodes.local import LocalNode, open_node
+from gateway.replica import Replica
+from gateway.store import Store
+from registry.decode import did_you_mean
+from registry.registry import Registry
+
+logger = logging.getLogger("hostler.fleet")
+
+
+class Fleet:
+    """What is served. Made by `open_fleet`, which also ends it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        registry: Registry,
+        known_engines: tuple[Engine, ...],
+        node: LocalNode,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self.settings = settings
+        self.registry = registry
+        self.engines = known_engines
+        self.node = node
+        self.store = Store(settings.home_path / "launches")
+        self.is_closing = False
+        self._deployments: dict[str, Deployment] = {}
+        self._tasks = tasks
+        self._runs: dict[str, asyncio.Task[None]] = {}
+
+    def find(self, uid: str) -> Deployment:
+        """The deployment of that uid.
+
+        Raises:
+            ModelNotFound: naming those that look like it.
+        """
+        deployment = self._deployments.get(uid)
+        if deployment is None:
+            hint = did_you_mean(uid, self._deployments, what="Served here")
+            raise ModelNotFound(f"The model {uid!r} is not served here. {hint}", param="model")
+        return deployment
+
+    def deployments(self) -> list[Deployment]:
+        """All deployments, in the order in which they came."""
+        return list(self._deployments.values())
+
+    def launch(self, uid: str, request: LaunchRequest) -> Deployment:
+        """Plan, keep on disk, and deploy a model that a user asks for.
+
+        Raises:
+            BadRequest: it cannot be done, or the uid is taken; nothing is kept then.
+        """
+        if self.is_closing:
+            raise ShuttingDown("The gateway is shutting down.")
+        if uid in self._deployments:
+            raise BadRequest(f"Model is already in the model list, uid: {uid}. Choose another uid.", param="model_uid")
+        try:
+            launch = plan(uid, request, self.registry, self.engines)
+        except ValueError as exc:
+            raise BadRequest(str(exc)) from exc
+        self.store.write(launch)
+        return self._deploy(launch)
+
+    async def terminate(self, uid: str) -> None:
+        """Stop a launched model and forget it.
+
+        Raises:
+            ModelNotFound: there is none of that uid.
+            BadRequest: the settings file declares it.
+        """
+        deployment = self.find(uid)
+        if uid in self.settings.models:
+            raise BadRequest(
+                f"{uid!r} is declared in the settings, so it would be back at the next start. Remove it there, or "
+                f"say `hostler stop {uid}` to unload it."
+            )
+        self.store.delete(uid)
+        del self._deployments[uid]
+        await deployment.close(force=False)
+        self._runs.pop(uid).cancel()
+
+    async def close(self) -> None:
+        """Stop everything now. Requests that are still in flight end with an error."""
+        self.is_closing = True
+        await asyncio.gather(*(deployment.close(force=True) for deployment in self.deployments()))
+
+    def restore(self, declared: list[Launch]) -> None:
+        """Deploy what the settings declare and what was launched before."""
+        for launch in declared:
+            self._deploy(launch)
+        for launch in self.store.read_all():
+            if launch.uid in self._deployments:
+                logger.warning("%s was launched before and is now declared in the settings, which win.", launch.uid)
+                continue
+            try:
+                self._deploy(launch)
+            except ValueError as exc:
+                logger.error("%s was launched before and cannot be served now: %s", launch.uid, exc)
+
+    def _deploy(self, launch: Launch) -> Deployment:
+        engine = engines.find(launch.engine, self.engines)
+        deployment = Deployment(launch, engine, drain_timeout_s=self.settings.drain_timeout_s)
+        deployment.replicas = tuple(
+            Replica(
+                launch,
+                index,
+                engine,
+                self.node,
+                cache=self.settings.cache_path,
+                log=self.settings.home_path / "logs" / file_name(launch.uid) / f"{index}.log",
+                restart_limit=self.settings.restart_limit,
+                download_stall_s=self.settings.download_stall_s,
+                changed=deployment.notify,
+            )
+            for index in range(launch.replica)
+        )
+        self._deployments[launch.uid] = deployment
+        self._runs[launch.uid] = self._tasks.create_task(deployment.run(), name=launch.uid)
+        return deployment
+
+
+def plan_declared(settings: Settings, registry: Registry, known_engines: tuple[Engine, ...]) -> list[Launch]:
+    """A Launch for each model of the settings.
+
+    Raises:
+        SettingsError: naming the first that cannot be planned, and why.
+    """
+    launches = []
+    for uid, request in settings.models.items():
+        try:
+            launches.append(plan(uid, request, registry, known_engines))
+        except ValueError as exc:
+            raise SettingsError(f"The model {uid!r} of the settings cannot be served: {exc}") from exc
+    return launches
+
+
+def available_engines(settings: Settings) -> tuple[Engine, ...]:
+    """The engines there are, with the site's settings.
+
+    Raises:
+        SettingsError: the settings name an engine that there is not.
+    """
+    try:
+        return engines.available(settings.engines)
+    except ValueError as exc:
+        raise SettingsError(f"$.engines: {exc}") from exc
+
+
+@contextlib.asynccontextmanager
+async def open_fleet(settings: Settings) -> AsyncIterator[Fleet]:
+    """The fleet for the length of the block; no engine of it is left behind.
+
+    Raises:
+        SettingsError: the settings declare what cannot be served.
+    """
+    registry, known_engines = Registry.builtin(), available_engines(settings)
+    declared = plan_declared(settings, registry, known_engines)
+    async with open_node() as node, asyncio.TaskGroup() as tasks:
+        fleet = Fleet(settings, registry, known_engines, node, tasks)
+        try:
+            fleet.restore(declared)
+            yield fleet
+        finally:
+            await fleet.close()
+            for run in fleet._runs.values():
+                run.cancel()

@@ -1,0 +1,107 @@
+"""From what a user wishes to a Launch: the one place where every choice is made. No process is touched here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+import engines
+from engines.base import Engine, Launch
+from registry.decode import decode
+from registry.registry import Registry
+from registry.resolve import Artifact, Selection, resolve
+
+UID = re.compile(r"(?!.*//)[^\s/\\?%#&=+]([^\s\\?%#&=+]{0,98}[^\s/\\?%#&=+])?")
+# Paths below /v1/models that mean something else than a uid.
+RESERVED_UIDS = frozenset(
+    ["prompts", "families", "instances", "instance", "vllm-supported", "update_type", "llm", "recommend", "update_spec"]
+)
+
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model that somebody wants served: which one, by which engine, how, and when."""
+
+    model_engine: Annotated[str, Meta(description="engine; chosen if not given")] | None = None
+    replica: Annotated[int, Meta(ge=1, le=64, description="copies to run")] = 1
+    gpu_idx: Annotated[tuple[int, ...], Meta(description="these GPUs and no others")] | None = None
+    n_gpu: Annotated[int, Meta(ge=0, description="how many GPUs; 0: the CPU alone")] | None = None
+    options: Annotated[dict[str, Any], Meta(description="options of the engine, by its own names")] = {}
+    envs: Annotated[dict[str, str], Meta(description="environment of the engine's process")] = {}
+    preload: Annotated[bool, Meta(description="load at start instead of at the first request")] = False
+    idle_timeout_s: Annotated[Seconds, Meta(description="unload after so long without a request")] | None = None
+    start_timeout_s: Annotated[Seconds, Meta(description="from the engine's start until it is ready")] = 600.0
+    load_timeout_s: Annotated[
+        Seconds, Meta(description="how long a request that is not streamed waits for the model")
+    ] = 300.0
+
+
+def plan(uid: str, request: LaunchRequest, registry: Registry, known_engines: Sequence[Engine]) -> Launch:
+    """Make every choice that the request leaves open.
+
+    Raises:
+        ValueError: it cannot be done; the text says why and what there is instead.
+    """
+    check_uid(uid)
+    artifact = resolve(registry, request)
+    engine = _choose_engine(request.model_engine, artifact, known_engines)
+    decode(request.options, engine.options, "options")
+    if request.gpu_idx is not None and request.n_gpu is not None and len(request.gpu_idx) != request.n_gpu:
+        raise ValueError(f"gpu_idx names {len(request.gpu_idx)} GPUs, n_gpu says {request.n_gpu}: give one of them.")
+    return Launch(
+        uid=uid,
+        artifact=artifact,
+        engine=engine.name,
+        replica=request.replica,
+        gpu_idx=request.gpu_idx,
+        n_gpu=request.n_gpu,
+        options=request.options,
+        envs=request.envs,
+        preload=request.preload,
+        idle_timeout_s=request.idle_timeout_s,
+        start_timeout_s=request.start_timeout_s,
+        load_timeout_s=request.load_timeout_s,
+    )
+
+
+def check_uid(uid: str) -> None:
+    """Raises ValueError unless the text can stand for a model in a path and in a request."""
+    if uid in RESERVED_UIDS:
+        raise ValueError(f"{uid!r} cannot name a model: the API uses that path. Choose another name.")
+    if not UID.fullmatch(uid) or {".", ".."} & set(uid.split("/")) or len(uid.encode()) > 200:
+        raise ValueError(
+            f"{uid!r} cannot name a model: 1 to 100 characters, no white space and none of \\ ? % # & = +, "
+            "and a slash only inside."
+        )
+
+
+def file_name(uid: str) -> str:
+    """The uid as the name of a file or folder."""
+    return uid.replace("/", "%2F")
+
+
+def _choose_engine(name: str | None, artifact: Artifact, known: Sequence[Engine]) -> Engine:
+    """The engine asked for, or the first that is installed and accepts the artifact."""
+    what = f"{artifact.family.model_name} ({artifact.spec.model_format})"
+    if name is not None:
+        engine = engines.find(name, tuple(known))
+        if reason := _why_not(engine, artifact):
+            raise ValueError(f"{what} cannot run on {engine.name}: {reason}.")
+        return engine
+    refusals = []
+    for engine in known:
+        reason = _why_not(engine, artifact)
+        if reason is None:
+            return engine
+        refusals.append(f"{engine.name}: {reason}")
+    raise ValueError(f"No engine here can run {what}. " + "; ".join(refusals) + ".")
+
+
+def _why_not(engine: Engine, artifact: Artifact) -> str | None:
+    if artifact.family.model_type not in engine.model_types:
+        return f"it serves {', '.join(engine.model_types)} models, not {artifact.family.model_type}"
+    return engine.accepts(artifact) or engine.installed()

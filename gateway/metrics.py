@@ -1,0 +1,85 @@
+"""Every metric, named and created in one place. Scraping reads what is known and never asks an engine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from gateway.deployment import Deployment
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+DURATIONS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+REQUESTS = Counter(
+    "hostler_requests", "Requests answered, 499 being those whose client left.", ("model", "route", "status")
+)
+REQUEST_SECONDS = Histogram(
+    "hostler_request_duration_seconds", "From the request to the last byte.", ("model",), buckets=DURATIONS
+)
+FIRST_BYTE_SECONDS = Histogram(
+    "hostler_time_to_first_byte_seconds",
+    "From the request to the engine's first byte.",
+    ("model",),
+    buckets=DURATIONS,
+)
+QUEUE_SECONDS = Histogram(
+    "hostler_queue_wait_seconds", "Requests that waited for a model: how long.", ("model",), buckets=DURATIONS
+)
+LOAD_SECONDS = Histogram(
+    "hostler_model_load_seconds", "From the engine's start until it is ready.", ("model",), buckets=DURATIONS
+)
+CANCELLED = Counter(
+    "hostler_requests_cancelled", "Requests whose client left, by what they were doing.", ("model", "phase")
+)
+RETRIES = Counter(
+    "hostler_request_retries", "Requests sent a second time, as the engine died before a byte.", ("model",)
+)
+ENGINE_RESTARTS = Counter(
+    "hostler_engine_failures", "Lives of an engine that ended otherwise than by our wish.", ("model",)
+)
+
+
+class FleetCollector(Collector):
+    """What is read off the deployments at each scrape."""
+
+    def __init__(self, deployments: Callable[[], list[Deployment]]) -> None:
+        self._deployments = deployments
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """One gauge a replica and fact."""
+        in_flight = GaugeMetricFamily(
+            "hostler_requests_in_flight", "Requests that an engine is answering.", labels=("model", "replica")
+        )
+        waiting = GaugeMetricFamily("hostler_requests_waiting", "Requests that wait for a model.", labels=("model",))
+        state = GaugeMetricFamily(
+            "hostler_replica_state", "1 for the state it is in.", labels=("model", "replica", "state")
+        )
+        for deployment in self._deployments():
+            waiting.add_metric((deployment.launch.uid,), deployment.waiting)
+            for replica in deployment.replicas:
+                labels = (deployment.launch.uid, str(replica.index))
+                in_flight.add_metric(labels, replica.in_flight)
+                state.add_metric((*labels, str(replica.state)), 1)
+        yield from (in_flight, waiting, state)
+
+
+def render() -> bytes:
+    """All metrics, in Prometheus' text form."""
+    return generate_latest(REGISTRY)
+
+
+@contextlib.contextmanager
+def watching(deployments: Callable[[], list[Deployment]]) -> Iterator[None]:
+    """For the length of the block, what the deployments say is among the metrics."""
+    collector = FleetCollector(deployments)
+    REGISTRY.register(collector)
+    try:
+        yield
+    finally:
+        REGISTRY.unregister(collector)

@@ -1,0 +1,182 @@
+"""One operating-system process group as a block: leaving it in any way ends the group.
+
+Knows nothing of models. Logs cost nothing: the child's stdout and stderr are the log file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from engines.environments import child_environment, worker_argv
+from gateway.watchdog import MARK_VARIABLE
+
+LOG_LIMIT_BYTES = 16 * 2**20
+TAIL_LINES = 12
+
+
+class Exit(msgspec.Struct, frozen=True, kw_only=True):
+    """How a process ended: `code` from 0 up, or the number of a signal."""
+
+    code: int | None = None
+    signal: int | None = None
+
+    def __str__(self) -> str:
+        if self.signal is None:
+            return f"exit code {self.code}"
+        return f"signal {self.signal} ({signal.Signals(self.signal).name})"
+
+
+class EngineProcess:
+    """A running process group. Made by `engine_process`, which also ends it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path, log_start: int) -> None:
+        self.pid = process.pid
+        self.log = log
+        self._process = process
+        self._log_start = log_start
+
+    async def wait(self) -> Exit:
+        """Until the process has ended, then how."""
+        code = await self._process.wait()
+        return Exit(code=code) if code >= 0 else Exit(signal=-code)
+
+    def log_tail(self, lines: int = TAIL_LINES) -> tuple[str, ...]:
+        """The last lines that this process wrote."""
+        return tail(self.log, lines, start=self._log_start)
+
+    async def end(self, grace_s: float) -> None:
+        """End the group and reap it, whatever happens to the caller meanwhile."""
+        ending = asyncio.ensure_future(self._end(grace_s))
+        try:
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:  # impatience: no more grace
+            self._signal(signal.SIGKILL)
+            await ending
+            raise
+
+    async def _end(self, grace_s: float) -> None:
+        """TERM the group, wait, KILL what is left of it, reap."""
+        self._signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._process.wait()
+                while self._signal(0):  # grandchildren may end later than the leader
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            pass
+        finally:
+            self._signal(signal.SIGKILL)
+        await self._process.wait()
+
+    def _signal(self, number: int) -> bool:
+        """Signal the group; whether there is any process in it."""
+        try:
+            os.killpg(self.pid, number)
+        except (ProcessLookupError, PermissionError):  # the latter on macOS, for zombies
+            return False
+        return True
+
+
+@contextlib.asynccontextmanager
+async def engine_process(
+    argv: Sequence[str], env: Mapping[str, str], log: Path, *, folder: Path, grace_s: float = 10.0
+) -> AsyncIterator[EngineProcess]:
+    """Run a program in a process group of its own for the length of the block.
+
+    Args:
+        env: added to the gateway's own environment.
+        log: what the program writes is appended here.
+        folder: the gateway's run folder, by which the watchdog knows our children.
+        grace_s: from SIGTERM to SIGKILL.
+    Raises:
+        OSError: it cannot be started.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open_log(log) as file:
+        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(argv)}\n".encode())
+        file.flush()
+        log_start = file.tell()
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=marked_environment(env, folder),
+            cwd=folder,
+            start_new_session=True,
+        )
+    running = EngineProcess(process, log, log_start)
+    try:
+        yield running
+    finally:
+        await running.end(grace_s)
+
+
+def marked_environment(env: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """The environment of every child of ours, see gateway/watchdog.py."""
+    return child_environment(env) | {MARK_VARIABLE: str(folder)}
+
+
+def open_log(log: Path) -> IO[bytes]:
+    """The log, to append to; a full one is put aside first, so that at most two are kept."""
+    if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
+        log.replace(log.with_suffix(".old.log"))
+    return log.open("ab")
+
+
+def tail(log: Path, lines: int, *, start: int = 0) -> tuple[str, ...]:
+    """The last lines of a log, from byte `start` on; empty if there is none."""
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(start, size - 400 * max(lines, 1)))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ()
+    return tuple(text.splitlines()[-lines:]) if lines else ()
+
+
+@contextlib.asynccontextmanager
+async def watchdog(folder: Path) -> AsyncIterator[None]:
+    """For the length of the block, a process stands by to end our children should we be killed."""
+    process = await asyncio.create_subprocess_exec(
+        *worker_argv("gateway.watchdog"),
+        str(folder),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+        env=child_environment({}),
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    try:
+        yield
+    finally:
+        process.stdin.close()
+        try:
+            async with asyncio.timeout(5):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+def memory_bytes(leader: int) -> int | None:
+    """The resident memory of a process and its descendants; None once it is gone."""
+    import psutil  # only when asked
+
+    try:
+        process = psutil.Process(leader)
+        family = [process, *process.children(recursive=True)]
+        return sum(member.memory_info().rss for member in family)
+    except psutil.Error:
+        return None

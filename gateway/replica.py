@@ -1,0 +1,286 @@
+"""The life of one copy of a model: its State, the coroutine that drives it, and why it failed.
+
+waiting -> downloading -> starting -> ready -> stopping -> stopped
+   ^                        |           |
+   |                        v           v
+   +------ backoff <------ exit before or after ready;   too many in a row -> failed (needs a person)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from engines.base import Engine, Launch
+from gateway import metrics
+from gateway.downloads import DownloadFailed, Progress, fetch
+from gateway.nodes.local import LocalNode
+from gateway.placement import place
+from gateway.process import EngineProcess, Exit
+from gateway.upstream import Upstream
+
+logger = logging.getLogger("hostler.replica")
+
+BACKOFF_FIRST_S = 0.5
+BACKOFF_LIMIT_S = 60.0
+STABLE_S = 60.0  # ready for so long, or one request served: earlier failures are forgotten
+PROBE_PAUSE_FIRST_S = 0.02
+PROBE_PAUSE_LIMIT_S = 0.5
+
+
+class State(enum.StrEnum):
+    """Where a replica is in its life."""
+
+    WAITING = "waiting"
+    DOWNLOADING = "downloading"
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    BACKOFF = "backoff"
+    FAILED = "failed"
+
+
+COMING = frozenset({State.WAITING, State.DOWNLOADING, State.STARTING, State.BACKOFF})
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a replica is not serving. `at` is in seconds since the epoch."""
+
+    reason: str
+    advice: str
+    at: float
+    exit_code: int | None = None
+    signal: int | None = None
+    log_tail: tuple[str, ...] = ()
+    permanent: bool = False
+
+    def __str__(self) -> str:
+        tail = " Its last words: " + " | ".join(self.log_tail[-4:]) if self.log_tail else ""
+        return f"{self.reason}.{tail} {self.advice}"
+
+
+class ReplicaFailed(Exception):
+    """A life ended otherwise than by our wish."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
+
+
+class Replica:
+    """One supervised copy. `run` drives it and is the only writer of its state."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        index: int,
+        engine: Engine,
+        node: LocalNode,
+        *,
+        cache: Path,
+        log: Path,
+        restart_limit: int,
+        download_stall_s: float,
+        changed: Callable[[], None],
+    ) -> None:
+        self.launch = launch
+        self.index = index
+        self.log = log
+        self.state = State.STOPPED
+        self.state_since = time.monotonic()
+        self.in_flight = 0
+        self.served = 0  # requests answered in this life
+        self.starts = 0
+        self.ready_since: float | None = None  # in this life
+        self.failures_in_row = 0
+        self.last_used = time.monotonic()
+        self.failure: Failure | None = None
+        self.progress: Progress | None = None
+        self.process: EngineProcess | None = None
+        self.address: str | None = None
+        self.upstream: Upstream | None = None
+        self._engine = engine
+        self._node = node
+        self._cache = cache
+        self._restart_limit = restart_limit
+        self._download_stall_s = download_stall_s
+        self._changed = changed
+
+    async def run(self) -> None:
+        """Start, wait until ready, serve until it exits, back off, start again, until cancelled.
+
+        Nothing but cancellation leaves it.
+        """
+        self.failures_in_row = 0
+        try:
+            while True:
+                self._enter(State.WAITING)
+                try:
+                    await self._live()
+                except ReplicaFailed as exc:
+                    self._record(exc.failure)
+                except Exception as exc:
+                    logger.exception("%s: a failure that is not the engine's", self)
+                    advice = "This is a fault of the gateway: its own log has the details."
+                    self._record(Failure(reason=f"the gateway failed: {exc!r}", advice=advice, at=time.time()))
+                if self.state is State.FAILED:
+                    await asyncio.Event().wait()  # until a person stops it
+                await asyncio.sleep(self._backoff_s())
+        except asyncio.CancelledError:
+            self._enter(State.STOPPED)
+            raise
+
+    async def _live(self) -> None:
+        """One life, from files to exit. Always ends with ReplicaFailed or cancelled."""
+        self.served, self.ready_since = 0, None
+        model_path = await self._fetch()
+        placement = place(self._engine.needs(self.launch), self._node.list_gpus())
+        if isinstance(placement, str):
+            raise ReplicaFailed(_failure(f"it cannot be placed: {placement}", "Change gpu_idx or n_gpu.", final=True))
+        self._enter(State.STARTING)
+        self.starts += 1
+        endpoint = self._node.new_endpoint(unix_socket=self._engine.unix_socket)
+        command = self._engine.command(self.launch, model_path, placement, endpoint)
+        upstream = Upstream(endpoint)
+        try:
+            async with self._node.run(command, self.log) as process:
+                self.process = process
+                try:
+                    await self._until_ready(process, upstream, command.ready_path)
+                    self.upstream, self.address = upstream, endpoint.address
+                    metrics.LOAD_SECONDS.labels(self.launch.uid).observe(time.monotonic() - self.state_since)
+                    self._enter(State.READY)
+                    ended = await process.wait()
+                    # No await between the exit and the state: nobody is sent to a dead engine.
+                    self._leave(State.BACKOFF)
+                    raise ReplicaFailed(_exit_failure(ended, process, "it was ready"))
+                finally:
+                    if self.state is not State.BACKOFF:
+                        self._leave(State.STOPPING)
+                    await upstream.close()  # before SIGTERM, so that the engine has nothing left to finish
+        except OSError as exc:
+            raise ReplicaFailed(
+                _failure(f"{command.argv[0]} cannot be started: {exc}", "Check the engine's settings.", final=True)
+            ) from exc
+        finally:
+            self.process = None
+            await upstream.close()
+
+    async def _fetch(self) -> Path:
+        def report(progress: Progress) -> None:
+            if self.state is not State.DOWNLOADING:
+                self._enter(State.DOWNLOADING)
+            self.progress = progress
+
+        try:
+            return await fetch(
+                self.launch.artifact.source,
+                self._cache,
+                folder=self._node.folder,
+                stall_s=self._download_stall_s,
+                report=report,
+            )
+        except DownloadFailed as exc:
+            advice = "Correct the model's source." if exc.permanent else "It is tried again."
+            raise ReplicaFailed(_failure(f"its files cannot be had: {exc}", advice, final=exc.permanent)) from exc
+        finally:
+            self.progress = None
+
+    async def _until_ready(self, process: EngineProcess, upstream: Upstream, path: str) -> None:
+        """A race of three: the probe answers, the process exits, the start's time ends."""
+        limit_s = self.launch.start_timeout_s
+        exited = asyncio.ensure_future(process.wait())
+        probing = asyncio.ensure_future(_probe_until_ready(upstream, path))
+        try:
+            await asyncio.wait((exited, probing), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if exited.done():
+                self._leave(State.BACKOFF)
+                raise ReplicaFailed(_exit_failure(exited.result(), process, "it was ready", before=True))
+            if not probing.done():
+                raise ReplicaFailed(
+                    _failure(
+                        f"it was not ready {limit_s:g} s after its start",
+                        "If the model needs longer to load, raise start_timeout_s.",
+                        tail=process.log_tail(),
+                    )
+                )
+        finally:
+            for task in (exited, probing):
+                task.cancel()
+            await asyncio.gather(exited, probing, return_exceptions=True)
+
+    async def confirm(self, limit_s: float = 1.0) -> None:
+        """Wait shortly to learn whether the process is gone, after a connection to it broke."""
+        process = self.process
+        if process is None or self.state is not State.READY:
+            return
+        try:
+            async with asyncio.timeout(limit_s):
+                await process.wait()
+        except TimeoutError:
+            return
+        await asyncio.sleep(0)  # let `run`, which waits for the same exit, go first
+
+    def _record(self, failure: Failure) -> None:
+        """A life has failed: remember why, and whether to try again."""
+        ready_since = self.ready_since
+        was_fine = ready_since is not None and (self.served > 0 or time.monotonic() - ready_since > STABLE_S)
+        self.failures_in_row = 1 if was_fine else self.failures_in_row + 1
+        self.failure = failure
+        metrics.ENGINE_RESTARTS.labels(self.launch.uid).inc()
+        is_final = failure.permanent or self.failures_in_row >= self._restart_limit
+        logger.log(logging.ERROR if is_final else logging.WARNING, "%s: %s", self, failure)
+        self._enter(State.FAILED if is_final else State.BACKOFF)
+
+    def _backoff_s(self) -> float:
+        full: float = min(BACKOFF_LIMIT_S, BACKOFF_FIRST_S * 2 ** (self.failures_in_row - 1))
+        return full * random.uniform(0.5, 1.0)  # noqa: S311 (spreads restarts, guards nothing)
+
+    def _enter(self, state: State) -> None:
+        logger.debug("%s: %s -> %s", self, self.state, state)
+        self.state = state
+        self.state_since = time.monotonic()
+        if state is State.READY:
+            self.last_used = self.ready_since = self.state_since
+        self._changed()
+
+    def _leave(self, state: State) -> None:
+        """Stop being somewhere to send requests to."""
+        self.upstream = self.address = None
+        self._enter(state)
+
+    def __str__(self) -> str:
+        return f"{self.launch.uid}/{self.index}"
+
+
+async def _probe_until_ready(upstream: Upstream, path: str) -> None:
+    pause = PROBE_PAUSE_FIRST_S
+    while await upstream.probe(path) != 200:
+        await asyncio.sleep(pause)
+        pause = min(PROBE_PAUSE_LIMIT_S, pause * 1.5)
+
+
+def _failure(reason: str, advice: str, *, tail: tuple[str, ...] = (), final: bool = False) -> Failure:
+    return Failure(reason=reason, advice=advice, at=time.time(), log_tail=tail, permanent=final)
+
+
+def _exit_failure(ended: Exit, process: EngineProcess, when: str, *, before: bool = False) -> Failure:
+    advice = "`hostler logs` shows more."
+    if ended.signal == 9:
+        advice = "If nobody killed it, the system ran out of memory: a smaller context or model needs less."
+    return Failure(
+        reason=f"the engine ended with {ended} {'before' if before else 'while'} {when}",
+        advice=advice,
+        at=time.time(),
+        exit_code=ended.code,
+        signal=ended.signal,
+        log_tail=process.log_tail(),
+    )

@@ -1,0 +1,61 @@
+"""The launches on disk: one JSON file per uid, written atomically and durably."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from engines.base import Launch
+from gateway.launch import file_name
+
+logger = logging.getLogger("hostler.store")
+
+
+class Store:
+    """A folder of launches. It has one writer, the Fleet."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, launch: Launch) -> None:
+        """Keep the launch; once this returns, it survives a crash of the machine.
+
+        Raises:
+            OSError: it could not be written; what was there before still is.
+        """
+        path = self._path(launch.uid)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(launch)))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        self._sync_folder()
+
+    def delete(self, uid: str) -> None:
+        """Forget the launch; nothing happens if there is none."""
+        self._path(uid).unlink(missing_ok=True)
+        self._sync_folder()
+
+    def read_all(self) -> Iterator[Launch]:
+        """Every launch that can be read; a damaged file is reported and left where it is."""
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                yield msgspec.json.decode(path.read_bytes(), type=Launch)
+            except (OSError, msgspec.MsgspecError) as exc:
+                logger.error("The launch in %s cannot be read and is skipped: %s", path, exc)
+
+    def _path(self, uid: str) -> Path:
+        return self.folder / f"{file_name(uid)}.json"
+
+    def _sync_folder(self) -> None:
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

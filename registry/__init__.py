@@ -1,0 +1,1 @@
+"""What models exist: families, their sources, and the hubs that files come from."""

@@ -1,0 +1,52 @@
+"""Hub `local`: files that are on this machine already. Nothing is copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from registry.decode import did_you_mean
+from registry.hubs.base import Fetched, HubError, Report, choose, choose_or_explain
+from registry.schema import Source
+
+
+def find(source: Source) -> Fetched | None:
+    """The source's path if it exists: the path itself, or the first file in that folder that matches."""
+    path = Path(source.model_id)
+    try:
+        if not path.exists():
+            return None
+        if not source.files or path.is_file():
+            return Fetched(path=path, files=(path,) if path.is_file() else ())
+        matching = choose(_sizes(path), source.files)
+    except OSError:
+        return None
+    return Fetched(path=path / matching[0], files=tuple(path / name for name in matching)) if matching else None
+
+
+def fetch(source: Source, cache: Path, report: Report) -> Fetched:
+    """Find the source's path.
+
+    Raises:
+        HubError: there is no such file or folder, or nothing in it matches; both permanent.
+    """
+    if found := find(source):
+        return found
+    path = Path(source.model_id)
+    try:
+        if path.is_dir():
+            choose_or_explain(_sizes(path), source.files, f"folder {path}")
+        parent = path.parent
+        hint = (
+            did_you_mean(path.name, (p.name for p in parent.iterdir()), what="That folder has")
+            if parent.is_dir()
+            else f"There is no folder {parent} either."
+        )
+    except OSError as exc:
+        raise HubError(f"{path} cannot be read: {exc.strerror or exc}.", permanent=True) from exc
+    raise HubError(f"There is no file or folder {path}. {hint}", permanent=True)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    # Two levels hold every layout we know of; a whole home folder would take minutes to walk.
+    paths = (path for pattern in ("*", "*/*") for path in folder.glob(pattern))
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths if path.is_file()}

@@ -1,0 +1,42 @@
+"""Fixtures for the tests of the hubs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_servers import ROOT, Fetch, Index, Server, StartFetch
+
+from registry.schema import Source
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def index(server: Server) -> Index:
+    return Index(server)
+
+
+@pytest.fixture
+def start_fetch(tmp_path: Path) -> Iterator[StartFetch]:
+    """Start the fetch program: `start_fetch(source, **environment)`. Its cache is `tmp_path / "cache"`."""
+    started: list[Fetch] = []
+
+    def start(source: Source, **extra: str) -> Fetch:
+        theirs = ("PIP_", "HF_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+        env = {name: value for name, value in os.environ.items() if not name.upper().startswith(theirs)}
+        env |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        fetch = Fetch(source, tmp_path / "cache", env | extra)
+        started.append(fetch)
+        return fetch
+
+    yield start
+    for fetch in started:
+        fetch.close()
