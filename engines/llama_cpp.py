@@ -18,7 +18,7 @@ from engines.environments import find_binary, has_package, worker_argv
 from registry.decode import decode
 from registry.resolve import Artifact
 
-CONTEXT_LENGTH = 4096  # of one request, where neither the launch nor the model says less
+CONTEXT_LENGTH = 4096  # of one request, where the launch does not say; the engine caps it at the model's own
 CACHE_RAM_MIB = 1024  # the engine's own default of 8 GiB is a surprise on a small machine
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
@@ -125,7 +125,7 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
-    per_request = options.context_length or min(launch.artifact.family.context_length, CONTEXT_LENGTH)
+    per_request = options.context_length or CONTEXT_LENGTH
     can_embed = "embed" in launch.artifact.family.model_ability
     threads = options.n_threads or max(1, (os.cpu_count() or 2) - 1)
     values: dict[str, object] = {

@@ -53,17 +53,18 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/models/{uid:path}", models.terminate, methods=["DELETE"]),
     ]
     settings = fleet.settings
+    cross_origin = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.allowed_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=[HEADER.decode()],
+    )
     return Starlette(
         routes=routes,
         middleware=[
             Middleware(Trace, is_logging=settings.access_log),
-            Middleware(
-                CORSMiddleware,
-                allow_origins=settings.allowed_origins,
-                allow_methods=["*"],
-                allow_headers=["*"],
-                expose_headers=[HEADER.decode()],
-            ),
+            *([cross_origin] if settings.allowed_origins else []),
             Middleware(Guard, settings=settings),
         ],
         exception_handlers={HostlerError: _ours, HTTPException: _starlettes, Exception: _unexpected},

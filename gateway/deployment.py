@@ -129,7 +129,10 @@ class Deployment:
     def stop(self, *, force: bool = False) -> None:
         """Unload once the requests in flight have ended, or at once; the next request loads again."""
         self._start_wanted = False
-        self._is_forced |= force
+        if force:
+            self._is_forced = True
+            for replica in self.replicas:
+                replica.hurry()
         if any(replica.state is not State.STOPPED for replica in self.replicas):
             self._stopping = True
         self.notify()

@@ -16,6 +16,8 @@ from gateway.process import marked_environment
 from registry import hubs
 from registry.schema import Source
 
+STOP_LIMIT_S = 1.0
+
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """One line of the child: how far it is, or how it ended."""
@@ -88,14 +90,23 @@ async def fetch(
     except TimeoutError as exc:
         raise DownloadFailed(f"nothing arrived from hub {source.model_hub} for {stall_s:.0f} s") from exc
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+        await _end(process)
         heard = await chatter
     if last.path:
         return Path(last.path)
     said = last.error or f"the download ended with exit code {process.returncode}: {' | '.join(heard)}"
     raise DownloadFailed(said, permanent=last.permanent)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """TERM, so that it tidies up, and KILL for the whole group."""
+    with contextlib.suppress(ProcessLookupError, TimeoutError):
+        os.killpg(process.pid, signal.SIGTERM)
+        async with asyncio.timeout(STOP_LIMIT_S):
+            await process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
 
 
 async def _last_lines(stream: asyncio.StreamReader, keep: int = 5) -> list[str]:

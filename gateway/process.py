@@ -38,9 +38,10 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
 class EngineProcess:
     """A running process group. Made by `engine_process`, which also ends it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path, log_start: int) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, log: Path, log_start: int, grace_s: float) -> None:
         self.pid = process.pid
         self.log = log
+        self.grace_s = grace_s  # from SIGTERM to SIGKILL; may be cut short while it runs
         self._process = process
         self._log_start = log_start
 
@@ -53,9 +54,9 @@ class EngineProcess:
         """The last lines that this process wrote."""
         return tail(self.log, lines, start=self._log_start)
 
-    async def end(self, grace_s: float) -> None:
+    async def end(self) -> None:
         """End the group and reap it, whatever happens to the caller meanwhile."""
-        ending = asyncio.ensure_future(self._end(grace_s))
+        ending = asyncio.ensure_future(self._end())
         try:
             await asyncio.shield(ending)
         except asyncio.CancelledError:  # impatience: no more grace
@@ -63,11 +64,11 @@ class EngineProcess:
             await ending
             raise
 
-    async def _end(self, grace_s: float) -> None:
+    async def _end(self) -> None:
         """TERM the group, wait, KILL what is left of it, reap."""
         self._signal(signal.SIGTERM)
         try:
-            async with asyncio.timeout(grace_s):
+            async with asyncio.timeout(self.grace_s):
                 await self._process.wait()
                 while self._signal(0):  # grandchildren may end later than the leader
                     await asyncio.sleep(0.02)
@@ -114,11 +115,11 @@ async def engine_process(
             cwd=folder,
             start_new_session=True,
         )
-    running = EngineProcess(process, log, log_start)
+    running = EngineProcess(process, log, log_start, grace_s)
     try:
         yield running
     finally:
-        await running.end(grace_s)
+        await running.end()
 
 
 def marked_environment(env: Mapping[str, str], folder: Path) -> dict[str, str]:

@@ -31,6 +31,7 @@ logger = logging.getLogger("hostler.replica")
 BACKOFF_FIRST_S = 0.5
 BACKOFF_LIMIT_S = 60.0
 STABLE_S = 60.0  # ready for so long, or one request served: earlier failures are forgotten
+HURRY_GRACE_S = 1.0
 PROBE_PAUSE_FIRST_S = 0.02
 PROBE_PAUSE_LIMIT_S = 0.5
 
@@ -160,8 +161,9 @@ class Replica:
                     self._enter(State.READY)
                     ended = await process.wait()
                     # No await between the exit and the state: nobody is sent to a dead engine.
+                    self.failure = _exit_failure(ended, process, "while it was ready")
                     self._leave(State.BACKOFF)
-                    raise ReplicaFailed(_exit_failure(ended, process, "it was ready"))
+                    raise ReplicaFailed(self.failure)
                 finally:
                     if self.state is not State.BACKOFF:
                         self._leave(State.STOPPING)
@@ -203,7 +205,7 @@ class Replica:
             await asyncio.wait((exited, probing), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
             if exited.done():
                 self._leave(State.BACKOFF)
-                raise ReplicaFailed(_exit_failure(exited.result(), process, "it was ready", before=True))
+                raise ReplicaFailed(_exit_failure(exited.result(), process, "before it was ready"))
             if not probing.done():
                 raise ReplicaFailed(
                     _failure(
@@ -216,6 +218,11 @@ class Replica:
             for task in (exited, probing):
                 task.cancel()
             await asyncio.gather(exited, probing, return_exceptions=True)
+
+    def hurry(self) -> None:
+        """When it is stopped, it is not to take its time."""
+        if self.process is not None:
+            self.process.grace_s = min(self.process.grace_s, HURRY_GRACE_S)
 
     async def confirm(self, limit_s: float = 1.0) -> None:
         """Wait shortly to learn whether the process is gone, after a connection to it broke."""
@@ -272,12 +279,12 @@ def _failure(reason: str, advice: str, *, tail: tuple[str, ...] = (), final: boo
     return Failure(reason=reason, advice=advice, at=time.time(), log_tail=tail, permanent=final)
 
 
-def _exit_failure(ended: Exit, process: EngineProcess, when: str, *, before: bool = False) -> Failure:
+def _exit_failure(ended: Exit, process: EngineProcess, when: str) -> Failure:
     advice = "`hostler logs` shows more."
     if ended.signal == 9:
         advice = "If nobody killed it, the system ran out of memory: a smaller context or model needs less."
     return Failure(
-        reason=f"the engine ended with {ended} {'before' if before else 'while'} {when}",
+        reason=f"the engine ended with {ended} {when}",
         advice=advice,
         at=time.time(),
         exit_code=ended.code,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import aiohttp
-from aiohttp import ClientError, ClientResponse, ClientTimeout, DummyCookieJar
+from aiohttp import ClientConnectionError, ClientError, ClientResponse, ClientTimeout, DummyCookieJar
 
 from engines.base import Endpoint
 
@@ -20,19 +21,51 @@ class UpstreamLost(Exception):
     """The connection to the replica could not be made, or broke."""
 
 
+class Reply:
+    """The reply to one request, whose head has come. Whoever got it closes it."""
+
+    def __init__(self, response: ClientResponse, open_replies: set[Reply]) -> None:
+        self.status = response.status
+        self.headers = [(name.lower(), value) for name, value in response.raw_headers]
+        self.is_sse = response.content_type == "text/event-stream" and "content-encoding" not in response.headers
+        self._response = response
+        self._open_replies = open_replies
+        open_replies.add(self)
+
+    async def read(self) -> bytes:
+        """The next bytes of the body as they came; empty at its end.
+
+        Raises:
+            UpstreamLost: the body broke off.
+        """
+        try:
+            return await self._response.content.readany()
+        except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
+            raise UpstreamLost(str(exc) or type(exc).__name__) from exc
+
+    def close(self) -> None:
+        """Done with it: at its end the connection is kept, before that the engine sees us leave."""
+        self._open_replies.discard(self)
+        self._response.close()
+
+    def abort(self) -> None:
+        """Break it off: whoever reads sees UpstreamLost."""
+        self._response.content.set_exception(ClientConnectionError("the replica was stopped"))
+        self._response.close()
+
+
 class Upstream:
     """A pool of connections to one replica. Close it to break all requests that are on it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
+        self._replies: set[Reply] = set()
         self._base = "http://replica" if endpoint.socket else f"http://{endpoint.host}:{endpoint.port}"
         self._authorization = ("authorization", f"Bearer {endpoint.api_key}")
-        connector: aiohttp.BaseConnector
-        if endpoint.socket:
-            connector = aiohttp.UnixConnector(endpoint.socket, limit=0, keepalive_timeout=KEEPALIVE_S)
-        else:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+        tracing = aiohttp.TraceConfig()
+        tracing.on_connection_reuseconn.append(_note_reuse)
         self._session = aiohttp.ClientSession(
-            connector=connector,
+            connector=_connector(endpoint),
+            trace_configs=[tracing],
             auto_decompress=False,
             cookie_jar=DummyCookieJar(),
             timeout=ClientTimeout(total=None, sock_connect=CONNECT_LIMIT_S),
@@ -42,45 +75,54 @@ class Upstream:
 
     async def send(
         self, method: str, path: str, headers: Iterable[tuple[str, str]] = (), body: bytes | None = None
-    ) -> ClientResponse:
+    ) -> Reply:
         """Send a request and wait for the head of the reply; the caller reads and closes it.
+
+        An engine may close an idle connection just when we use it again. That says nothing of the engine, so the
+        request goes out again, until it has met a fresh connection.
 
         Raises:
             UpstreamLost: no head arrived.
         """
-        try:
-            return await self._session.request(
-                method,
-                self._base + path,
-                headers=[*headers, self._authorization],
-                data=body,
-                allow_redirects=False,
-            )
-        except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
-            raise UpstreamLost(str(exc) or type(exc).__name__) from exc
+        while True:
+            reused: list[bool] = []
+            try:
+                response = await self._session.request(
+                    method,
+                    self._base + path,
+                    headers=[*headers, self._authorization],
+                    data=body,
+                    allow_redirects=False,
+                    trace_request_ctx=reused,
+                )
+            except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
+                if not reused or self._session.closed:
+                    raise UpstreamLost(str(exc) or type(exc).__name__) from exc
+            else:
+                return Reply(response, self._replies)
 
     async def probe(self, path: str) -> int | None:
         """The status that the path answers with now; None if nothing answers."""
         try:
             async with asyncio.timeout(PROBE_LIMIT_S):
-                response = await self.send("GET", path)
+                reply = await self.send("GET", path)
         except (UpstreamLost, TimeoutError):
             return None
-        response.close()
-        return response.status
+        reply.close()
+        return reply.status
 
     async def close(self) -> None:
-        """Close all connections; whoever reads from one sees UpstreamLost."""
+        """Close all connections; whoever waits for one sees UpstreamLost."""
+        for reply in tuple(self._replies):
+            reply.abort()
         await self._session.close()
 
 
-async def read_chunk(response: ClientResponse) -> bytes:
-    """The next bytes of the body as they came; empty at its end.
+def _connector(endpoint: Endpoint) -> aiohttp.BaseConnector:
+    if endpoint.socket:
+        return aiohttp.UnixConnector(endpoint.socket, limit=0, keepalive_timeout=KEEPALIVE_S)
+    return aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
 
-    Raises:
-        UpstreamLost: the body broke off.
-    """
-    try:
-        return await response.content.readany()
-    except (ClientError, OSError) as exc:
-        raise UpstreamLost(str(exc) or type(exc).__name__) from exc
+
+async def _note_reuse(session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:
+    context.trace_request_ctx.append(True)

@@ -211,9 +211,7 @@ class Refused(Exception):
 class Engine:
     """What is true of the whole process; a Connection asks it for each request."""
 
-    def __init__(
-        self, flags: SimpleNamespace, behaviour: SimpleNamespace, events: Events, may_die: bool
-    ) -> None:
+    def __init__(self, flags: SimpleNamespace, behaviour: SimpleNamespace, events: Events, may_die: bool) -> None:
         self.flags = flags
         self.behaviour = behaviour
         self.events = events
@@ -257,9 +255,7 @@ class Engine:
             server = await loop.create_unix_server(lambda: Connection(self), sock=sock, backlog=2048)
             address = f"unix:{host}"
         else:
-            server = await loop.create_server(
-                lambda: Connection(self), host, int(self.flags.port), backlog=2048
-            )
+            server = await loop.create_server(lambda: Connection(self), host, int(self.flags.port), backlog=2048)
             address = f"http://{host}:{server.sockets[0].getsockname()[1]}"
         say(f"main: server is listening on {address} - starting the main loop")
         self.events.add("listening", address=address)
@@ -485,7 +481,8 @@ class Connection(asyncio.Protocol):
 
     async def next_request(self) -> Request:
         if not self.buffer:
-            await asyncio.wait_for(self.more(), self.engine.behaviour.keep_alive_s)
+            async with asyncio.timeout(self.engine.behaviour.keep_alive_s):
+                await self.more()
         head = await self.until(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
         method, path, version = first.split(" ")
@@ -590,11 +587,7 @@ def sse(value: object) -> bytes:
 def error_body(behaviour: SimpleNamespace) -> bytes:
     if behaviour.error_body is None:
         return Refused(behaviour.error_status, "made to fail by FAKE_ENGINE").body
-    return (
-        behaviour.error_body.encode()
-        if isinstance(behaviour.error_body, str)
-        else encode(behaviour.error_body)
-    )
+    return behaviour.error_body.encode() if isinstance(behaviour.error_body, str) else encode(behaviour.error_body)
 
 
 def prompt_text(body: dict) -> str:

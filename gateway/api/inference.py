@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable
 
 import msgspec
-from aiohttp import ClientResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
@@ -33,7 +33,7 @@ from gateway.errors import (
 )
 from gateway.fleet import Fleet
 from gateway.replica import Replica
-from gateway.upstream import UpstreamLost, read_chunk
+from gateway.upstream import Reply, UpstreamLost
 
 logger = logging.getLogger("hostler.inference")
 
@@ -43,12 +43,15 @@ NOT_FORWARDED = frozenset(
     b"trailer transfer-encoding upgrade x-api-key x-request-id".split()
 )
 NOT_RETURNED = frozenset(
-    b"connection date keep-alive server set-cookie trailer transfer-encoding upgrade x-request-id".split()
+    b"access-control-allow-credentials access-control-allow-headers access-control-allow-methods "
+    b"access-control-allow-origin connection date keep-alive server set-cookie trailer transfer-encoding upgrade "
+    b"x-request-id".split()
 )
 SSE = b"text/event-stream"
 SSE_HEADERS = [(b"content-type", SSE), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 DONE = b"data: [DONE]\n\n"
 ATTEMPTS = 2
+MISSING_FIELD = re.compile("Object missing required field `(.+)`")
 ENGINE_ERROR_LIMIT_BYTES = 64 * 1024
 
 
@@ -73,7 +76,11 @@ class Inference:
             return self._decoder.decode(body)
         except msgspec.ValidationError as exc:
             text, _, path = str(exc).partition(" - at `$.")
-            raise BadRequest(str(exc), param=path.rstrip("`") or _missing_field(text)) from exc
+            if missing := MISSING_FIELD.match(text):
+                raise BadRequest(
+                    f"The request has no `{missing[1]}`, which {self._path} needs.", param=missing[1]
+                ) from exc
+            raise BadRequest(f"The request body: {exc}.", param=path.rstrip("`") or None) from exc
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise BadRequest(f"The request body is not valid JSON: {exc}") from exc
 
@@ -142,12 +149,12 @@ class Exchange:
             replica = await self._acquire(avoid=lost)
             was_served = False
             try:
-                response, chunk = await self._ask(replica)
+                reply, chunk = await self._ask(replica)
                 try:
-                    await self._relay(response, chunk, replica)
+                    await self._relay(reply, chunk, replica)
                     was_served = True
                 finally:
-                    response.close()  # a reply that was read to its end has gone back to the pool already
+                    reply.close()
                 return
             except UpstreamLost as exc:
                 await replica.confirm()
@@ -195,7 +202,7 @@ class Exchange:
                     await self._start(200, SSE_HEADERS)
                 await self._send_body(f": {self.deployment.progress_text()}\n\n".encode())
 
-    async def _ask(self, replica: Replica) -> tuple[ClientResponse, bytes]:
+    async def _ask(self, replica: Replica) -> tuple[Reply, bytes]:
         """Send the request; the head of the reply and the first bytes of its body."""
         upstream = replica.upstream
         if upstream is None:
@@ -209,32 +216,27 @@ class Exchange:
             if name not in NOT_FORWARDED
         ]
         headers.append(("x-request-id", self.scope["request_id"].decode("latin-1")))
-        response = await upstream.send("POST", path, headers, self.body)
+        reply = await upstream.send("POST", path, headers, self.body)
         try:
-            chunk = await read_chunk(response)
+            chunk = await reply.read()
         except BaseException:
-            response.close()
+            reply.close()
             raise
         metrics.FIRST_BYTE_SECONDS.labels(self.deployment.launch.uid).observe(time.perf_counter() - self.started)
-        return response, chunk
+        return reply, chunk
 
-    async def _relay(self, response: ClientResponse, chunk: bytes, replica: Replica) -> None:
+    async def _relay(self, reply: Reply, chunk: bytes, replica: Replica) -> None:
         """Pass the reply on as it comes."""
-        if response.status >= 400:
-            await self._relay_error(response, chunk)
+        if reply.status >= 400:
+            await self._relay_error(reply, chunk)
             return
-        self.is_sse |= response.content_type == SSE.decode() and "content-encoding" not in response.headers
-        headers = [(name.lower(), value) for name, value in response.raw_headers]
-        headers = [
-            header
-            for header in headers
-            if header[0] not in NOT_RETURNED and not header[0].startswith(b"access-control-")
-        ]
+        self.is_sse |= reply.is_sse
+        headers = [header for header in reply.headers if header[0] not in NOT_RETURNED]
         headers.append((b"x-hostler-replica", str(replica.index).encode()))
         if self.is_sse:
             headers += [header for header in SSE_HEADERS if header[0] not in {name for name, _ in headers}]
         if not self.status:
-            await self._start(response.status, headers)
+            await self._start(reply.status, headers)
         self.phase = "answering"
         held = b""  # the beginning of an event whose end has not come: a break must not leave half an event
         while chunk:
@@ -242,23 +244,23 @@ class Exchange:
                 chunk, held = _whole_events(held + chunk if held else chunk)
             if chunk:
                 await self._send_body(chunk)
-            chunk = await read_chunk(response)
+            chunk = await reply.read()
         await self._finish(held)
 
-    async def _relay_error(self, response: ClientResponse, chunk: bytes) -> None:
+    async def _relay_error(self, reply: Reply, chunk: bytes) -> None:
         """An engine's error, in the envelope that clients know."""
         text = chunk
         while chunk and len(text) < ENGINE_ERROR_LIMIT_BYTES:
-            chunk = await read_chunk(response)
+            chunk = await reply.read()
             text += chunk
-        error = _engine_error(response.status, text)
+        error = _engine_error(reply.status, text)
         if self.status:  # comments were sent, so the error can only be an event
             await self._finish(b"data: " + envelope(error) + b"\n\n" + DONE)
             return
         headers = [(b"content-type", b"application/json"), (SOURCE_HEADER.encode(), b"engine")]
-        headers += [(b"retry-after", value) for name, value in response.raw_headers if name.lower() == b"retry-after"]
+        headers += [header for header in reply.headers if header[0] == b"retry-after"]
         payload = envelope(error)
-        await self._start(response.status, [*headers, (b"content-length", str(len(payload)).encode())])
+        await self._start(reply.status, [*headers, (b"content-length", str(len(payload)).encode())])
         await self._finish(payload)
 
     async def _end_stream_with(self, exc: HostlerError) -> None:
@@ -365,11 +367,6 @@ def _engine_error(status: int, text: bytes) -> ErrorBody:
 def _death(deployment: Deployment, replica: Replica, exc: UpstreamLost) -> str:
     why = f"{replica.failure.reason}. {replica.failure.advice}" if replica.failure else f"{exc}."
     return f"The engine of {deployment.launch.uid!r} went away while it answered: {why}"
-
-
-def _missing_field(text: str) -> str | None:
-    """`messages` of "Object missing required field `messages`"."""
-    return text.split("`")[1] if "missing required field" in text else None
 
 
 async def _no_receive() -> dict[str, str]:

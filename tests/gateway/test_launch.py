@@ -1,0 +1,332 @@
+"""From a wish to a Launch: every choice, and every reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from engines.base import Command, Endpoint, Engine, EngineSettings, Launch, Needs, Placement
+from gateway.launch import RESERVED_UIDS, LaunchRequest, check_uid, file_name, plan
+from registry.registry import Registry
+from registry.resolve import Artifact
+from registry.schema import LLMFamily, ModelSpec
+
+
+class KilnOptions(msgspec.Struct, forbid_unknown_fields=True):
+    n_threads: int = 1
+    flash_attn: bool = False
+
+
+class Kiln(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine that runs nothing: it says why not, if told so."""
+
+    name: str = "kiln"
+    model_types: tuple[str, ...] = ("LLM",)
+    unix_socket: bool = True
+    options: type[msgspec.Struct] = KilnOptions
+    routes: Mapping[str, str] = {}
+    not_installed: str | None = None
+    not_accepted: str | None = None
+
+    def configured(self, settings: EngineSettings) -> Kiln:
+        return self
+
+    def installed(self) -> str | None:
+        return self.not_installed
+
+    def accepts(self, artifact: Artifact) -> str | None:
+        return self.not_accepted
+
+    def needs(self, launch: Launch) -> Needs:
+        return Needs()
+
+    def command(self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint) -> Command:
+        return Command(argv=("true",))
+
+
+def a_registry() -> Registry:
+    specs = (
+        ModelSpec(model_format="ggufv2", model_size_in_billions=1, quantization="q4_k_m", model_id="org/a"),
+        ModelSpec(model_format="ggufv2", model_size_in_billions=1, quantization="q8_0", model_id="org/a"),
+        ModelSpec(model_format="pytorch", model_size_in_billions=7, model_id="org/b"),
+    )
+    return Registry([LLMFamily(model_name="qwen", model_specs=specs)])
+
+
+def a_plan(uid: str = "m", *engines: Engine, **wishes: Any) -> Launch:
+    request = LaunchRequest(**({"model_name": "qwen"} | wishes))
+    return plan(uid, request, a_registry(), engines or (Kiln(),))
+
+
+def refusal(*engines: Engine, **wishes: Any) -> str:
+    with pytest.raises(ValueError, match=".") as caught:
+        a_plan("m", *engines, **wishes)
+    return str(caught.value)
+
+
+def test_the_engine_of_these_tests_is_one() -> None:
+    assert isinstance(Kiln(), Engine)
+
+
+# --- all choices
+
+
+def test_a_plan_holds_all_that_was_wished_for() -> None:
+    launch = a_plan(
+        "my/model",
+        quantization="Q8_0",
+        model_engine="KILN",
+        replica=2,
+        gpu_idx=(0, 1),
+        n_gpu=2,
+        options={"n_threads": 3},
+        envs={"A": "b"},
+        preload=True,
+        idle_timeout_s=1.5,
+        start_timeout_s=2.5,
+        load_timeout_s=3.5,
+    )
+    assert launch == Launch(
+        uid="my/model",
+        artifact=launch.artifact,
+        engine="kiln",
+        replica=2,
+        gpu_idx=(0, 1),
+        n_gpu=2,
+        options={"n_threads": 3},
+        envs={"A": "b"},
+        preload=True,
+        idle_timeout_s=1.5,
+        start_timeout_s=2.5,
+        load_timeout_s=3.5,
+    )
+    assert (launch.artifact.spec.quantization, launch.artifact.source.model_id) == ("q8_0", "org/a")
+
+
+def test_a_plan_without_wishes_has_the_first_spec_one_replica_and_no_preload() -> None:
+    launch = a_plan()
+    assert launch.artifact.spec.quantization == "q4_k_m"
+    assert (launch.replica, launch.preload, launch.gpu_idx, launch.n_gpu) == (1, False, None, None)
+
+
+def test_a_plan_survives_being_written_and_read() -> None:
+    launch = a_plan(options={"n_threads": 3}, gpu_idx=(1,), idle_timeout_s=3)
+    assert msgspec.json.decode(msgspec.json.encode(launch), type=Launch) == launch
+
+
+def test_a_launch_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        a_plan().uid = "other"  # type: ignore[misc]
+
+
+# --- the engine
+
+
+def test_the_first_engine_that_can_is_chosen() -> None:
+    engines = (
+        Kiln(name="one", not_accepted="it is too old"),
+        Kiln(name="two", not_installed="pip install two"),
+        Kiln(name="three", model_types=("image",)),
+        Kiln(name="four"),
+        Kiln(name="five"),
+    )
+    assert a_plan("m", *engines).engine == "four"
+
+
+def test_an_engine_that_is_asked_for_goes_before_an_earlier_one() -> None:
+    assert a_plan("m", Kiln(name="one"), Kiln(name="two"), model_engine="Two").engine == "two"
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [
+        (Kiln(not_accepted="it loads clay"), "qwen (ggufv2) cannot run on kiln: it loads clay."),
+        (Kiln(not_installed="pip install kiln"), "qwen (ggufv2) cannot run on kiln: pip install kiln."),
+        (Kiln(model_types=("image",)), "qwen (ggufv2) cannot run on kiln: it serves image models, not LLM."),
+    ],
+    ids=["does not accept", "is not installed", "of another type"],
+)
+def test_an_engine_that_is_asked_for_and_refuses_says_why(engine: Kiln, reason: str) -> None:
+    assert refusal(engine, Kiln(name="other"), model_engine="kiln") == reason
+
+
+def test_an_engine_that_there_is_not_is_told_with_the_nearest() -> None:
+    said = refusal(Kiln(name="llama.cpp"), Kiln(name="vllm"), model_engine="llama-cpp")
+    assert said == "There is no engine 'llama-cpp'. Did you mean 'llama.cpp'?"
+
+
+def test_if_no_engine_can_the_reason_of_each_is_told() -> None:
+    said = refusal(Kiln(name="one", not_accepted="it loads clay"), Kiln(name="two", not_installed="pip install two"))
+    assert said == "No engine here can run qwen (ggufv2). one: it loads clay; two: pip install two."
+
+
+def test_the_specs_format_is_what_the_engine_is_asked_about() -> None:
+    said = refusal(Kiln(not_accepted="no"), model_format="pytorch", model_engine="kiln")
+    assert said.startswith("qwen (pytorch) cannot run")
+
+
+# --- options, GPUs, names
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"n_thread": 2}, ["'n_thread'", "`options`", "Did you mean 'n_threads'?"]),
+        ({"FLASH_ATTN": True}, ["'FLASH_ATTN'", "Did you mean 'flash_attn'?"]),
+        ({"zzzzzz": 1}, ["'zzzzzz'", "Known keys: flash_attn, n_threads."]),
+        ({"n_threads": "many"}, ["`options.n_threads`", "Expected `int`, got `str`"]),
+        ({"n_threads": None}, ["`options.n_threads`", "Expected `int`, got `null`"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_option_is_refused_by_name(options: dict[str, Any], words: list[str]) -> None:
+    said = refusal(options=options)
+    assert [word for word in words if word not in said] == []
+
+
+@pytest.mark.parametrize(("gpu_idx", "n_gpu"), [((0,), 2), ((0, 1), 1), ((), 1), ((0, 1), 0)])
+def test_gpus_that_are_named_and_counted_differently_are_refused(gpu_idx: tuple[int, ...], n_gpu: int) -> None:
+    assert refusal(gpu_idx=gpu_idx, n_gpu=n_gpu) == (
+        f"gpu_idx names {len(gpu_idx)} GPUs, n_gpu says {n_gpu}: give one of them."
+    )
+
+
+@pytest.mark.parametrize(("gpu_idx", "n_gpu"), [((0, 1), None), ((0, 1), 2), (None, 2), (None, 0), ((), 0)])
+def test_gpus_that_are_named_or_counted_are_taken(gpu_idx: tuple[int, ...] | None, n_gpu: int | None) -> None:
+    launch = a_plan(gpu_idx=gpu_idx, n_gpu=n_gpu)
+    assert (launch.gpu_idx, launch.n_gpu) == (gpu_idx, n_gpu)
+
+
+def test_a_gpu_that_is_named_twice_is_refused() -> None:
+    assert "gpu_idx" in refusal(gpu_idx=(0, 0))
+
+
+def test_a_model_that_there_is_not_is_told_with_the_nearest() -> None:
+    assert refusal(model_name="qwem") == "No model is named 'qwem'. Did you mean 'qwen'?"
+
+
+# --- uids
+
+
+@pytest.mark.parametrize(
+    "uid",
+    [
+        "a",
+        "qwen2.5-instruct",
+        "org/model",
+        "a/b/c",
+        "smollm2:135m",
+        "user@host",
+        "Modell-für-Übung",
+        "模型",
+        "🦙",
+        ".hidden",
+        "-dash",
+        "a..b",
+        "a" * 100,
+        "promptsx",
+        "instances/a",
+    ],
+)
+def test_a_uid_may_be(uid: str) -> None:
+    check_uid(uid)
+    assert a_plan(uid).uid == uid
+
+
+@pytest.mark.parametrize(
+    "uid",
+    [
+        "",
+        " ",
+        "a b",
+        " a",
+        "a\n",
+        "a\tb",
+        "a\u00a0b",
+        "/a",
+        "a/",
+        "a//b",
+        "/",
+        ".",
+        "..",
+        "../a",
+        "a/../b",
+        "a/.",
+        "a\\b",
+        "a?b",
+        "a%2Fb",
+        "a#b",
+        "a&b",
+        "a=b",
+        "a+b",
+        "a" * 101,
+        "模" * 67,  # 201 bytes
+    ],
+)
+def test_a_uid_may_not_be(uid: str) -> None:
+    with pytest.raises(ValueError, match="cannot name a model: 1 to 100 characters"):
+        check_uid(uid)
+
+
+@pytest.mark.parametrize("uid", ["a\0b", "a\x1b[31mb", "a\x7f", "a\u202eb", "\ud800"])
+def test_a_uid_has_nothing_in_it_that_does_not_print(uid: str) -> None:
+    with pytest.raises(ValueError, match="cannot name a model"):
+        check_uid(uid)
+
+
+@pytest.mark.parametrize("uid", sorted(RESERVED_UIDS))
+def test_a_word_of_the_api_is_no_uid(uid: str) -> None:
+    with pytest.raises(ValueError, match=f"{uid!r} cannot name a model: the API uses that path"):
+        a_plan(uid)
+
+
+@pytest.mark.parametrize("uid", ["a/start", "a/stop", "a/logs"])
+def test_a_uid_does_not_end_like_what_is_below_a_model_in_the_api(uid: str) -> None:
+    with pytest.raises(ValueError, match="cannot name a model"):
+        check_uid(uid)
+
+
+def is_legal(uid: str) -> bool:
+    try:
+        check_uid(uid)
+    except ValueError:
+        return False
+    return True
+
+
+uids = st.text(st.characters(codec="utf-8") | st.sampled_from("/.%2Fa"), min_size=1, max_size=12).filter(is_legal)
+
+
+@given(one=uids, other=uids)
+def test_different_uids_have_different_file_names(one: str, other: str) -> None:
+    assert (file_name(one) == file_name(other)) == (one == other)
+
+
+@given(uid=uids)
+def test_a_file_name_is_one_part_of_a_path(uid: str) -> None:
+    assert Path("folder", file_name(uid)).parts == ("folder", file_name(uid))
+
+
+@pytest.mark.parametrize("uid", ["a" * 100, "a/" * 49 + "a", "模" * 66, "模/" * 49 + "模", "🦙" * 50])
+def test_the_longest_uids_still_name_a_file(uid: str, tmp_path: Path) -> None:
+    check_uid(uid)
+    (tmp_path / f"{file_name(uid)}.partial").write_text("written")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{file_name(uid)}.partial"]
+
+
+@given(uid=st.text(max_size=120))
+@hypothesis_settings(max_examples=200)
+def test_any_text_is_a_uid_or_refused_with_a_sentence(uid: str) -> None:
+    try:
+        check_uid(uid)
+    except ValueError as exc:
+        assert "cannot name a model" in str(exc)
+    else:
+        assert 1 <= len(uid) <= 100
