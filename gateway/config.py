@@ -133,6 +133,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise SettingsError(f"{path} holds {type(data).__name__}, not keys with values.")
+    data.pop("$schema", None)  # a word to editors
     return data
 
 

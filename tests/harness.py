@@ -50,7 +50,7 @@ class Gateway:
     async def start(cls, home: Path, settings: dict[str, Any], env: dict[str, str] | None = None) -> Gateway:
         home.mkdir(parents=True, exist_ok=True)
         file = home / "settings.yaml"
-        file.write_text(yaml.safe_dump(settings))
+        file.write_text(yaml.safe_dump(settings, sort_keys=False))
         log = home / "gateway.log"
         log.touch()
         begin = log.stat().st_size

@@ -167,6 +167,11 @@ def test_without_a_binary_and_a_package_it_says_what_to_install(tmp_path: Path) 
     ), done.stderr
 
 
+def test_a_configured_binary_that_has_gone_is_not_replaced_by_another_program(tmp_path: Path) -> None:
+    engine = LlamaCpp(settings=EngineSettings(binary=str(tmp_path / "gone")))
+    assert engine.command(a_launch(), MODEL, ANYWHERE, SOCKET).argv[0] == str(tmp_path / "gone")
+
+
 # --- the command
 
 

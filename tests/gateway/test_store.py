@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from engines.base import Launch
@@ -111,8 +112,6 @@ for number in range(1_000_000):
 
 @pytest.mark.parametrize("kill_after", [1, 7, 20])
 def test_a_writer_that_is_killed_leaves_only_whole_files(kill_after: int, tmp_path: Path) -> None:
-    import msgspec
-
     writer = subprocess.Popen(
         [sys.executable, "-P", "-c", WRITER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
