@@ -163,9 +163,7 @@ class StreamClient(Client):
 
     def check(self) -> bool:
         if self.events != self.load.expected_events or not self.is_done or self.rest:
-            self.load.fail(
-                f"{self.events} events, done: {self.is_done}, not {self.load.expected_events} and done"
-            )
+            self.load.fail(f"{self.events} events, done: {self.is_done}, not {self.load.expected_events} and done")
             return False
         return True
 
@@ -208,8 +206,7 @@ class Load:
     async def open(self, connections: int) -> None:
         loop = asyncio.get_running_loop()
         opening = [
-            loop.create_connection(lambda: CLIENTS[self.kind](self), self.host, self.port)
-            for _ in range(connections)
+            loop.create_connection(lambda: CLIENTS[self.kind](self), self.host, self.port) for _ in range(connections)
         ]
         self.transports = [transport for transport, _ in await asyncio.gather(*opening)]
 

@@ -35,16 +35,13 @@ JSON_HEAD = (
     b"Content-Length: %d\r\n\r\n"
 )
 STREAM_HEAD = (
-    b"HTTP/1.1 200 OK\r\nServer: llama.cpp\r\nContent-Type: text/event-stream\r\n"
-    b"Transfer-Encoding: chunked\r\n\r\n"
+    b"HTTP/1.1 200 OK\r\nServer: llama.cpp\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 )
 REPLY_START = (
     b'{"id":"chatcmpl-0","object":"chat.completion","created":1700000000,"model":"mock","choices":[{"index":0,'
     b'"message":{"role":"assistant","content":"'
 )
-REPLY_END = (
-    b'"},"finish_reason":"stop"}],"usage":{"prompt_tokens":64,"completion_tokens":64,"total_tokens":128}}'
-)
+REPLY_END = b'"},"finish_reason":"stop"}],"usage":{"prompt_tokens":64,"completion_tokens":64,"total_tokens":128}}'
 EVENT_START = (
     b'data: {"id":"chatcmpl-0","object":"chat.completion.chunk","created":1700000000,"model":"mock",'
     b'"choices":[{"index":0,"delta":{"content":"tok '
@@ -90,9 +87,7 @@ MODELS = as_reply(200, b"OK", b'{"object":"list","data":[{"id":"mock","object":"
 REFUSED = as_reply(
     401, b"Unauthorized", b'{"error":{"message":"Invalid API Key","type":"authentication_error","code":401}}'
 )
-UNKNOWN = as_reply(
-    404, b"Not Found", b'{"error":{"message":"File Not Found","type":"not_found_error","code":404}}'
-)
+UNKNOWN = as_reply(404, b"Not Found", b'{"error":{"message":"File Not Found","type":"not_found_error","code":404}}')
 
 
 class MockProtocol(asyncio.Protocol):

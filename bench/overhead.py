@@ -133,12 +133,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--connections", default="1,16,64", help="for chat completions that are not streamed")
     parser.add_argument("--json", type=Path, help="write every single run here too")
-    parser.add_argument(
-        "--no-gateway", action="store_true", help="leave Hostler out: a check of the bench itself"
-    )
-    parser.add_argument(
-        "--target-url", help="measure this door too; it must run the mock engine as model `mock`"
-    )
+    parser.add_argument("--no-gateway", action="store_true", help="leave Hostler out: a check of the bench itself")
+    parser.add_argument("--target-url", help="measure this door too; it must run the mock engine as model `mock`")
     parser.add_argument("--target-key", default="none")
     parser.add_argument("--target-pid", type=int)
     options = parser.parse_args()
@@ -325,9 +321,7 @@ def pin(pid: int, cores: list[int]) -> None:
 # Measuring
 
 
-def measure(
-    targets: list[Target], cells: list[Cell], options: argparse.Namespace, cores: list[int]
-) -> list[dict]:
+def measure(targets: list[Target], cells: list[Cell], options: argparse.Namespace, cores: list[int]) -> list[dict]:
     runs = []
     for repetition in range(options.repetitions):
         for cell in cells:
@@ -370,14 +364,10 @@ def report(targets: list[Target], cells: list[Cell], runs: list[dict], memory: l
     for cell in cells:
         columns = STREAM_COLUMNS if cell.kind == "stream" else REPLY_COLUMNS
         print(f"\n{TITLES[cell.kind].format(cell.connections)}\n")
-        rows = [
-            [target.name, *(tell(cell, runs, target.name) for tell in columns.values())] for target in targets
-        ]
+        rows = [[target.name, *(tell(cell, runs, target.name) for tell in columns.values())] for target in targets]
         print_table(["target", *columns], rows)
     if memory:
-        print(
-            f"\nMemory, before any other load, MiB; then with {HELD_STREAMS} open streams, and KiB for each\n"
-        )
+        print(f"\nMemory, before any other load, MiB; then with {HELD_STREAMS} open streams, and KiB for each\n")
         rows = [
             [
                 held["target"],
@@ -400,9 +390,7 @@ TITLES = {
 def values(cell: Cell, runs: list[dict], target: str, *path: str) -> list[float]:
     """One for each repetition, in order."""
     found = [
-        run
-        for run in runs
-        if (run["target"], run["kind"], run["connections"]) == (target, cell.kind, cell.connections)
+        run for run in runs if (run["target"], run["kind"], run["connections"]) == (target, cell.kind, cell.connections)
     ]
     for name in path:
         found = [run[name] for run in found]
@@ -462,9 +450,7 @@ STREAM_COLUMNS = {
 
 def event_rates(cell: Cell, runs: list[dict], target: str) -> list[float]:
     counts = values(cell, runs, target, "events")
-    return [
-        count / seconds for count, seconds in zip(counts, values(cell, runs, target, "seconds"), strict=True)
-    ]
+    return [count / seconds for count, seconds in zip(counts, values(cell, runs, target, "seconds"), strict=True)]
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:

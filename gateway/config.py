@@ -124,7 +124,7 @@ def _read(path: Path) -> dict[str, Any]:
             case ".json":
                 data = json.loads(text)
             case ".yaml" | ".yml":
-                data = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 (a SafeLoader)
+                data = yaml.load(text, Loader=_Yaml)  # noqa: S506 (a SafeLoader)
             case _:
                 raise SettingsError(f"{path}: a settings file ends in .yaml, .yml, .toml or .json.")
     except (yaml.YAMLError, ValueError) as exc:
@@ -137,8 +137,13 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key written twice is an error and not a silent loss."""
+class _Yaml(yaml.SafeLoader):
+    """YAML without its surprises: a key written twice is an error, `on` and `0_5` are text, as in YAML 1.2."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.split(":")[-1] not in ("bool", "int", "timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -146,6 +151,12 @@ class _UniqueKeys(yaml.SafeLoader):
             if keys.count(key) > 1 and key != "<<":
                 raise yaml.YAMLError(f"the key {key!r} stands twice, {node.start_mark}")
         return super().construct_mapping(node, deep)
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$|0x[0-9a-fA-F]+$"), list("-+0123456789")
+)
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -167,7 +178,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             data[field] = text
         else:
             try:
-                data[field] = yaml.safe_load(text)
+                data[field] = yaml.load(text, Loader=_Yaml)  # noqa: S506 (a SafeLoader)
             except yaml.YAMLError as exc:
                 raise SettingsError(f"{variable} is not valid YAML: {exc}") from exc
     return data

@@ -48,9 +48,7 @@ ALL_OPTIONS = {
 
 def an_artifact(context_length: int = 2048, ability: tuple[str, ...] = ("chat",), format: str = "ggufv2") -> Artifact:
     spec = ModelSpec(model_format=format, quantization="Q4_K_M", model_hub="local", model_id=str(MODEL))
-    family = LLMFamily(
-        model_name="qwen", model_specs=(spec,), context_length=context_length, model_ability=ability
-    )
+    family = LLMFamily(model_name="qwen", model_specs=(spec,), context_length=context_length, model_ability=ability)
     return Artifact(family=family, spec=spec, source=Source(model_hub="local", model_id=str(MODEL)))
 
 
@@ -162,9 +160,9 @@ def test_without_a_binary_and_a_package_it_says_what_to_install(tmp_path: Path) 
         (path / package.name).symlink_to(package)
     env = {"PATH": "/nowhere", "PYTHONPATH": str(path)}
     done = subprocess.run([sys.executable, "-S", "-c", code], env=env, capture_output=True, text=True, timeout=60)
-    assert done.stdout == (
-        "there is no `llama-server` on PATH and no xllamacpp package: pip install xllamacpp\n"
-    ), done.stderr
+    assert done.stdout == ("there is no `llama-server` on PATH and no xllamacpp package: pip install xllamacpp\n"), (
+        done.stderr
+    )
 
 
 def test_a_configured_binary_that_has_gone_is_not_replaced_by_another_program(tmp_path: Path) -> None:
@@ -238,16 +236,16 @@ def test_it_listens_where_it_is_told(endpoint: EngineEndpoint, host: str, port: 
     ],
     ids=str,
 )
-def test_an_option_becomes_its_flag(
-    options: dict[str, Any], expected: dict[str, str | None], binary: LlamaCpp
-) -> None:
+def test_an_option_becomes_its_flag(options: dict[str, Any], expected: dict[str, str | None], binary: LlamaCpp) -> None:
     flags = flags_of(binary.command(a_launch(options), MODEL, ANYWHERE, SOCKET).argv)
     assert {flag: flags.get(flag, "missing") for flag in expected} == expected
 
 
 def test_options_that_are_not_given_are_left_to_the_engine(binary: LlamaCpp) -> None:
     flags = flags_of(binary.command(a_launch(), MODEL, ANYWHERE, SOCKET).argv)
-    assert not {"--n-gpu-layers", "--flash-attn", "--batch-size", "--pooling", "--embedding", "--no-warmup"} & set(flags)
+    assert not {"--n-gpu-layers", "--flash-attn", "--batch-size", "--pooling", "--embedding", "--no-warmup"} & set(
+        flags
+    )
     assert int(flags["--threads"] or 0) >= 1
 
 
@@ -258,9 +256,7 @@ def test_a_request_gets_a_sane_context_whatever_the_model_could_do(of_the_model:
 
 
 @pytest.mark.parametrize(("option", "is_on"), [(None, True), (True, True), (False, False)])
-def test_a_model_that_can_embed_does_unless_told_otherwise(
-    option: bool | None, is_on: bool, binary: LlamaCpp
-) -> None:
+def test_a_model_that_can_embed_does_unless_told_otherwise(option: bool | None, is_on: bool, binary: LlamaCpp) -> None:
     options = {} if option is None else {"embedding": option}
     argv = binary.command(a_launch(options, an_artifact(ability=("embed",))), MODEL, ANYWHERE, SOCKET).argv
     assert ("--embedding" in argv) == is_on

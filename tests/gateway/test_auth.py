@@ -115,7 +115,9 @@ async def test_a_wrong_key_is_refused_and_not_repeated(headers: Headers) -> None
 
 
 @pytest.mark.parametrize("path", sorted(PUBLIC_PATHS))
-@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"origin": "https://evil.example"}], ids=str)
+@pytest.mark.parametrize(
+    "headers", [{}, {"authorization": "Bearer wrong"}, {"origin": "https://evil.example"}], ids=str
+)
 async def test_a_public_path_needs_nothing(path: str, headers: Headers) -> None:
     assert await status(KEYS, headers, path) == 200
     assert await status(NO_KEYS, headers, path) == 200

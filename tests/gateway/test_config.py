@@ -72,9 +72,7 @@ def test_every_format_gives_the_same_settings(ending: str, text: str, tmp_path: 
         api_keys=(Secret("one"), Secret("two")),
         engines={"llama.cpp": EngineSettings(binary="/opt/llama-server")},
         models={
-            "small": LaunchRequest(
-                model_name="qwen3", gpu_idx=(0, 1), options={"n_parallel": 2}, idle_timeout_s=1.5
-            )
+            "small": LaunchRequest(model_name="qwen3", gpu_idx=(0, 1), options={"n_parallel": 2}, idle_timeout_s=1.5)
         },
     )
 
@@ -430,9 +428,7 @@ def test_a_key_is_never_shown_by_the_settings(tmp_path: Path) -> None:
         (".yaml", "port: many", {"HOSTLER_API_KEY": "sk-secret"}),
     ],
 )
-def test_a_key_is_never_shown_by_an_error(
-    ending: str, text: str, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_key_is_never_shown_by_an_error(ending: str, text: str, environment: dict[str, str], tmp_path: Path) -> None:
     assert "sk-secret" not in refusal(tmp_path, text, environment, ending=ending)
 
 

@@ -58,9 +58,7 @@ def test_the_table_here_is_complete() -> None:
 
 
 @pytest.mark.parametrize(("kind", "status", "type_", "code"), TABLE)
-def test_an_error_becomes_an_envelope(
-    kind: type[HostlerError], status: int, type_: str, code: str | None
-) -> None:
+def test_an_error_becomes_an_envelope(kind: type[HostlerError], status: int, type_: str, code: str | None) -> None:
     response = answer(kind("What happened, and what to do.", param="model"))
     assert response.status_code == status
     assert json.loads(response.body) == {
@@ -101,7 +99,7 @@ def test_the_text_of_an_error_is_its_message() -> None:
     assert (str(error), error.message, error.param) == ("Say `model`.", "Say `model`.", "model")
 
 
-@pytest.mark.parametrize("text", ["quote \" and \\ and\nnew line", "模型 «x»", "\x00\x1f"])
+@pytest.mark.parametrize("text", ['quote " and \\ and\nnew line', "模型 «x»", "\x00\x1f"])
 def test_any_text_can_be_told(text: str) -> None:
     assert json.loads(answer(BadRequest(text)).body)["error"]["message"] == text
 

@@ -301,7 +301,9 @@ def is_legal(uid: str) -> bool:
     return True
 
 
-uids = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]) | st.sampled_from("/.%2Fa"), min_size=1, max_size=12).filter(is_legal)
+uids = st.text(
+    st.characters(codec="utf-8", exclude_categories=["C", "Z"]) | st.sampled_from("/.%2Fa"), min_size=1, max_size=12
+).filter(is_legal)
 
 
 @given(one=uids, other=uids)
