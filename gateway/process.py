@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 import msgspec
 
@@ -20,6 +20,7 @@ from engines.environments import child_environment, worker_argv
 from gateway.watchdog import MARK_VARIABLE
 
 LOG_LIMIT_BYTES = 16 * 2**20
+LOG_PAUSE_S = 30.0
 TAIL_LINES = 12
 
 
@@ -102,7 +103,7 @@ async def engine_process(
         OSError: it cannot be started.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open_log(log) as file:
+    with log.open("ab") as file:
         file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(argv)}\n".encode())
         file.flush()
         log_start = file.tell()
@@ -115,10 +116,12 @@ async def engine_process(
             cwd=folder,
             start_new_session=True,
         )
+    keeper = asyncio.create_task(_keep_small(log))
     running = EngineProcess(process, log, log_start, grace_s)
     try:
         yield running
     finally:
+        keeper.cancel()
         await running.end()
 
 
@@ -127,11 +130,16 @@ def marked_environment(env: Mapping[str, str], folder: Path) -> dict[str, str]:
     return child_environment(env) | {MARK_VARIABLE: str(folder)}
 
 
-def open_log(log: Path) -> IO[bytes]:
-    """The log, to append to; a full one is put aside first, so that at most two are kept."""
-    if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
-        log.replace(log.with_suffix(".old.log"))
-    return log.open("ab")
+async def _keep_small(log: Path) -> None:
+    """Put a full log aside from time to time, so that at most two are kept.
+
+    The process goes on writing to the same file, in append mode, so it is copied and emptied, not renamed.
+    """
+    while True:
+        if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
+            await asyncio.to_thread(shutil.copyfile, log, log.with_suffix(".old.log"))
+            os.truncate(log, 0)
+        await asyncio.sleep(LOG_PAUSE_S)
 
 
 def tail(log: Path, lines: int, *, start: int = 0) -> tuple[str, ...]:
@@ -139,6 +147,7 @@ def tail(log: Path, lines: int, *, start: int = 0) -> tuple[str, ...]:
     try:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
+            start = start if start <= size else 0  # the log was emptied meanwhile
             file.seek(max(start, size - 400 * max(lines, 1)))
             text = file.read().decode(errors="replace")
     except OSError:

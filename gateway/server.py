@@ -26,6 +26,7 @@ from gateway.fleet import Fleet, open_fleet
 logger = logging.getLogger("hostler.server")
 
 BACKLOG = 2048
+KEEPALIVE_S = 75  # longer than most clients keep idle connections, so that it is they who close them
 CLOSE_LIMIT_S = 2  # for connections that linger once nothing is in flight
 
 Greeting = Callable[[Fleet, str], Coroutine[Any, Any, None]]
@@ -78,6 +79,7 @@ def run(settings: Settings, greeting: Greeting | None = None) -> None:
             lifespan="off",
             server_header=False,
             backlog=BACKLOG,
+            timeout_keep_alive=KEEPALIVE_S,
             ws="none",
             timeout_graceful_shutdown=CLOSE_LIMIT_S,
         )

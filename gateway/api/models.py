@@ -129,13 +129,15 @@ def _number(request: Request, name: str, default: int, limit: int) -> int:
 
 
 async def _follow(log: Path, lines: int) -> AsyncIterator[bytes]:
-    """The last lines and what is added, until the log is put aside."""
+    """The last lines and what is added, for as long as somebody listens."""
     for line in tail(log, lines):
         yield f"{line}\n".encode()
     with log.open("rb") as file:
         file.seek(0, os.SEEK_END)
-        while log.exists() and log.stat().st_ino == os.fstat(file.fileno()).st_ino:
+        while True:
             if new := file.read(65536):
                 yield new
-            else:
-                await asyncio.sleep(FOLLOW_PAUSE_S)
+                continue
+            if os.fstat(file.fileno()).st_size < file.tell():  # it was emptied
+                file.seek(0)
+            await asyncio.sleep(FOLLOW_PAUSE_S)

@@ -46,7 +46,7 @@ class Trace:
                 logger.info(
                     "%s %s %s %s %.0f ms id=%s",
                     scope["method"],
-                    scope["path"],
+                    scope["raw_path"].decode("latin-1"),  # still encoded: nobody writes lines of his own here
                     scope.get("served_by", "-"),
                     scope.get("outcome", status),
                     1000 * (time.perf_counter() - started),

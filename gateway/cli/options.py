@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
 from gateway.client import ENDPOINT_VARIABLE, KEY_VARIABLE, Client
+
+WIDTH_OF_A_PIPE = 240
 
 
 def with_client(verb: Callable[..., None]) -> Callable[..., None]:
@@ -42,7 +45,8 @@ def print_table(columns: dict[str, str], rows: list[list[str]]) -> None:
         table.add_column(title, justify="right" if justify == "right" else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)
+    width = None if sys.stdout.isatty() else WIDTH_OF_A_PIPE
+    Console(markup=False, highlight=False, width=width).print(table)
 
 
 def megabytes(size: float | None) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -55,18 +57,17 @@ async def _greet(fleet: Fleet, address: str, prompt: str | None) -> None:
     if not ready:
         return
     launch, keys = ready[0].launch, fleet.settings.api_keys
-    text = prompt or "The capital of France is"
+    example = {"model": launch.uid, "prompt": prompt or "The capital of France is", "max_tokens": 24}
     header = ' \\\n    -H "Authorization: Bearer $HOSTLER_API_KEY"' if keys else ""
     click.echo(
         f"Ask it:\n  curl {address}/v1/completions -H 'Content-Type: application/json'{header} \\\n"
-        f'    -d \'{{"model": "{launch.uid}", "prompt": "{text}", "max_tokens": 24}}\''
+        f"    -d {shlex.quote(json.dumps(example))}"
     )
     if prompt:
         from gateway.client import Client
 
-        body = {"model": launch.uid, "prompt": prompt, "max_tokens": 24, "temperature": 0}
         client = Client(address, keys[0] if keys else None)
-        answer = await asyncio.to_thread(client.post, "/v1/completions", body)
+        answer = await asyncio.to_thread(client.post, "/v1/completions", example | {"temperature": 0})
         click.echo(f"{launch.uid} answers:\n  {prompt}{answer['choices'][0]['text']}")
 
 

@@ -54,7 +54,7 @@ async def run_shell(script: str, folder: Path) -> tuple[Exit, EngineProcess]:
 
 
 async def test_returning_ends_the_group(tmp_path: Path) -> None:
-    async with engine_process(["sh", "-c", FAMILY], {}, tmp_path / "a.log", folder=tmp_path):
+    async with engine_process(["sh", "-c", FAMILY], {}, tmp_path / "a.log", folder=tmp_path, grace_s=0.5):
         pids = await pids_in(tmp_path)
         assert all(map(is_alive, pids))
     assert not any(map(is_alive, pids))
@@ -63,7 +63,7 @@ async def test_returning_ends_the_group(tmp_path: Path) -> None:
 async def test_an_error_ends_the_group(tmp_path: Path) -> None:
     pids: list[int] = []
     with pytest.raises(ZeroDivisionError):
-        async with engine_process(["sh", "-c", FAMILY], {}, tmp_path / "a.log", folder=tmp_path):
+        async with engine_process(["sh", "-c", FAMILY], {}, tmp_path / "a.log", folder=tmp_path, grace_s=0.5):
             pids = await pids_in(tmp_path)
             raise ZeroDivisionError
     assert len(pids) == 2
@@ -242,7 +242,7 @@ async def test_it_runs_in_a_session_and_folder_of_its_own_marked_and_without_our
 
 
 async def test_its_memory_counts_that_of_its_children(tmp_path: Path) -> None:
-    async with engine_process(["sh", "-c", FAMILY], {}, tmp_path / "a.log", folder=tmp_path) as process:
+    async with engine_process(["sh", "-c", FAMILY], {}, tmp_path / "a.log", folder=tmp_path, grace_s=0.5) as process:
         leader, child = await pids_in(tmp_path)
         together = memory_bytes(process.pid)
         alone = memory_bytes(child)
