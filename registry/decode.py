@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -58,17 +59,30 @@ def decode(data: Any, kind: type[T], path: str = "$", *, strict: bool = True) ->
 
 
 def _decode(data: Any, kind: Any, path: str, strict: bool) -> Any:
-    kind_origin = get_origin(kind)
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and isinstance(data, Mapping):
-        return _decode_struct(data, kind, path, strict)
-    if kind_origin is dict and isinstance(data, Mapping) and get_args(kind)[0] is str:
-        value_kind = get_args(kind)[1]
+    inner = _without_notes(kind)
+    if isinstance(inner, type) and issubclass(inner, msgspec.Struct) and isinstance(data, Mapping):
+        return _decode_struct(data, inner, path, strict)
+    if get_origin(inner) is dict and isinstance(data, Mapping):
+        value_kind = get_args(inner)[1]
         return {str(key): _decode(value, value_kind, f"{path}.{key}", strict) for key, value in data.items()}
+    if get_origin(inner) is tuple and isinstance(data, list | tuple) and get_args(inner)[1:] == (...,):
+        item_kind = get_args(inner)[0]
+        return tuple(_decode(item, item_kind, f"{path}[{index}]", strict) for index, item in enumerate(data))
     try:
         return msgspec.convert(data, kind, strict=strict, dec_hook=_decode_secret)
     except msgspec.ValidationError as exc:
         text, _, where = str(exc).partition(" - at `$")
         raise DecodeError(f"{text} - at `{path}{where.rstrip('`')}`") from exc
+
+
+def _without_notes(kind: Any) -> Any:
+    """The type within Annotated[...] and within `... | None`."""
+    if get_origin(kind) is Annotated:
+        return _without_notes(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        kinds = [one for one in get_args(kind) if one is not NoneType]
+        return _without_notes(kinds[0]) if len(kinds) == 1 else kind
+    return kind
 
 
 def _decode_struct(data: Mapping[Any, Any], kind: type[msgspec.Struct], path: str, strict: bool) -> Any:

@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from engines.base import Engine, EngineSettings, Launch, Needs, Placement
 from engines.base import Endpoint as EngineEndpoint
+from engines.base import Engine, EngineSettings, Launch, Needs, Placement
 from engines.llama_cpp import LlamaCpp, LlamaCppOptions
 from engines.workers.llama_cpp import _parser
 from registry.decode import DecodeError

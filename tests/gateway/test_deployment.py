@@ -291,6 +291,24 @@ async def test_a_patient_stop_can_be_forced_later(tmp_path: Path) -> None:
         assert deployment.state is State.STOPPED
 
 
+async def test_a_forced_stop_gives_a_deaf_engine_less_time(tmp_path: Path) -> None:
+    async with deployed(tmp_path, ignore_term=True) as deployment:
+        await acquire(deployment)
+        deployment.stop(force=True)
+        await asyncio.wait_for(deployment.stopped(), 5)  # the engine's own grace is 10 s
+        assert deployment.state is State.STOPPED
+
+
+async def test_a_patient_stop_of_a_deaf_engine_can_be_forced_later(tmp_path: Path) -> None:
+    async with deployed(tmp_path, ignore_term=True, events_file=str(tmp_path / "events")) as deployment:
+        deployment.release(await acquire(deployment), was_served=True)
+        deployment.stop()
+        await until(lambda: '"term"' in (tmp_path / "events").read_text())
+        deployment.stop(force=True)
+        await asyncio.wait_for(deployment.stopped(), 5)  # the engine's own grace is 10 s
+        assert deployment.state is State.STOPPED
+
+
 async def test_a_forced_stop_of_a_stopped_model_forces_no_later_stop(tmp_path: Path) -> None:
     async with deployed(tmp_path) as deployment:
         deployment.stop(force=True)

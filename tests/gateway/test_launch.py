@@ -66,7 +66,7 @@ def a_plan(uid: str = "m", *engines: Engine, **wishes: Any) -> Launch:
 
 
 def refusal(*engines: Engine, **wishes: Any) -> str:
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (whose text is the result)
         a_plan("m", *engines, **wishes)
     return str(caught.value)
 
@@ -316,7 +316,11 @@ def test_a_file_name_is_one_part_of_a_path(uid: str) -> None:
     assert Path("folder", file_name(uid)).parts == ("folder", file_name(uid))
 
 
-@pytest.mark.parametrize("uid", ["a" * 100, "a/" * 49 + "a", "模" * 66, "模/" * 49 + "模", "🦙" * 50])
+@pytest.mark.parametrize(
+    "uid",
+    ["a" * 100, "a/" * 49 + "a", "模" * 66, "模/" * 49 + "模", "🦙" * 50],
+    ids=["letters", "slashes", "wide letters", "wide letters and slashes", "signs"],
+)
 def test_the_longest_uids_still_name_a_file(uid: str, tmp_path: Path) -> None:
     check_uid(uid)
     (tmp_path / f"{file_name(uid)}.partial").write_text("written")
@@ -325,10 +329,9 @@ def test_the_longest_uids_still_name_a_file(uid: str, tmp_path: Path) -> None:
 
 @given(uid=st.text(max_size=120))
 @hypothesis_settings(max_examples=200)
-def test_any_text_is_a_uid_or_refused_with_a_sentence(uid: str) -> None:
-    try:
-        check_uid(uid)
-    except ValueError as exc:
-        assert "cannot name a model" in str(exc)
+def test_any_text_is_a_short_uid_or_refused_with_a_sentence(uid: str) -> None:
+    if not is_legal(uid):
+        with pytest.raises(ValueError, match="cannot name a model"):
+            check_uid(uid)
     else:
         assert 1 <= len(uid) <= 100

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gateway.process import LOG_LIMIT_BYTES, EngineProcess, Exit, engine_process, memory_bytes, open_log, tail
+from gateway.process import LOG_LIMIT_BYTES, EngineProcess, Exit, engine_process, memory_bytes, tail
 from gateway.watchdog import marked
 
 LIMIT_S = 20.0
@@ -60,14 +60,16 @@ async def test_returning_ends_the_group(tmp_path: Path) -> None:
     assert not any(map(is_alive, pids))
 
 
+async def fail_inside(folder: Path) -> None:
+    async with engine_process(["sh", "-c", FAMILY], {}, folder / "a.log", folder=folder, grace_s=0.5):
+        await pids_in(folder)
+        raise ZeroDivisionError
+
+
 async def test_an_error_ends_the_group(tmp_path: Path) -> None:
-    pids: list[int] = []
     with pytest.raises(ZeroDivisionError):
-        async with engine_process(["sh", "-c", FAMILY], {}, tmp_path / "a.log", folder=tmp_path, grace_s=0.5):
-            pids = await pids_in(tmp_path)
-            raise ZeroDivisionError
-    assert len(pids) == 2
-    assert not any(map(is_alive, pids))
+        await fail_inside(tmp_path)
+    assert not any(map(is_alive, await pids_in(tmp_path)))
 
 
 async def hold(script: str, folder: Path, grace_s: float) -> None:
@@ -111,7 +113,7 @@ async def test_a_cancel_at_any_moment_of_the_start_leaves_nothing(tmp_path: Path
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(task, LIMIT_S)
     try:
-        await until(lambda: not left(), limit_s=5)
+        await until(lambda: not left(), limit_s=3)
     finally:
         for pid in left():
             os.kill(pid, signal.SIGKILL)
@@ -141,6 +143,15 @@ async def test_a_grandchild_that_outlives_its_leader_is_ended(tmp_path: Path) ->
     assert not is_alive(orphan)
 
 
+async def test_the_grace_may_be_cut_short_before_the_end(tmp_path: Path) -> None:
+    argv = ["sh", "-c", FAMILY_OF_A_DEAF_LEADER]
+    async with asyncio.timeout(LIMIT_S):
+        async with engine_process(argv, {}, tmp_path / "a.log", folder=tmp_path, grace_s=300) as process:
+            pids = await pids_in(tmp_path)
+            process.grace_s = 0.1
+    await until(lambda: not any(map(is_alive, pids)))
+
+
 async def test_who_heeds_term_may_tidy_up(tmp_path: Path) -> None:
     script = "trap 'sleep 0.2; echo tidy > tidied; exit 5' TERM; echo > pids; while :; do sleep 0.02; done"
     async with engine_process(["sh", "-c", script], {}, tmp_path / "a.log", folder=tmp_path, grace_s=60) as process:
@@ -159,7 +170,7 @@ ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: as in a conta
 async def main():
     folder = Path(sys.argv[1])
     argv = ["sh", "-c", "sleep 600 & echo started; exec sleep 601"]
-    async with engine_process(argv, {}, folder / "a.log", folder=folder, grace_s=8) as process:
+    async with engine_process(argv, {}, folder / "a.log", folder=folder, grace_s=4) as process:
         while not process.log_tail():
             await asyncio.sleep(0.01)
         started = time.monotonic()
@@ -174,7 +185,7 @@ def test_a_dead_grandchild_that_nobody_reaps_does_not_use_up_the_grace(tmp_path:
     argv = [sys.executable, "-P", "-c", PARENT_OF_ORPHANS, str(tmp_path)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 5  # of a grace of 8
+    assert float(done.stdout) < 3  # of a grace of 4
 
 
 # --- how it ended
@@ -291,24 +302,28 @@ async def test_the_folder_of_the_log_is_made(tmp_path: Path) -> None:
     assert tail(log, 1) == ("hello",)
 
 
-def test_a_full_log_is_put_aside_and_two_are_kept(tmp_path: Path) -> None:
-    log, old = tmp_path / "0.log", tmp_path / "0.old.log"
-    for turn in ("first", "second"):
-        with open_log(log) as file:
-            file.write(turn.encode())
-        os.truncate(log, LOG_LIMIT_BYTES + 1)
-    with open_log(log) as file:
-        file.write(b"third")
-    assert log.read_bytes() == b"third"
-    assert old.read_bytes().startswith(b"second\0")
-    assert sorted(tmp_path.iterdir()) == [log, old]
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_full_log_is_put_aside_and_two_are_kept_while_the_process_goes_on(times: int, tmp_path: Path) -> None:
+    log, old = tmp_path / "logs" / "0.log", tmp_path / "logs" / "0.old.log"
+    log.parent.mkdir()
+    for turn in range(times):
+        with log.open("ab") as file:
+            file.write(f"turn {turn}\n".encode())
+            file.truncate(LOG_LIMIT_BYTES + 1)
+        script = f"while :; do echo line of {turn}; sleep 0.02; done"
+        async with engine_process(["sh", "-c", script], {}, log, folder=tmp_path, grace_s=0.5) as process:
+            await until(lambda: log.stat().st_size < LOG_LIMIT_BYTES)
+            await until(lambda turn=turn, process=process: process.log_tail(1) == (f"line of {turn}",))
+    assert sorted(log.parent.iterdir()) == [log, old]
+    assert f"turn {times - 1}\n".encode() in old.read_bytes()
+    assert b"\0" not in log.read_bytes()
 
 
-def test_a_log_that_is_not_full_is_added_to(tmp_path: Path) -> None:
-    for turn in (b"first ", b"second"):
-        with open_log(tmp_path / "0.log") as file:
-            file.write(turn)
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first second"]
+async def test_a_log_that_is_not_full_is_added_to(tmp_path: Path) -> None:
+    (tmp_path / "a.log").write_text("earlier\n")
+    await run_shell("echo later", tmp_path)
+    assert tail(tmp_path / "a.log", 3)[0::2] == ("earlier", "later")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.log"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,8 @@ def keeper(scratch: Path, *commands: tuple[list[str], dict[str, str]], then: str
     finally:
         process.kill()
         process.communicate(timeout=10)
+        with suppress(AssertionError):  # the watchdog tidies up
+            until(lambda: not any(map(is_alive, pids)))
         for pid in filter(is_alive, pids):
             os.kill(pid, signal.SIGKILL)
 
