@@ -103,10 +103,10 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
 
     def command(self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint) -> Command:
         """The flags of llama-server; the key travels in the environment, where `ps` does not show it."""
-        binary = find_binary("llama-server", self.settings.binary)
+        binary = self.settings.binary or find_binary("llama-server", None)
         program = (binary,) if binary else worker_argv("engines.workers.llama_cpp", self.settings.python)
         listen = ("--host", endpoint.socket or endpoint.host, "--port", str(endpoint.port))
-        options = decode(launch.options, LlamaCppOptions, "options")
+        options = decode(launch.options, LlamaCppOptions, "options", strict=False)
         env = {"LLAMA_API_KEY": endpoint.api_key}
         if placement.gpu_uuids is not None:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(placement.gpu_uuids)

@@ -34,8 +34,15 @@ class Client:
     def __init__(self, endpoint: str | None = None, api_key: str | None = None) -> None:
         self.endpoint = (endpoint or os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT).rstrip("/")
         self._api_key = api_key or os.environ.get(KEY_VARIABLE)
+        try:
+            address = urlsplit(self.endpoint)
+            is_http = address.scheme in ("http", "https") and bool(address.hostname)
+        except ValueError:
+            is_http = False
+        if not is_http:
+            raise ClientError(f"{self.endpoint!r} is no address of a gateway: give one such as {DEFAULT_ENDPOINT}.")
         # A proxy that is set for the world must not get between us and this machine.
-        is_local = urlsplit(self.endpoint).hostname in LOCAL_HOSTS
+        is_local = address.hostname in LOCAL_HOSTS
         proxies: dict[str, str] | None = {} if is_local else None
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
 

@@ -24,7 +24,7 @@ from registry.decode import DecodeError, Secret, decode
 
 ENV_PREFIX = "HOSTLER_"
 # ${NAME}, ${NAME:-default}, ${file:/path}; $${...} stands for itself.
-REFERENCE = re.compile(r"(?P<escape>\$)?\$\{(?P<file>file:)?(?P<name>[^}:]+)(?::-(?P<default>[^}]*))?\}")
+REFERENCE = re.compile(r"(?P<escape>\$)?\$\{(?:file:(?P<file>[^}]+)|(?P<name>[^}:]+)(?::-(?P<default>[^}]*))?)\}")
 
 Seconds = Annotated[float, Meta(gt=0)]
 
@@ -83,6 +83,10 @@ def load(file: str | None, flags: Mapping[str, Any], environment: Mapping[str, s
         settings = decode(_resolve(data, "$", environment), Settings, strict=False)
     except DecodeError as exc:
         raise SettingsError(f"{file or 'The settings'}: {exc}") from exc
+    except RecursionError as exc:
+        raise SettingsError(f"{file or 'The settings'}: a value holds itself, by an anchor and its alias.") from exc
+    for field in ("home", "cache", "api_keys_file"):
+        _check_folder_of_user(field, getattr(settings, field))
     if settings.api_keys_file:
         keys = _keys_in(Path(settings.api_keys_file).expanduser())
         settings = msgspec.structs.replace(settings, api_keys=settings.api_keys + keys)
@@ -127,7 +131,9 @@ def _read(path: Path) -> dict[str, Any]:
                 data = yaml.load(text, Loader=_Yaml)  # noqa: S506 (a SafeLoader)
             case _:
                 raise SettingsError(f"{path}: a settings file ends in .yaml, .yml, .toml or .json.")
-    except (yaml.YAMLError, ValueError) as exc:
+    except yaml.YAMLError as exc:
+        raise SettingsError(f"{path} is not valid YAML: {_without_snippet(exc)}") from exc
+    except ValueError as exc:
         raise SettingsError(f"{path} is not valid {path.suffix[1:].upper()}: {exc}") from exc
     if data is None:
         return {}
@@ -146,10 +152,14 @@ class _Yaml(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1 and key != "<<":
-                raise yaml.YAMLError(f"the key {key!r} stands twice, {node.start_mark}")
+        seen = []
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -159,12 +169,23 @@ _Yaml.add_implicit_resolver(
 )
 
 
+def _without_snippet(exc: yaml.YAMLError) -> str:
+    """What is wrong and where, without the line itself, which may hold a key."""
+    if not isinstance(exc, yaml.MarkedYAMLError):
+        return "it holds characters that YAML does not allow"
+    mark = exc.problem_mark or exc.context_mark
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{exc.problem or exc.context}{where}"
+
+
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     """HOSTLER_PORT=... and so on; what is not a plain value is written as YAML."""
     types = get_type_hints(Settings)
     names = {ENV_PREFIX + field.upper(): field for field in types}
     data: dict[str, Any] = {}
     for variable, text in environment.items():
+        if not text:
+            continue  # empty is how many tools say that it is not set
         if variable not in names:
             if variable in (KEY_VARIABLE, ENDPOINT_VARIABLE):
                 continue
@@ -180,7 +201,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             try:
                 data[field] = yaml.load(text, Loader=_Yaml)  # noqa: S506 (a SafeLoader)
             except yaml.YAMLError as exc:
-                raise SettingsError(f"{variable} is not valid YAML: {exc}") from exc
+                raise SettingsError(f"{variable} is not valid YAML: {_without_snippet(exc)}") from exc
     return data
 
 
@@ -197,11 +218,10 @@ def _resolve(data: Any, path: str, environment: Mapping[str, str]) -> Any:
         if match["escape"]:
             return match[0][1:]
         if match["file"]:
-            try:
-                return Path(match["name"]).expanduser().read_text(encoding="utf-8").strip()
-            except OSError as exc:
-                raise SettingsError(f"{match[0]} at `{path}` cannot be read: {exc.strerror}") from exc
-        value = environment.get(match["name"], match["default"])
+            return _text_of(match["file"], f"{match[0]} at `{path}`").strip()
+        value = environment.get(match["name"])
+        if not value and match["default"] is not None:  # as in a shell
+            value = match["default"]
         if value is None:
             raise SettingsError(
                 f"{match[0]} at `{path}` refers to an environment variable that is not set. Set it, or write "
@@ -212,11 +232,26 @@ def _resolve(data: Any, path: str, environment: Mapping[str, str]) -> Any:
     return REFERENCE.sub(put_in, data)
 
 
-def _keys_in(path: Path) -> tuple[Secret, ...]:
+def _text_of(path: str, what: str) -> str:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as exc:
-        raise SettingsError(f"`api_keys_file` {path} cannot be read: {exc.strerror}") from exc
+        raise SettingsError(f"{what} cannot be read: {exc.strerror}.") from exc
+    except UnicodeDecodeError as exc:
+        raise SettingsError(f"{what} cannot be read: it is not text in UTF-8.") from exc
+    except (RuntimeError, ValueError) as exc:  # ~nobody, or a NUL in the path
+        raise SettingsError(f"{what} cannot be read: {exc}") from exc
+
+
+def _check_folder_of_user(field: str, path: str | None) -> None:
+    try:
+        Path(path or ".").expanduser()
+    except RuntimeError as exc:
+        raise SettingsError(f"$.{field}: {path!r} names the home folder of a user that does not exist.") from exc
+
+
+def _keys_in(path: Path) -> tuple[Secret, ...]:
+    lines = _text_of(str(path), f"`api_keys_file` {path}").splitlines()
     keys = tuple(Secret(line.strip()) for line in lines if line.strip() and not line.startswith("#"))
     if not keys:
         raise SettingsError(f"`api_keys_file` {path} holds no key: write one a line.")

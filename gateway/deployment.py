@@ -24,7 +24,8 @@ class Deployment:
         self.waiting = 0  # requests that wait for a replica
         self._drain_timeout_s = drain_timeout_s
         self._start_wanted = launch.preload
-        self._stopping = False  # from the decision to stop until all replicas have stopped
+        self._is_running = False  # from the decision to start until all replicas have stopped
+        self._stopping = False  # from the decision to stop until then
         self._is_forced = False
         self._is_closed = False
         self._change = asyncio.Event()
@@ -52,7 +53,7 @@ class Deployment:
             while (replica := self.pick(avoid)) is None:
                 if self._is_closed:
                     raise ShuttingDown(f"{self.launch.uid} is being stopped for good.")
-                if self.has_failed:
+                if self.has_failed and not self._stopping:
                     raise ModelFailed(self.failure_text())
                 await self.changed()
         finally:
@@ -129,12 +130,12 @@ class Deployment:
     def stop(self, *, force: bool = False) -> None:
         """Unload once the requests in flight have ended, or at once; the next request loads again."""
         self._start_wanted = False
+        if self._is_running:
+            self._stopping = True
+            self._is_forced |= force
         if force:
-            self._is_forced = True
             for replica in self.replicas:
                 replica.hurry()
-        if any(replica.state is not State.STOPPED for replica in self.replicas):
-            self._stopping = True
         self.notify()
 
     async def stopped(self) -> None:
@@ -153,6 +154,7 @@ class Deployment:
         while True:
             while self._is_closed or not (self._start_wanted or self.waiting):
                 await self.changed()
+            self._is_running = True
             lives = [asyncio.create_task(replica.run(), name=str(replica)) for replica in self.replicas]
             try:
                 await self._until_stopping()
@@ -161,7 +163,7 @@ class Deployment:
                 for life in lives:
                     life.cancel()
                 await asyncio.gather(*lives, return_exceptions=True)
-                self._stopping = self._is_forced = False
+                self._is_running = self._stopping = self._is_forced = False
                 self.notify()
 
     async def _until_stopping(self) -> None:

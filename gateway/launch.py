@@ -20,6 +20,9 @@ RESERVED_UIDS = frozenset(
     ["prompts", "families", "instances", "instance", "vllm-supported", "update_type", "llm", "recommend", "update_spec"]
 )
 
+RESERVED_ENDINGS = frozenset(["start", "stop", "logs"])
+FILE_NAME_BYTES = 200  # most file systems take 255; ours get endings
+
 Seconds = Annotated[float, Meta(gt=0)]
 
 
@@ -49,7 +52,9 @@ def plan(uid: str, request: LaunchRequest, registry: Registry, known_engines: Se
     check_uid(uid)
     artifact = resolve(registry, request)
     engine = _choose_engine(request.model_engine, artifact, known_engines)
-    decode(request.options, engine.options, "options")
+    decode(request.options, engine.options, "options", strict=False)
+    if request.gpu_idx is not None and len(set(request.gpu_idx)) < len(request.gpu_idx):
+        raise ValueError(f"gpu_idx {list(request.gpu_idx)} names a GPU twice.")
     if request.gpu_idx is not None and request.n_gpu is not None and len(request.gpu_idx) != request.n_gpu:
         raise ValueError(f"gpu_idx names {len(request.gpu_idx)} GPUs, n_gpu says {request.n_gpu}: give one of them.")
     return Launch(
@@ -72,10 +77,19 @@ def check_uid(uid: str) -> None:
     """Raises ValueError unless the text can stand for a model in a path and in a request."""
     if uid in RESERVED_UIDS:
         raise ValueError(f"{uid!r} cannot name a model: the API uses that path. Choose another name.")
-    if not UID.fullmatch(uid) or {".", ".."} & set(uid.split("/")) or len(uid.encode()) > 200:
+    parts = uid.split("/")
+    if parts[1:] and parts[-1] in RESERVED_ENDINGS:
+        raise ValueError(f"{uid!r} cannot name a model: the API uses paths that end so. Choose another name.")
+    if not (
+        UID.fullmatch(uid)
+        and uid.isprintable()
+        and not uid.startswith("-")
+        and not {".", ".."} & set(parts)
+        and len(file_name(uid).encode()) <= FILE_NAME_BYTES
+    ):
         raise ValueError(
-            f"{uid!r} cannot name a model: 1 to 100 characters, no white space and none of \\ ? % # & = +, "
-            "and a slash only inside."
+            f"{uid!r} cannot name a model: 1 to 100 characters, no white space, none of \\ ? % # & = +, no "
+            "dash at its begin, and slashes only inside."
         )
 
 

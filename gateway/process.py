@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from engines.environments import child_environment, worker_argv
 from gateway.watchdog import MARK_VARIABLE
@@ -22,6 +24,10 @@ from gateway.watchdog import MARK_VARIABLE
 LOG_LIMIT_BYTES = 16 * 2**20
 LOG_PAUSE_S = 30.0
 TAIL_LINES = 12
+TAIL_BLOCK_BYTES = 8192
+END_PAUSE_S = 0.02
+
+logger = logging.getLogger("hostler.process")
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +39,8 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         if self.signal is None:
             return f"exit code {self.code}"
-        return f"signal {self.signal} ({signal.Signals(self.signal).name})"
+        name = signal.Signals(self.signal).name if self.signal in set(signal.Signals) else "without a name"
+        return f"signal {self.signal} ({name})"
 
 
 class EngineProcess:
@@ -68,16 +75,17 @@ class EngineProcess:
     async def _end(self) -> None:
         """TERM the group, wait, KILL what is left of it, reap."""
         self._signal(signal.SIGTERM)
-        try:
-            async with asyncio.timeout(self.grace_s):
-                await self._process.wait()
-                while self._signal(0):  # grandchildren may end later than the leader
-                    await asyncio.sleep(0.02)
-        except TimeoutError:
-            pass
-        finally:
-            self._signal(signal.SIGKILL)
+        started = time.monotonic()
+        while self._is_alive() and time.monotonic() - started < self.grace_s:
+            await asyncio.sleep(END_PAUSE_S)
+        self._signal(signal.SIGKILL)
         await self._process.wait()
+
+    def _is_alive(self) -> bool:
+        """Whether the leader runs, or any other member of its group; the dead that nobody has reaped do not count."""
+        if self._process.returncode is None:
+            return True
+        return self._signal(0) and any(_is_alive_in(self.pid, pid) for pid in psutil.pids())
 
     def _signal(self, number: int) -> bool:
         """Signal the group; whether there is any process in it."""
@@ -102,6 +110,25 @@ async def engine_process(
     Raises:
         OSError: it cannot be started.
     """
+    starting = asyncio.ensure_future(_start(argv, marked_environment(env, folder), log, folder, grace_s))
+    try:
+        running = await asyncio.shield(starting)
+    except asyncio.CancelledError:  # it may have come to life all the same
+        with contextlib.suppress(OSError):
+            running = await starting
+            running.grace_s = 0
+            await running.end()
+        raise
+    keeper = asyncio.create_task(_keep_small(log))
+    try:
+        yield running
+    finally:
+        keeper.cancel()
+        await running.end()
+        await asyncio.gather(keeper, return_exceptions=True)
+
+
+async def _start(argv: Sequence[str], env: Mapping[str, str], log: Path, folder: Path, grace_s: float) -> EngineProcess:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(argv)}\n".encode())
@@ -112,17 +139,18 @@ async def engine_process(
             stdin=asyncio.subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env=marked_environment(env, folder),
+            env=env,
             cwd=folder,
             start_new_session=True,
         )
-    keeper = asyncio.create_task(_keep_small(log))
-    running = EngineProcess(process, log, log_start, grace_s)
+    return EngineProcess(process, log, log_start, grace_s)
+
+
+def _is_alive_in(group: int, pid: int) -> bool:
     try:
-        yield running
-    finally:
-        keeper.cancel()
-        await running.end()
+        return os.getpgid(pid) == group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except (OSError, psutil.Error):
+        return False
 
 
 def marked_environment(env: Mapping[str, str], folder: Path) -> dict[str, str]:
@@ -136,9 +164,12 @@ async def _keep_small(log: Path) -> None:
     The process goes on writing to the same file, in append mode, so it is copied and emptied, not renamed.
     """
     while True:
-        if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
-            await asyncio.to_thread(shutil.copyfile, log, log.with_suffix(".old.log"))
-            os.truncate(log, 0)
+        try:
+            if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
+                await asyncio.to_thread(shutil.copyfile, log, log.with_suffix(".old.log"))
+                os.truncate(log, 0)
+        except OSError as exc:
+            logger.warning("The log %s cannot be put aside, so it goes on growing: %s", log, exc)
         await asyncio.sleep(LOG_PAUSE_S)
 
 
@@ -148,11 +179,17 @@ def tail(log: Path, lines: int, *, start: int = 0) -> tuple[str, ...]:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             start = start if start <= size else 0  # the log was emptied meanwhile
-            file.seek(max(start, size - 400 * max(lines, 1)))
-            text = file.read().decode(errors="replace")
+            block = TAIL_BLOCK_BYTES
+            while True:
+                begin = max(start, size - block)
+                file.seek(begin)
+                text = file.read(size - begin)
+                if begin == start or text.count(b"\n") > lines or block >= LOG_LIMIT_BYTES:
+                    break
+                block *= 4
     except OSError:
         return ()
-    return tuple(text.splitlines()[-lines:]) if lines else ()
+    return tuple(text.decode(errors="replace").splitlines()[-lines:]) if lines else ()
 
 
 @contextlib.asynccontextmanager
@@ -182,8 +219,6 @@ async def watchdog(folder: Path) -> AsyncIterator[None]:
 
 def memory_bytes(leader: int) -> int | None:
     """The resident memory of a process and its descendants; None once it is gone."""
-    import psutil  # only when asked
-
     try:
         process = psutil.Process(leader)
         family = [process, *process.children(recursive=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -123,8 +124,9 @@ def _listening_socket(settings: Settings) -> Iterator[socket.socket]:
         family, _, _, _, address = found[0]
         listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as exc:
-        hint = " Another program has it: choose another with --port." if exc.errno == 98 else ""
-        raise SettingsError(f"Cannot listen on {settings.host}:{settings.port}: {exc.strerror}.{hint}") from exc
+        is_taken = exc.errno == errno.EADDRINUSE
+        why = "another program has it. Choose another with --port" if is_taken else exc.strerror
+        raise SettingsError(f"Cannot listen on {settings.host}:{settings.port}: {why}.") from exc
     with listener:
         yield listener
 

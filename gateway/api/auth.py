@@ -62,11 +62,18 @@ class Guard:
 
     def _check_origin(self, origin: str) -> None:
         """Without a key, any page in the user's browser could call us; only local ones may."""
-        if {origin, "*"} & self._origins or urlsplit(origin).hostname in LOOPBACK_HOSTS:
+        if {origin, "*"} & self._origins or _host_of(origin) in LOOPBACK_HOSTS:
             return
         raise Forbidden(
             f"A web page of {origin} may not call this gateway. Add it to `allowed_origins`, or set `api_keys`."
         )
+
+
+def _host_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).hostname
+    except ValueError:  # no address at all
+        return None
 
 
 def _digest(key: bytes) -> bytes:

@@ -22,15 +22,18 @@ def command(client: Client, uid: str, system: str | None, max_tokens: int | None
     given = {"max_tokens": max_tokens, "temperature": temperature}
     options = {name: value for name, value in given.items() if value is not None}
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    has_failed = False
     while (prompt := _ask()) is not None:
         if not prompt.strip():
             continue
         messages.append({"role": "user", "content": prompt})
         answer = _stream(client, {"model": uid, "messages": messages, "stream": True} | options)
+        has_failed = answer is None
         if answer is None:
             messages.pop()  # it was never answered
         else:
             messages.append({"role": "assistant", "content": answer})
+    sys.exit(has_failed)  # so that a pipe learns of it
 
 
 def _ask() -> str | None:

@@ -333,11 +333,6 @@ def test_the_workers_parser_takes_every_flag_that_the_engine_can_emit(worker: Ll
     }
 
 
-def test_the_worker_takes_a_uid_that_begins_with_a_dash(worker: LlamaCpp) -> None:
-    argv = worker.command(a_launch(uid="-qwen"), MODEL, ANYWHERE, SOCKET).argv[4:]
-    assert _parser().parse_args(argv).alias == "-qwen"
-
-
 def test_the_worker_takes_a_chat_template_that_begins_with_dashes(worker: LlamaCpp) -> None:
     template = "--- {{ messages }}"
     argv = worker.command(a_launch({"chat_template": template}), MODEL, ANYWHERE, SOCKET).argv[4:]

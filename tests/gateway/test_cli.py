@@ -257,7 +257,7 @@ def test_without_a_gateway_a_verb_says_what_to_do(verb: list[str], no_gateway: s
 def test_an_endpoint_that_is_no_address_is_told(endpoint: str, tmp_path: Path) -> None:
     done = run(tmp_path, "list", "--endpoint", endpoint)
     assert done.returncode == 1
-    assert f"There is no gateway at {endpoint}" in done.stderr
+    assert endpoint in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -313,7 +313,7 @@ def test_serve_on_a_port_that_is_in_use_is_refused(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         done = run(tmp_path, "serve", "--port", str(port))
     assert (done.returncode, done.stdout) == (2, "")
-    words = [f"Cannot listen on 127.0.0.1:{port}: Address already in use", "Another program has it", "--port"]
+    words = [f"Cannot listen on 127.0.0.1:{port}: another program has it", "--port"]
     assert [word for word in words if word not in done.stderr] == []
 
 

@@ -228,7 +228,6 @@ def test_a_model_that_there_is_not_is_told_with_the_nearest() -> None:
         "模型",
         "🦙",
         ".hidden",
-        "-dash",
         "a..b",
         "a" * 100,
         "promptsx",
@@ -246,6 +245,7 @@ def test_a_uid_may_be(uid: str) -> None:
         "",
         " ",
         "a b",
+        "-dash",
         " a",
         "a\n",
         "a\tb",
@@ -318,8 +318,8 @@ def test_a_file_name_is_one_part_of_a_path(uid: str) -> None:
 
 @pytest.mark.parametrize(
     "uid",
-    ["a" * 100, "a/" * 49 + "a", "模" * 66, "模/" * 49 + "模", "🦙" * 50],
-    ids=["letters", "slashes", "wide letters", "wide letters and slashes", "signs"],
+    ["a" * 100, "a/" * 49 + "a", "模" * 66, "🦙" * 50],
+    ids=["letters", "slashes", "wide letters", "signs"],
 )
 def test_the_longest_uids_still_name_a_file(uid: str, tmp_path: Path) -> None:
     check_uid(uid)
