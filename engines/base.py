@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import msgspec
+from msgspec import Meta
 
 from registry.resolve import Artifact
+
+START_TIMEOUT_S = 600.0
+LOAD_TIMEOUT_S = 300.0
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -27,8 +31,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     envs: dict[str, str] = {}
     preload: bool = False
     idle_timeout_s: float | None = None
-    start_timeout_s: float = 600.0
-    load_timeout_s: float = 300.0
+    start_timeout_s: float = START_TIMEOUT_S
+    load_timeout_s: float = LOAD_TIMEOUT_S
 
 
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,10 +79,9 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a site says of one engine: the program, or the Python that has its packages."""
+    """What a site says of one engine: the program to run."""
 
-    binary: str | None = None
-    python: str | None = None
+    binary: Annotated[str, Meta(description="the engine's program, by its path or its name on PATH")] | None = None
 
 
 @runtime_checkable

@@ -14,9 +14,16 @@ def find_binary(name: str, configured: str | None) -> str | None:
     return shutil.which(configured or name)
 
 
-def worker_argv(module: str, python: str | None = None) -> tuple[str, ...]:
+def absolute_program(program: str | None) -> str | None:
+    """A path as it is meant where the settings are read; children run in a folder of their own. Names stay."""
+    if program is None or "/" not in program:
+        return program
+    return os.path.abspath(os.path.expanduser(program))
+
+
+def worker_argv(module: str) -> tuple[str, ...]:
     """How to start a worker of ours. -P keeps the working folder off the import path."""
-    return (python or sys.executable, "-P", "-m", module)
+    return (sys.executable, "-P", "-m", module)
 
 
 def has_package(name: str) -> bool:

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from engines.base import Command, Endpoint, EngineSettings, Launch, Needs, Placement
-from engines.environments import find_binary, has_package, worker_argv
+from engines.environments import absolute_program, find_binary, has_package, worker_argv
 from registry.decode import decode
 from registry.resolve import Artifact
 
@@ -79,7 +79,7 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
 
     def configured(self, settings: EngineSettings) -> LlamaCpp:
         """This engine with a site's settings."""
-        return LlamaCpp(settings=settings)
+        return LlamaCpp(settings=EngineSettings(binary=absolute_program(settings.binary)))
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -87,7 +87,7 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
             if find_binary("llama-server", self.settings.binary):
                 return None
             return f"`engines.llama.cpp.binary` names {self.settings.binary!r}, which is not an executable file"
-        if find_binary("llama-server", None) or self.settings.python or has_package("xllamacpp"):
+        if find_binary("llama-server", None) or has_package("xllamacpp"):
             return None
         return "there is no `llama-server` on PATH and no xllamacpp package: pip install xllamacpp"
 
@@ -104,7 +104,7 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
     def command(self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint) -> Command:
         """The flags of llama-server; the key travels in the environment, where `ps` does not show it."""
         binary = self.settings.binary or find_binary("llama-server", None)
-        program = (binary,) if binary else worker_argv("engines.workers.llama_cpp", self.settings.python)
+        program = (binary,) if binary else worker_argv("engines.workers.llama_cpp")
         listen = ("--host", endpoint.socket or endpoint.host, "--port", str(endpoint.port))
         options = decode(launch.options, LlamaCppOptions, "options", strict=False)
         env = {"LLAMA_API_KEY": endpoint.api_key}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -21,7 +19,8 @@ from gateway.api.wire import ChatHead, CompletionHead, EmbeddingHead
 from gateway.errors import BadRequest, HostlerError, NotFound, answer
 from gateway.fleet import Fleet
 
-logger = logging.getLogger("hostler.app")
+# Pages that this machine itself serves; see Guard for the others.
+LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 
 def create_app(fleet: Fleet) -> Starlette:
@@ -56,6 +55,7 @@ def create_app(fleet: Fleet) -> Starlette:
     cross_origin = Middleware(
         CORSMiddleware,
         allow_origins=settings.allowed_origins,
+        allow_origin_regex=LOOPBACK_ORIGIN,
         allow_methods=["*"],
         allow_headers=["*"],
         expose_headers=[HEADER.decode()],
@@ -64,10 +64,10 @@ def create_app(fleet: Fleet) -> Starlette:
         routes=routes,
         middleware=[
             Middleware(Trace, is_logging=settings.access_log),
-            *([cross_origin] if settings.allowed_origins else []),
+            cross_origin,
             Middleware(Guard, settings=settings),
         ],
-        exception_handlers={HostlerError: _ours, HTTPException: _starlettes, Exception: _unexpected},
+        exception_handlers={HostlerError: _ours, HTTPException: _starlettes},
     )
 
 
@@ -85,8 +85,3 @@ async def _starlettes(request: Request, exc: Exception) -> Response:
     refusal.status_code = exc.status_code
     refusal.headers.update(exc.headers or {})
     return refusal
-
-
-async def _unexpected(request: Request, exc: Exception) -> Response:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=exc)
-    return answer(HostlerError("The gateway failed; its log has the details under this request's id."))

@@ -10,13 +10,14 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
+
+from gateway.addresses import host_of, is_loopback
 
 KEY_VARIABLE = "HOSTLER_API_KEY"  # what we send; a gateway that sees it at its start accepts it
 ENDPOINT_VARIABLE = "HOSTLER_ENDPOINT"
 DEFAULT_ENDPOINT = "http://127.0.0.1:9997"
 LIMIT_S = 30.0
-LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class ClientError(Exception):
@@ -34,16 +35,11 @@ class Client:
     def __init__(self, endpoint: str | None = None, api_key: str | None = None) -> None:
         self.endpoint = (endpoint or os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT).rstrip("/")
         self._api_key = api_key or os.environ.get(KEY_VARIABLE)
-        try:
-            address = urlsplit(self.endpoint)
-            is_http = address.scheme in ("http", "https") and bool(address.hostname)
-        except ValueError:
-            is_http = False
-        if not is_http:
+        host = host_of(self.endpoint)
+        if not host or not self.endpoint.startswith(("http://", "https://")):
             raise ClientError(f"{self.endpoint!r} is no address of a gateway: give one such as {DEFAULT_ENDPOINT}.")
         # A proxy that is set for the world must not get between us and this machine.
-        is_local = address.hostname in LOCAL_HOSTS
-        proxies: dict[str, str] | None = {} if is_local else None
+        proxies: dict[str, str] | None = {} if is_loopback(host) else None
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
 
     def get(self, path: str, **query: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import json
 import os
 import re
@@ -17,16 +16,16 @@ import yaml
 from msgspec import Meta
 
 from engines.base import EngineSettings
+from gateway.addresses import is_loopback
 from gateway.client import ENDPOINT_VARIABLE, KEY_VARIABLE
 from gateway.errors import SettingsError
-from gateway.launch import LaunchRequest
+from gateway.launch import LaunchRequest, Seconds
 from registry.decode import DecodeError, Secret, decode
 
 ENV_PREFIX = "HOSTLER_"
 # ${NAME}, ${NAME:-default}, ${file:/path}; $${...} stands for itself.
-REFERENCE = re.compile(r"(?P<escape>\$)?\$\{(?:file:(?P<file>[^}]+)|(?P<name>[^}:]+)(?::-(?P<default>[^}]*))?)\}")
-
-Seconds = Annotated[float, Meta(gt=0)]
+REFERENCE = re.compile(r"(?P<escape>\$)?\$\{(?P<inner>[^}]*)(?P<end>\})?")
+VARIABLE = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re.DOTALL)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -99,21 +98,12 @@ def load(file: str | None, flags: Mapping[str, Any], environment: Mapping[str, s
 
 def check_exposure(settings: Settings, *, insecure: bool) -> None:
     """Raises SettingsError if strangers could reach the gateway and no key stops them."""
-    if settings.api_keys or insecure or _is_loopback(settings.host):
+    if settings.api_keys or insecure or is_loopback(settings.host):
         return
     raise SettingsError(
         f"Listening on {settings.host} lets other machines in, and there is no API key. Set `api_keys` "
         "(or HOSTLER_API_KEYS, or `api_keys_file`), listen on 127.0.0.1, or say --insecure if you mean it."
     )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -217,15 +207,22 @@ def _resolve(data: Any, path: str, environment: Mapping[str, str]) -> Any:
     def put_in(match: re.Match[str]) -> str:
         if match["escape"]:
             return match[0][1:]
-        if match["file"]:
-            return _text_of(match["file"], f"{match[0]} at `{path}`").strip()
-        value = environment.get(match["name"])
-        if not value and match["default"] is not None:  # as in a shell
-            value = match["default"]
+        inner = match["inner"]
+        if match["end"] and inner.startswith("file:"):
+            return _text_of(inner.removeprefix("file:"), f"{match[0]} at `{path}`").strip()
+        variable = VARIABLE.fullmatch(inner)
+        if not match["end"] or variable is None:
+            raise SettingsError(
+                f"`{path}` holds {match[0]!r}, which is no reference: write ${{NAME}}, ${{NAME:-default}} or "
+                "${file:/path}, or $${ for the characters themselves."
+            )
+        value = environment.get(variable["name"])
+        if not value and variable["default"] is not None:  # as in a shell
+            value = variable["default"]
         if value is None:
             raise SettingsError(
                 f"{match[0]} at `{path}` refers to an environment variable that is not set. Set it, or write "
-                f"${{{match['name']}:-a default}}."
+                f"${{{inner}:-a default}}."
             )
         return value
 

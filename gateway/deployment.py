@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from engines.base import Engine, Launch
-from gateway.errors import ModelFailed, ShuttingDown
+from gateway.errors import ModelFailed, ModelStopped, ShuttingDown
 from gateway.replica import COMING, Replica, State
 
 logger = logging.getLogger("hostler.deployment")
@@ -27,8 +27,10 @@ class Deployment:
         self._is_running = False  # from the decision to start until all replicas have stopped
         self._stopping = False  # from the decision to stop until then
         self._is_forced = False
-        self._is_closed = False
+        self.is_closed = False
+        self.stops = 0  # how often somebody has stopped it
         self._change = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
 
     # --- what requests do
 
@@ -44,15 +46,16 @@ class Deployment:
 
         Raises:
             ModelFailed: no replica starts.
+            ModelStopped: somebody stopped it meanwhile. Who comes after that waits for the next start.
             ShuttingDown: the deployment is ending.
         """
+        stops = self.stops
         self.waiting += 1
         if self.waiting == 1:
             self.notify()
         try:
             while (replica := self.pick(avoid)) is None:
-                if self._is_closed:
-                    raise ShuttingDown(f"{self.launch.uid} is being stopped for good.")
+                self.check_still_wanted(stops)
                 if self.has_failed and not self._stopping:
                     raise ModelFailed(self.failure_text())
                 await self.changed()
@@ -74,6 +77,13 @@ class Deployment:
         replica.last_used = time.monotonic()
         if not replica.in_flight:
             self.notify()  # an idle clock or a drain may wait for it
+
+    def check_still_wanted(self, stops: int) -> None:
+        """Raises ModelStopped or ShuttingDown if it was stopped since there were so many `stops`."""
+        if self.is_closed:
+            raise ShuttingDown(f"{self.launch.uid} is being stopped for good.")
+        if self.stops != stops:
+            raise ModelStopped(f"{self.launch.uid} was stopped before the request was answered.")
 
     # --- what it says of itself
 
@@ -121,14 +131,18 @@ class Deployment:
     # --- what changes it
 
     def start(self) -> None:
-        """Load now, and give a failed model another chance."""
+        """Load now, and give replicas that have failed another chance."""
         self._start_wanted = True
-        if self.has_failed:
-            self._stopping = True
+        for replica in self.replicas:
+            replica.retry()
         self.notify()
 
     def stop(self, *, force: bool = False) -> None:
         """Unload once the requests in flight have ended, or at once; the next request loads again."""
+        self.stops += 1
+        self._unload(force=force)
+
+    def _unload(self, *, force: bool) -> None:
         self._start_wanted = False
         if self._is_running:
             self._stopping = True
@@ -145,14 +159,23 @@ class Deployment:
 
     async def close(self, *, force: bool) -> None:
         """Stop for good: whoever waits is told so."""
-        self._is_closed = True
+        self.is_closed = True
         self.stop(force=force)
         await self.stopped()
+
+    def begin(self, tasks: asyncio.TaskGroup) -> None:
+        """Be driven by a task of the group, until `end`."""
+        self._task = tasks.create_task(self.run(), name=self.launch.uid)
+
+    def end(self) -> None:
+        """Be driven no longer; for after `close`."""
+        if self._task:
+            self._task.cancel()
 
     async def run(self) -> None:
         """Start when somebody wants it, stop when nobody does, until cancelled."""
         while True:
-            while self._is_closed or not (self._start_wanted or self.waiting):
+            while self.is_closed or not (self._start_wanted or self.waiting):
                 await self.changed()
             self._is_running = True
             lives = [asyncio.create_task(replica.run(), name=str(replica)) for replica in self.replicas]
@@ -176,7 +199,7 @@ class Deployment:
             rest_s = max(replica.last_used for replica in self.replicas) + idle_timeout_s - time.monotonic()
             if rest_s <= 0:
                 logger.info("%s was idle for %g s and is unloaded", self.launch.uid, idle_timeout_s)
-                self.stop()
+                self._unload(force=False)
                 return
             await self.changed(limit_s=rest_s)
 

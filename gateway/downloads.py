@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from engines.environments import worker_argv
-from gateway.process import marked_environment
+from gateway.process import start
 from registry import hubs
 from registry.schema import Source
 
-STOP_LIMIT_S = 1.0
+GRACE_S = 1.0  # for it to tidy up
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,19 +61,18 @@ async def fetch(
         report: called with each step of the progress.
     Raises:
         DownloadFailed: with the hub's sentence.
+        CannotStart: the child cannot be started.
     """
     if (path := hubs.find_cached(source, cache)) is not None:
         return path
     order = msgspec.json.encode({"source": source, "cache": str(cache)}).decode()
-    process = await asyncio.create_subprocess_exec(
-        *worker_argv("registry.hubs.fetch"),
-        order,
-        stdin=asyncio.subprocess.DEVNULL,
+    process = await start(
+        (*worker_argv("registry.hubs.fetch"), order),
+        {},
+        folder=folder,
+        grace_s=GRACE_S,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env=marked_environment({}, folder),
-        cwd=folder,
-        start_new_session=True,
     )
     assert process.stdout is not None
     assert process.stderr is not None
@@ -86,27 +82,16 @@ async def fetch(
         while line := await asyncio.wait_for(process.stdout.readline(), stall_s):
             last = _decode_line(line)
             report(last)
-        await process.wait()
+        ended = await process.wait()
     except TimeoutError as exc:
         raise DownloadFailed(f"nothing arrived from hub {source.model_hub} for {stall_s:.0f} s") from exc
     finally:
-        await _end(process)
+        await process.end()
         heard = await chatter
     if last.path:
         return Path(last.path)
-    said = last.error or f"the download ended with exit code {process.returncode}: {' | '.join(heard)}"
+    said = last.error or f"the download ended with {ended}: {' | '.join(heard)}"
     raise DownloadFailed(said, permanent=last.permanent)
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """TERM, so that it tidies up, and KILL for the whole group."""
-    with contextlib.suppress(ProcessLookupError, TimeoutError):
-        os.killpg(process.pid, signal.SIGTERM)
-        async with asyncio.timeout(STOP_LIMIT_S):
-            await process.wait()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    await process.wait()
 
 
 async def _last_lines(stream: asyncio.StreamReader, keep: int = 5) -> list[str]:

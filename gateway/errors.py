@@ -9,9 +9,12 @@ HostlerError
     NotFound              404: no such route or thing
     ModelNotFound         404: no such model
     BodyTooLarge          413: more bytes than `max_body_bytes`
+    UnsupportedBody       415: compressed
   CannotServe           the request is fine, but cannot be answered now: 5xx
     ModelLoading          503: still loading when the client's patience ended; worth a retry
     ModelFailed           503: it does not start; the text says why
+    ModelStopped          503: somebody stopped it while the request waited or was answered
+    CannotKeep            503: a launch cannot be written to the data folder
     ShuttingDown          503: the gateway is ending
     EngineDied            502: the engine went away while it answered
 """
@@ -91,6 +94,13 @@ class BodyTooLarge(RequestRefused):
     code = "body_too_large"
 
 
+class UnsupportedBody(RequestRefused):
+    """The request's body is compressed."""
+
+    status = 415
+    code = "unsupported_body"
+
+
 class CannotServe(HostlerError):
     """The request is fine, but it cannot be answered now."""
 
@@ -109,6 +119,19 @@ class ModelFailed(CannotServe):
     """The model does not start; the text says why and what to do."""
 
     code = "model_failed"
+
+
+class ModelStopped(CannotServe):
+    """Somebody stopped the model while the request waited for it or was answered by it."""
+
+    code = "model_stopped"
+    retry_after_s = 1
+
+
+class CannotKeep(CannotServe):
+    """What was asked for cannot be written to the data folder, so it was not done."""
+
+    code = "cannot_keep"
 
 
 class ShuttingDown(CannotServe):

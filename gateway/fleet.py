@@ -8,10 +8,10 @@ import logging
 from collections.abc import AsyncIterator
 
 import engines
-from engines.base import Engine, Launch
+from engines.base import Engine, Launch, Placement
 from gateway.config import Settings
 from gateway.deployment import Deployment
-from gateway.errors import BadRequest, ModelNotFound, SettingsError, ShuttingDown
+from gateway.errors import BadRequest, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
 from gateway.launch import LaunchRequest, file_name, plan
 from gateway.nodes.local import LocalNode, open_node
 from gateway.replica import Replica
@@ -30,6 +30,7 @@ class Fleet:
         settings: Settings,
         registry: Registry,
         known_engines: tuple[Engine, ...],
+        store: Store,
         node: LocalNode,
         tasks: asyncio.TaskGroup,
     ) -> None:
@@ -37,20 +38,22 @@ class Fleet:
         self.registry = registry
         self.engines = known_engines
         self.node = node
-        self.store = Store(settings.home_path / "launches")
+        self.store = store
         self.is_closing = False
         self._deployments: dict[str, Deployment] = {}
         self._tasks = tasks
-        self._runs: dict[str, asyncio.Task[None]] = {}
 
     def find(self, uid: str) -> Deployment:
         """The deployment of that uid.
 
         Raises:
             ModelNotFound: naming those that look like it.
+            ShuttingDown: the gateway takes no new requests.
         """
+        if self.is_closing:
+            raise ShuttingDown("The gateway is shutting down.")
         deployment = self._deployments.get(uid)
-        if deployment is None:
+        if deployment is None or deployment.is_closed:
             hint = did_you_mean(uid, self._deployments, what="Served here")
             raise ModelNotFound(f"The model {uid!r} is not served here. {hint}", param="model")
         return deployment
@@ -64,16 +67,24 @@ class Fleet:
 
         Raises:
             BadRequest: it cannot be done, or the uid is taken; nothing is kept then.
+            CannotKeep: the data folder cannot be written.
         """
         if self.is_closing:
             raise ShuttingDown("The gateway is shutting down.")
+        if uid in self._deployments and self._deployments[uid].is_closed:
+            raise BadRequest(f"{uid} is still being stopped. Try again in a moment.", param="model_uid")
         if uid in self._deployments:
             raise BadRequest(f"Model is already in the model list, uid: {uid}. Choose another uid.", param="model_uid")
         try:
             launch = plan(uid, request, self.registry, self.engines)
         except ValueError as exc:
             raise BadRequest(str(exc)) from exc
-        self.store.write(launch)
+        try:
+            self.store.write(launch)
+        except OSError as exc:
+            raise CannotKeep(
+                f"The launch cannot be kept in {self.store.folder}: {exc.strerror}. Mend that first."
+            ) from exc
         return self._deploy(launch)
 
     async def terminate(self, uid: str) -> None:
@@ -89,15 +100,22 @@ class Fleet:
                 f"{uid!r} is declared in the settings, so it would be back at the next start. Remove it there, or "
                 f"say `hostler stop {uid}` to unload it."
             )
-        self.store.delete(uid)
-        del self._deployments[uid]
+        try:
+            self.store.delete(uid)
+        except OSError as exc:
+            raise CannotKeep(f"The launch cannot be deleted in {self.store.folder}: {exc.strerror}.") from exc
         await deployment.close(force=False)
-        self._runs.pop(uid).cancel()
+        del self._deployments[uid]  # not before: until then the gateway's end must know of it
+        deployment.end()
 
     async def close(self) -> None:
         """Stop everything now. Requests that are still in flight end with an error."""
         self.is_closing = True
         await asyncio.gather(*(deployment.close(force=True) for deployment in self.deployments()))
+
+    def _placements(self) -> list[Placement]:
+        replicas = [replica for deployment in self.deployments() for replica in deployment.replicas]
+        return [replica.placement for replica in replicas if replica.placement]
 
     def restore(self, declared: list[Launch]) -> None:
         """Deploy what the settings declare and what was launched before."""
@@ -126,11 +144,12 @@ class Fleet:
                 restart_limit=self.settings.restart_limit,
                 download_stall_s=self.settings.download_stall_s,
                 changed=deployment.notify,
+                placements=self._placements,
             )
             for index in range(launch.replica)
         )
         self._deployments[launch.uid] = deployment
-        self._runs[launch.uid] = self._tasks.create_task(deployment.run(), name=launch.uid)
+        deployment.begin(self._tasks)
         return deployment
 
 
@@ -170,12 +189,16 @@ async def open_fleet(settings: Settings) -> AsyncIterator[Fleet]:
     """
     registry, known_engines = Registry.builtin(), available_engines(settings)
     declared = plan_declared(settings, registry, known_engines)
+    try:
+        store = Store(settings.home_path / "launches")
+    except OSError as exc:
+        raise SettingsError(f"The data folder {settings.home_path} cannot be used: {exc}") from exc
     async with open_node() as node, asyncio.TaskGroup() as tasks:
-        fleet = Fleet(settings, registry, known_engines, node, tasks)
+        fleet = Fleet(settings, registry, known_engines, store, node, tasks)
         try:
             fleet.restore(declared)
             yield fleet
         finally:
             await fleet.close()
-            for run in fleet._runs.values():
-                run.cancel()
+            for deployment in fleet.deployments():
+                deployment.end()

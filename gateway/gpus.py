@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from typing import Any
+
 import msgspec
+
+logger = logging.getLogger("hostler.gpus")
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
-    """One device as observed. Memory in bytes; `used_by` maps a pid to the bytes that it holds."""
+    """One device as observed. Memory in bytes, 0 where the device does not tell."""
 
     index: int
     uuid: str
     name: str
     total_bytes: int
     used_bytes: int
-    used_by: dict[int, int] = {}
 
 
 def list_gpus() -> list[Gpu]:
-    """All GPUs, asked now; empty where there is no driver or no device."""
+    """All GPUs, asked now; empty where there is no driver or no device. May take some milliseconds."""
     import pynvml  # only when asked
 
     try:
@@ -26,6 +31,9 @@ def list_gpus() -> list[Gpu]:
         return []
     try:
         return [_observe(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError as exc:
+        logger.warning("NVML does not list the GPUs: %s", exc)
+        return []
     finally:
         pynvml.nvmlShutdown()
 
@@ -34,15 +42,20 @@ def _observe(index: int) -> Gpu:
     import pynvml
 
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+
+    def ask(question: Callable[[Any], Any]) -> Any:
+        try:
+            return question(handle)
+        except pynvml.NVMLError:  # unified memory, slices and containers do not tell everything
+            return None
+
+    memory = ask(pynvml.nvmlDeviceGetMemoryInfo)
     return Gpu(
         index=index,
         uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
-        name=_text(pynvml.nvmlDeviceGetName(handle)),
-        total_bytes=memory.total,
-        used_bytes=memory.used,
-        used_by={process.pid: process.usedGpuMemory or 0 for process in processes},
+        name=_text(ask(pynvml.nvmlDeviceGetName) or "unnamed"),
+        total_bytes=memory.total if memory else 0,
+        used_bytes=memory.used if memory else 0,
     )
 
 

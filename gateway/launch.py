@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 import engines
-from engines.base import Engine, Launch
+from engines.base import LOAD_TIMEOUT_S, START_TIMEOUT_S, Engine, Launch
 from registry.decode import decode
 from registry.registry import Registry
 from registry.resolve import Artifact, Selection, resolve
@@ -37,10 +37,10 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
     envs: Annotated[dict[str, str], Meta(description="environment of the engine's process")] = {}
     preload: Annotated[bool, Meta(description="load at start instead of at the first request")] = False
     idle_timeout_s: Annotated[Seconds, Meta(description="unload after so long without a request")] | None = None
-    start_timeout_s: Annotated[Seconds, Meta(description="from the engine's start until it is ready")] = 600.0
+    start_timeout_s: Annotated[Seconds, Meta(description="from the engine's start until it is ready")] = START_TIMEOUT_S
     load_timeout_s: Annotated[
         Seconds, Meta(description="how long a request that is not streamed waits for the model")
-    ] = 300.0
+    ] = LOAD_TIMEOUT_S
 
 
 def plan(uid: str, request: LaunchRequest, registry: Registry, known_engines: Sequence[Engine]) -> Launch:

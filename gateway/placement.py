@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from engines.base import Needs, Placement
 from gateway.gpus import Gpu
 
 
-def place(needs: Needs, gpus: Sequence[Gpu]) -> Placement | str:
+def place(needs: Needs, gpus: Sequence[Gpu], taken: Sequence[Placement] = ()) -> Placement | str:
     """The placement, or why there is none.
 
-    GPUs that were named are given to the letter. A number of them goes to those with the most free memory.
-    Where the launch says nothing, the engine uses what it sees.
+    GPUs that were named are given to the letter. A number of them goes to those that hold the fewest replicas
+    of ours (`taken` has their placements), and of these to the ones with the most free memory. Where the
+    launch says nothing, the engine uses what it sees.
     """
     by_index = {gpu.index: gpu for gpu in gpus}
     there = f"this machine has {len(gpus)} ({', '.join(str(i) for i in by_index)})" if gpus else "this machine has none"
@@ -25,5 +27,6 @@ def place(needs: Needs, gpus: Sequence[Gpu]) -> Placement | str:
         return Placement()
     if needs.n_gpu > len(gpus):
         return f"it asks for {needs.n_gpu} GPUs, and {there}"
-    freest = sorted(gpus, key=lambda gpu: gpu.used_bytes - gpu.total_bytes)
+    held = Counter(uuid for placement in taken for uuid in placement.gpu_uuids or ())
+    freest = sorted(gpus, key=lambda gpu: (held[gpu.uuid], gpu.used_bytes - gpu.total_bytes))
     return Placement(gpu_uuids=tuple(gpu.uuid for gpu in freest[: needs.n_gpu]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -14,6 +15,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import psutil
@@ -26,6 +28,7 @@ LOG_PAUSE_S = 30.0
 TAIL_LINES = 12
 TAIL_BLOCK_BYTES = 8192
 END_PAUSE_S = 0.02
+WATCHDOG_PAUSE_S = 0.5
 
 logger = logging.getLogger("hostler.process")
 
@@ -43,24 +46,38 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
         return f"signal {self.signal} ({name})"
 
 
-class EngineProcess:
-    """A running process group. Made by `engine_process`, which also ends it."""
+class CannotStart(Exception):
+    """A program cannot be started; `is_final` if trying again cannot help."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path, log_start: int, grace_s: float) -> None:
+    def __init__(self, message: str, *, is_final: bool) -> None:
+        super().__init__(message)
+        self.is_final = is_final
+
+
+class EngineProcess:
+    """A running process group. Made by `start`; whoever made it calls `end`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, grace_s: float) -> None:
         self.pid = process.pid
-        self.log = log
         self.grace_s = grace_s  # from SIGTERM to SIGKILL; may be cut short while it runs
+        self.stdout = process.stdout
+        self.stderr = process.stderr
+        self.log: Path | None = None
+        self._log_start = 0
         self._process = process
-        self._log_start = log_start
 
     async def wait(self) -> Exit:
         """Until the process has ended, then how."""
         code = await self._process.wait()
         return Exit(code=code) if code >= 0 else Exit(signal=-code)
 
+    def log_to(self, log: Path, start: int) -> None:
+        """Say where its log is, and from which byte on."""
+        self.log, self._log_start = log, start
+
     def log_tail(self, lines: int = TAIL_LINES) -> tuple[str, ...]:
         """The last lines that this process wrote."""
-        return tail(self.log, lines, start=self._log_start)
+        return tail(self.log, lines, start=self._log_start) if self.log else ()
 
     async def end(self) -> None:
         """End the group and reap it, whatever happens to the caller meanwhile."""
@@ -96,29 +113,63 @@ class EngineProcess:
         return True
 
 
+async def start(
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    folder: Path,
+    grace_s: float,
+    stdout: int | IO[bytes],
+    stderr: int | IO[bytes],
+) -> EngineProcess:
+    """Start a program in a process group of its own. A cancel meanwhile leaves nothing behind.
+
+    Args:
+        env: added to the gateway's own environment.
+        folder: the gateway's run folder, by which the watchdog knows our children.
+        grace_s: from SIGTERM to SIGKILL.
+    Raises:
+        CannotStart: with the reason.
+    """
+    creating = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=child_environment(env) | {MARK_VARIABLE: str(folder)},
+            cwd=folder,
+            start_new_session=True,
+        )
+    )
+    try:
+        return EngineProcess(await asyncio.shield(creating), grace_s)
+    except asyncio.CancelledError:  # it may come to life all the same
+        with contextlib.suppress(OSError):
+            await EngineProcess(await creating, 0).end()
+        raise
+    except OSError as exc:
+        is_final = exc.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC) and folder.exists()
+        raise CannotStart(f"{argv[0]} cannot be started: {exc.strerror}", is_final=is_final) from exc
+
+
 @contextlib.asynccontextmanager
 async def engine_process(
     argv: Sequence[str], env: Mapping[str, str], log: Path, *, folder: Path, grace_s: float = 10.0
 ) -> AsyncIterator[EngineProcess]:
-    """Run a program in a process group of its own for the length of the block.
+    """A program that writes to a log, for the length of the block; see `start`.
 
-    Args:
-        env: added to the gateway's own environment.
-        log: what the program writes is appended here.
-        folder: the gateway's run folder, by which the watchdog knows our children.
-        grace_s: from SIGTERM to SIGKILL.
     Raises:
-        OSError: it cannot be started.
+        CannotStart: with the reason.
+        OSError: the log cannot be written.
     """
-    starting = asyncio.ensure_future(_start(argv, marked_environment(env, folder), log, folder, grace_s))
-    try:
-        running = await asyncio.shield(starting)
-    except asyncio.CancelledError:  # it may have come to life all the same
-        with contextlib.suppress(OSError):
-            running = await starting
-            running.grace_s = 0
-            await running.end()
-        raise
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(argv)}\n".encode())
+        file.flush()
+        log_start = file.tell()
+        running = await start(argv, env, folder=folder, grace_s=grace_s, stdout=file, stderr=file)
+    running.log_to(log, log_start)
     keeper = asyncio.create_task(_keep_small(log))
     try:
         yield running
@@ -128,34 +179,11 @@ async def engine_process(
         await asyncio.gather(keeper, return_exceptions=True)
 
 
-async def _start(argv: Sequence[str], env: Mapping[str, str], log: Path, folder: Path, grace_s: float) -> EngineProcess:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(argv)}\n".encode())
-        file.flush()
-        log_start = file.tell()
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            env=env,
-            cwd=folder,
-            start_new_session=True,
-        )
-    return EngineProcess(process, log, log_start, grace_s)
-
-
 def _is_alive_in(group: int, pid: int) -> bool:
     try:
         return os.getpgid(pid) == group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except (OSError, psutil.Error):
         return False
-
-
-def marked_environment(env: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """The environment of every child of ours, see gateway/watchdog.py."""
-    return child_environment(env) | {MARK_VARIABLE: str(folder)}
 
 
 async def _keep_small(log: Path) -> None:
@@ -173,11 +201,12 @@ async def _keep_small(log: Path) -> None:
         await asyncio.sleep(LOG_PAUSE_S)
 
 
-def tail(log: Path, lines: int, *, start: int = 0) -> tuple[str, ...]:
-    """The last lines of a log, from byte `start` on; empty if there is none."""
+def tail(log: Path, lines: int, *, start: int = 0, end: int | None = None) -> tuple[str, ...]:
+    """The last lines of a log between two bytes; empty if there is none."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
+            size = size if end is None else min(end, size)
             start = start if start <= size else 0  # the log was emptied meanwhile
             block = TAIL_BLOCK_BYTES
             while True:
@@ -195,7 +224,34 @@ def tail(log: Path, lines: int, *, start: int = 0) -> tuple[str, ...]:
 @contextlib.asynccontextmanager
 async def watchdog(folder: Path) -> AsyncIterator[None]:
     """For the length of the block, a process stands by to end our children should we be killed."""
-    process = await asyncio.create_subprocess_exec(
+    process = await _start_watchdog(folder)
+
+    async def keep() -> None:
+        nonlocal process
+        while True:
+            await process.wait()
+            logger.warning("The watchdog has ended, and is started again.")
+            await asyncio.sleep(WATCHDOG_PAUSE_S)
+            process = await _start_watchdog(folder)
+
+    keeper = asyncio.create_task(keep())
+    try:
+        yield
+    finally:
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            async with asyncio.timeout(5):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+async def _start_watchdog(folder: Path) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
         *worker_argv("gateway.watchdog"),
         str(folder),
         stdin=asyncio.subprocess.PIPE,
@@ -204,17 +260,6 @@ async def watchdog(folder: Path) -> AsyncIterator[None]:
         env=child_environment({}),
         start_new_session=True,
     )
-    assert process.stdin is not None
-    try:
-        yield
-    finally:
-        process.stdin.close()
-        try:
-            async with asyncio.timeout(5):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
 
 
 def memory_bytes(leader: int) -> int | None:

@@ -12,18 +12,19 @@ import asyncio
 import enum
 import logging
 import random
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from engines.base import Engine, Launch
+from engines.base import Engine, Launch, Placement
 from gateway import metrics
 from gateway.downloads import DownloadFailed, Progress, fetch
 from gateway.nodes.local import LocalNode
 from gateway.placement import place
-from gateway.process import EngineProcess, Exit
+from gateway.process import CannotStart, EngineProcess, Exit
 from gateway.upstream import Upstream
 
 logger = logging.getLogger("hostler.replica")
@@ -91,6 +92,7 @@ class Replica:
         restart_limit: int,
         download_stall_s: float,
         changed: Callable[[], None],
+        placements: Callable[[], list[Placement]],
     ) -> None:
         self.launch = launch
         self.index = index
@@ -108,12 +110,15 @@ class Replica:
         self.process: EngineProcess | None = None
         self.address: str | None = None
         self.upstream: Upstream | None = None
+        self.placement: Placement | None = None  # what it holds
         self._engine = engine
         self._node = node
         self._cache = cache
         self._restart_limit = restart_limit
         self._download_stall_s = download_stall_s
         self._changed = changed
+        self._placements = placements
+        self._retry = asyncio.Event()
 
     async def run(self) -> None:
         """Start, wait until ready, serve until it exits, back off, start again, until cancelled.
@@ -123,18 +128,24 @@ class Replica:
         self.failures_in_row = 0
         try:
             while True:
+                self._retry.clear()
                 self._enter(State.WAITING)
                 try:
                     await self._live()
                 except ReplicaFailed as exc:
                     self._record(exc.failure)
+                except CannotStart as exc:
+                    self._record(_failure(str(exc), "Check the engine's settings.", final=exc.is_final))
+                except OSError as exc:
+                    self._record(_failure(f"the system refused: {exc}", "Check the disk and the system's limits."))
                 except Exception as exc:
                     logger.exception("%s: a failure that is not the engine's", self)
                     advice = "This is a fault of the gateway: its own log has the details."
                     self._record(Failure(reason=f"the gateway failed: {exc!r}", advice=advice, at=time.time()))
                 if self.state is State.FAILED:
-                    await asyncio.Event().wait()  # until a person stops it
-                await asyncio.sleep(self._backoff_s())
+                    await self._retry.wait()
+                else:
+                    await asyncio.sleep(self._backoff_s())
         except asyncio.CancelledError:
             self._enter(State.STOPPED)
             raise
@@ -143,9 +154,7 @@ class Replica:
         """One life, from files to exit. Always ends with ReplicaFailed or cancelled."""
         self.served, self.ready_since = 0, None
         model_path = await self._fetch()
-        placement = place(self._engine.needs(self.launch), self._node.list_gpus())
-        if isinstance(placement, str):
-            raise ReplicaFailed(_failure(f"it cannot be placed: {placement}", "Change gpu_idx or n_gpu.", final=True))
+        placement = await self._place()
         self._enter(State.STARTING)
         self.starts += 1
         endpoint = self._node.new_endpoint(unix_socket=self._engine.unix_socket)
@@ -168,13 +177,19 @@ class Replica:
                     if self.state is not State.BACKOFF:
                         self._leave(State.STOPPING)
                     await upstream.close()  # before SIGTERM, so that the engine has nothing left to finish
-        except OSError as exc:
-            raise ReplicaFailed(
-                _failure(f"{command.argv[0]} cannot be started: {exc}", "Check the engine's settings.", final=True)
-            ) from exc
         finally:
-            self.process = None
+            self.process = self.placement = None
             await upstream.close()
+
+    async def _place(self) -> Placement:
+        """The GPUs for this life; no await between looking at what is taken and taking."""
+        needs = self._engine.needs(self.launch)
+        gpus = await asyncio.to_thread(self._node.list_gpus) if needs.gpu_idx or needs.n_gpu else []
+        placement = place(needs, gpus, self._placements())
+        if isinstance(placement, str):
+            raise ReplicaFailed(_failure(f"it cannot be placed: {placement}", "Change gpu_idx or n_gpu.", final=True))
+        self.placement = placement
+        return placement
 
     async def _fetch(self) -> Path:
         def report(progress: Progress) -> None:
@@ -206,7 +221,9 @@ class Replica:
             if exited.done():
                 self._leave(State.BACKOFF)
                 raise ReplicaFailed(_exit_failure(exited.result(), process, "before it was ready"))
-            if not probing.done():
+            if probing.done():
+                probing.result()
+            else:
                 raise ReplicaFailed(
                     _failure(
                         f"it was not ready {limit_s:g} s after its start",
@@ -218,6 +235,13 @@ class Replica:
             for task in (exited, probing):
                 task.cancel()
             await asyncio.gather(exited, probing, return_exceptions=True)
+
+    def retry(self) -> None:
+        """Give it another chance if it has failed."""
+        if self.state is State.FAILED:
+            self.failures_in_row = 0
+            self._enter(State.WAITING)
+            self._retry.set()
 
     def hurry(self) -> None:
         """When it is stopped, it is not to take its time."""
@@ -248,7 +272,7 @@ class Replica:
         self._enter(State.FAILED if is_final else State.BACKOFF)
 
     def _backoff_s(self) -> float:
-        full: float = min(BACKOFF_LIMIT_S, BACKOFF_FIRST_S * 2 ** (self.failures_in_row - 1))
+        full: float = min(BACKOFF_LIMIT_S, BACKOFF_FIRST_S * 2 ** min(self.failures_in_row - 1, 10))
         return full * random.uniform(0.5, 1.0)  # noqa: S311 (spreads restarts, guards nothing)
 
     def _enter(self, state: State) -> None:
@@ -281,7 +305,7 @@ def _failure(reason: str, advice: str, *, tail: tuple[str, ...] = (), final: boo
 
 def _exit_failure(ended: Exit, process: EngineProcess, when: str) -> Failure:
     advice = "`hostler logs` shows more."
-    if ended.signal == 9:
+    if ended.signal == signal.SIGKILL:
         advice = "If nobody killed it, the system ran out of memory: a smaller context or model needs less."
     return Failure(
         reason=f"the engine ended with {ended} {when}",

@@ -52,6 +52,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """The three steps; requests that outlast the drain get an error that says so."""
+        self._fleet.is_closing = True
         for server in self.servers:
             server.close()
         deadline = time.monotonic() + self._fleet.settings.drain_timeout_s
@@ -135,7 +136,7 @@ def _listening_socket(settings: Settings) -> Iterator[socket.socket]:
 def _only_one_in(home: Path) -> Iterator[None]:
     """The data folder has one writer."""
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (home / "gateway.lock").open("a+")
     except OSError as exc:
         raise SettingsError(f"The data folder {home} cannot be used: {exc.strerror}. Choose another `home`.") from exc

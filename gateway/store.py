@@ -19,8 +19,9 @@ class Store:
     """A folder of launches. It has one writer, the Fleet."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises OSError if the folder cannot be made."""
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def write(self, launch: Launch) -> None:
         """Keep the launch; once this returns, it survives a crash of the machine.
@@ -30,7 +31,7 @@ class Store:
         """
         path = self._path(launch.uid)
         partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with open(partial, "wb", opener=_private) as file:
             file.write(msgspec.json.format(msgspec.json.encode(launch)))
             file.flush()
             os.fsync(file.fileno())
@@ -59,3 +60,8 @@ class Store:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _private(path: str, flags: int) -> int:
+    """Launches may hold tokens of hubs in their `envs`."""
+    return os.open(path, flags, 0o600)

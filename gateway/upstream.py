@@ -61,17 +61,9 @@ class Upstream:
         self._replies: set[Reply] = set()
         self._base = "http://replica" if endpoint.socket else f"http://{endpoint.host}:{endpoint.port}"
         self._authorization = ("authorization", f"Bearer {endpoint.api_key}")
-        tracing = aiohttp.TraceConfig()
-        tracing.on_connection_reuseconn.append(_note_reuse)
-        self._session = aiohttp.ClientSession(
-            connector=_connector(endpoint),
-            trace_configs=[tracing],
-            auto_decompress=False,
-            cookie_jar=DummyCookieJar(),
-            timeout=ClientTimeout(total=None, sock_connect=CONNECT_LIMIT_S),
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            read_bufsize=2**18,
-        )
+        self._endpoint = endpoint
+        self._session = _session(endpoint)
+        self._fresh: aiohttp.ClientSession | None = None  # never uses a connection twice
 
     async def send(
         self, method: str, path: str, headers: Iterable[tuple[str, str]] = (), body: bytes | None = None
@@ -79,27 +71,43 @@ class Upstream:
         """Send a request and wait for the head of the reply; the caller reads and closes it.
 
         An engine may close an idle connection just when we use it again. That says nothing of the engine, so the
-        request goes out again, until it has met a fresh connection.
+        request then goes out once more, on a new connection.
 
         Raises:
             UpstreamLost: no head arrived.
         """
-        while True:
-            reused: list[bool] = []
-            try:
-                response = await self._session.request(
-                    method,
-                    self._base + path,
-                    headers=[*headers, self._authorization],
-                    data=body,
-                    allow_redirects=False,
-                    trace_request_ctx=reused,
-                )
-            except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
-                if not reused or self._session.closed:
-                    raise UpstreamLost(str(exc) or type(exc).__name__) from exc
-            else:
-                return Reply(response, self._replies)
+        sent = [*headers, self._authorization]
+        reused: list[bool] = []
+        try:
+            return await self._send(self._session, method, path, sent, body, reused)
+        except UpstreamLost:
+            if not reused or self._session.closed:
+                raise
+        if self._fresh is None:
+            self._fresh = _session(self._endpoint, force_close=True)
+        return await self._send(self._fresh, method, path, sent, body, reused)
+
+    async def _send(
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        path: str,
+        headers: list[tuple[str, str]],
+        body: bytes | None,
+        reused: list[bool],
+    ) -> Reply:
+        try:
+            response = await session.request(
+                method,
+                self._base + path,
+                headers=headers,
+                data=body,
+                allow_redirects=False,
+                trace_request_ctx=reused,
+            )
+        except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
+            raise UpstreamLost(str(exc) or type(exc).__name__) from exc
+        return Reply(response, self._replies)
 
     async def probe(self, path: str) -> int | None:
         """The status that the path answers with now; None if nothing answers."""
@@ -116,12 +124,30 @@ class Upstream:
         for reply in tuple(self._replies):
             reply.abort()
         await self._session.close()
+        if self._fresh:
+            await self._fresh.close()
 
 
-def _connector(endpoint: Endpoint) -> aiohttp.BaseConnector:
+def _session(endpoint: Endpoint, *, force_close: bool = False) -> aiohttp.ClientSession:
+    tracing = aiohttp.TraceConfig()
+    tracing.on_connection_reuseconn.append(_note_reuse)
+    keepalive_s = None if force_close else KEEPALIVE_S
+    connector: aiohttp.BaseConnector
     if endpoint.socket:
-        return aiohttp.UnixConnector(endpoint.socket, limit=0, keepalive_timeout=KEEPALIVE_S)
-    return aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+        connector = aiohttp.UnixConnector(
+            endpoint.socket, limit=0, force_close=force_close, keepalive_timeout=keepalive_s
+        )
+    else:
+        connector = aiohttp.TCPConnector(limit=0, force_close=force_close, keepalive_timeout=keepalive_s)
+    return aiohttp.ClientSession(
+        connector=connector,
+        trace_configs=[tracing],
+        auto_decompress=False,
+        cookie_jar=DummyCookieJar(),
+        timeout=ClientTimeout(total=None, sock_connect=CONNECT_LIMIT_S),
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+        read_bufsize=2**18,
+    )
 
 
 async def _note_reuse(session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:

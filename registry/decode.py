@@ -14,6 +14,8 @@ import msgspec
 
 T = TypeVar("T")
 
+NEAREST_LIMIT = 200
+
 
 class DecodeError(ValueError):
     """Data does not fit its Struct; the text names the place and says what is allowed."""
@@ -30,6 +32,8 @@ class Secret(str):
 
 def nearest(word: str, words: Iterable[str]) -> list[str]:
     """Up to three of `words` that look like `word`, best first, case aside."""
+    if len(word) > NEAREST_LIMIT:
+        return []  # nobody misspells so much, and comparing would take long
     by_lower = {w.lower(): w for w in words}
     return [by_lower[m] for m in difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.5)]
 

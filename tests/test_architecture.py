@@ -34,8 +34,9 @@ PACKAGE_MAY_IMPORT = {
 
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
-    ("errors", "gpus", "metrics", "client", "upstream", "watchdog", "launch"),
-    ("config", "placement", "process", "store"),
+    ("addresses", "errors", "gpus", "metrics", "upstream", "watchdog", "launch"),
+    ("client", "placement", "process", "store"),
+    ("config",),
     ("downloads", "nodes"),
     ("replica",),
     ("deployment",),
@@ -51,7 +52,7 @@ LEAF_MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "gpus": set(),
     "metrics": set(),
-    "config": {"client", "errors", "launch"},
+    "config": {"addresses", "client", "errors", "launch"},
 }
 
 HEAVY = ("torch", "transformers", "vllm", "diffusers", "numpy", "xllamacpp", "huggingface_hub", "pynvml", "llama_cpp")

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable
-from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gateway.addresses import host_of, is_loopback
 from gateway.config import Settings
 from gateway.errors import BadKey, Forbidden, RequestRefused, answer
 
 # What answers without a key: probes, and the question whether there is one.
 PUBLIC_PATHS = frozenset({"/", "/health", "/ready", "/v1/cluster/auth"})
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Guard:
@@ -62,18 +61,11 @@ class Guard:
 
     def _check_origin(self, origin: str) -> None:
         """Without a key, any page in the user's browser could call us; only local ones may."""
-        if {origin, "*"} & self._origins or _host_of(origin) in LOOPBACK_HOSTS:
+        if {origin, "*"} & self._origins or is_loopback(host_of(origin)):
             return
         raise Forbidden(
             f"A web page of {origin} may not call this gateway. Add it to `allowed_origins`, or set `api_keys`."
         )
-
-
-def _host_of(origin: str) -> str | None:
-    try:
-        return urlsplit(origin).hostname
-    except ValueError:  # no address at all
-        return None
 
 
 def _digest(key: bytes) -> bytes:

@@ -16,17 +16,16 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
+from gateway.api.body import read_body
 from gateway.api.wire import Head
 from gateway.deployment import Deployment
 from gateway.errors import (
     SOURCE_HEADER,
     BadRequest,
-    BodyTooLarge,
     EngineDied,
     ErrorBody,
     HostlerError,
     ModelLoading,
-    ShuttingDown,
     answer,
     body_of,
     envelope,
@@ -53,6 +52,7 @@ DONE = b"data: [DONE]\n\n"
 ATTEMPTS = 2
 MISSING_FIELD = re.compile("Object missing required field `(.+)`")
 ENGINE_ERROR_LIMIT_BYTES = 64 * 1024
+EVENT_LIMIT_BYTES = 2**20
 
 
 class Inference:
@@ -81,8 +81,8 @@ class Inference:
                     f"The request has no `{missing[1]}`, which {self._path} needs.", param=missing[1]
                 ) from exc
             raise BadRequest(f"The request body: {exc}.", param=path.rstrip("`") or None) from exc
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            raise BadRequest(f"The request body is not valid JSON: {exc}") from exc
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise BadRequest(f"The request body is not valid JSON: {exc}.") from exc
 
 
 class Exchange:
@@ -107,6 +107,8 @@ class Exchange:
         self.body = body
         self.is_stream = is_stream
         self.started = time.perf_counter()
+        self.started_at = time.time()
+        self.stops = deployment.stops
         self.status = 0  # once the head of the reply is on its way
         self.is_sse = False  # the reply's head says so
         self.phase = "queued"  # then "waiting" for the engine's first byte, then "answering"
@@ -152,21 +154,25 @@ class Exchange:
                 reply, chunk = await self._ask(replica)
                 try:
                     await self._relay(reply, chunk, replica)
-                    was_served = True
+                    was_served = reply.status < 500
                 finally:
                     reply.close()
                 return
             except UpstreamLost as exc:
                 await replica.confirm()
-                if self.fleet.is_closing:
-                    raise ShuttingDown("The gateway is shutting down.") from exc
+                self.deployment.check_still_wanted(self.stops)
                 if attempt == ATTEMPTS or self.phase == "answering":
-                    raise EngineDied(_death(self.deployment, replica, exc)) from exc
+                    raise EngineDied(self._death(replica, exc)) from exc
                 logger.warning("%s died before it answered; the request is sent again", replica)
                 metrics.RETRIES.labels(self.deployment.launch.uid).inc()
                 lost = replica
             finally:
                 self.deployment.release(replica, was_served=was_served)
+
+    def _death(self, replica: Replica, exc: UpstreamLost) -> str:
+        failure = replica.failure
+        why = f"{failure.reason}. {failure.advice}" if failure and failure.at >= self.started_at else f"{exc}."
+        return f"The engine of {self.deployment.launch.uid!r} went away while it answered: {why}"
 
     async def _acquire(self, avoid: Replica | None) -> Replica:
         """A replica that is ready; a stream that waits gets comments, others wait up to load_timeout_s."""
@@ -230,6 +236,9 @@ class Exchange:
         if reply.status >= 400:
             await self._relay_error(reply, chunk)
             return
+        if self.status and not reply.is_sse:
+            await self._relay_as_event(reply, chunk)
+            return
         self.is_sse |= reply.is_sse
         headers = [header for header in reply.headers if header[0] not in NOT_RETURNED]
         headers.append((b"x-hostler-replica", str(replica.index).encode()))
@@ -238,14 +247,23 @@ class Exchange:
         if not self.status:
             await self._start(reply.status, headers)
         self.phase = "answering"
-        held = b""  # the beginning of an event whose end has not come: a break must not leave half an event
+        events = Events()  # a break must not leave half an event
         while chunk:
             if self.is_sse:
-                chunk, held = _whole_events(held + chunk if held else chunk)
+                chunk = events.whole(chunk)
             if chunk:
                 await self._send_body(chunk)
             chunk = await reply.read()
-        await self._finish(held)
+        await self._finish(bytes(events.held))
+
+    async def _relay_as_event(self, reply: Reply, chunk: bytes) -> None:
+        """A whole answer where comments have promised a stream, as from an engine that does not stream."""
+        self.phase = "answering"
+        parts = [chunk]
+        while chunk := await reply.read():
+            parts.append(chunk)
+        lines = b"".join(parts).splitlines()
+        await self._finish(b"".join(b"data: " + line + b"\n" for line in lines) + b"\n" + DONE)
 
     async def _relay_error(self, reply: Reply, chunk: bytes) -> None:
         """An engine's error, in the envelope that clients know."""
@@ -279,31 +297,6 @@ class Exchange:
         await self.send({"type": "http.response.body", "body": chunk, "more_body": False})
 
 
-async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
-    """The whole body of the request.
-
-    Raises:
-        BodyTooLarge: before more than `limit_bytes` are kept.
-    """
-    refusal = BodyTooLarge(f"The request body is larger than `max_body_bytes` ({limit_bytes} bytes) allows.")
-    for name, value in scope["headers"]:
-        if name == b"content-length" and int(value) > limit_bytes:
-            raise refusal
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise BadRequest("The client left before the whole body had come.")
-        part = message.get("body", b"")
-        size += len(part)
-        if size > limit_bytes:
-            raise refusal
-        parts.append(part)
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
 async def _unless_client_leaves(work: Awaitable[None], receive: Receive, exchange: Exchange) -> bool:
     """Do the work, but stop it at once if the client leaves; whether it was done.
 
@@ -334,12 +327,29 @@ async def _unless_client_leaves(work: Awaitable[None], receive: Receive, exchang
     return True
 
 
-def _whole_events(data: bytes) -> tuple[bytes, bytes]:
-    """The events that are whole, and the beginning of the next."""
-    if data.endswith((b"\n\n", b"\r\n\r\n")):
-        return data, b""
-    end = max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in (b"\n\n", b"\r\n\r\n"))
-    return data[:end], data[end:]
+class Events:
+    """Server-sent events out of chunks: gives what is whole, holds the beginning of the next."""
+
+    def __init__(self) -> None:
+        self.held = bytearray()
+
+    def whole(self, chunk: bytes) -> bytes:
+        """All events that are whole with this chunk; one that grows too large is passed on in parts."""
+        if not self.held and chunk.endswith((b"\n\n", b"\r\n\r\n")):
+            return chunk
+        searched = max(0, len(self.held) - 3)  # the end of an event may lie across two chunks
+        self.held += chunk
+        end = max(_end_after(self.held, mark, searched) for mark in (b"\n\n", b"\r\n\r\n"))
+        if not end and len(self.held) > EVENT_LIMIT_BYTES:
+            end = len(self.held)
+        events = bytes(self.held[:end])
+        del self.held[:end]
+        return events
+
+
+def _end_after(data: bytearray, mark: bytes, begin: int) -> int:
+    found = data.rfind(mark, begin)
+    return found + len(mark) if found >= 0 else 0
 
 
 def _engine_error(status: int, text: bytes) -> ErrorBody:
@@ -362,11 +372,6 @@ def _engine_error(status: int, text: bytes) -> ErrorBody:
         code=code if isinstance(code, str | int) else None,
         source="engine",
     )
-
-
-def _death(deployment: Deployment, replica: Replica, exc: UpstreamLost) -> str:
-    why = f"{replica.failure.reason}. {replica.failure.advice}" if replica.failure else f"{exc}."
-    return f"The engine of {deployment.launch.uid!r} went away while it answered: {why}"
 
 
 async def _no_receive() -> dict[str, str]:

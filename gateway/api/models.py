@@ -15,6 +15,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from gateway.api.body import read_body
 from gateway.api.wire import ModelList, model_card, read_launch, replica_card
 from gateway.deployment import Deployment
 from gateway.errors import BadRequest, ModelFailed, NotFound
@@ -23,6 +24,7 @@ from gateway.process import tail
 from registry.decode import DecodeError
 
 FOLLOW_PAUSE_S = 0.25
+START_LOOK_S = 0.2
 LOG_LINES_LIMIT = 10_000
 
 
@@ -54,9 +56,9 @@ class Models:
         A launch that fails while somebody waits for it is forgotten.
         """
         try:
-            body = msgspec.json.decode(await request.body(), type=dict[str, Any])
-            uid, wish = read_launch(body)
-        except (msgspec.MsgspecError, DecodeError, UnicodeDecodeError) as exc:
+            content = await read_body(request.scope, request.receive, self._fleet.settings.max_body_bytes)
+            uid, wish = read_launch(msgspec.json.decode(content, type=dict[str, Any]))
+        except (msgspec.MsgspecError, DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise BadRequest(f"The launch cannot be read: {exc}") from exc
         deployment = self._fleet.launch(uid or self._free_uid(wish.model_name), wish)
         if request.query_params.get("wait_ready", "true").lower() not in ("false", "0", "no"):
@@ -85,6 +87,7 @@ class Models:
         """Load now; also gives a failed model another chance. Answers at once."""
         deployment = self._deployment(request)
         deployment.start()
+        await deployment.changed(limit_s=START_LOOK_S)  # so that the answer says what came of it
         return json_answer(model_card(deployment, self._created), 202)
 
     async def stop(self, request: Request) -> Response:
@@ -114,8 +117,22 @@ class Models:
         if not log.exists():
             raise NotFound(f"{deployment.launch.uid!r} has no log yet: replica {index} was never started.")
         if request.query_params.get("follow", "").lower() in ("1", "true", "yes"):
-            return StreamingResponse(_follow(log, lines), media_type="text/plain")
+            return StreamingResponse(self._follow(log, lines), media_type="text/plain")
         return Response("".join(f"{line}\n" for line in tail(log, lines)), media_type="text/plain")
+
+    async def _follow(self, log: Path, lines: int) -> AsyncIterator[bytes]:
+        """The last lines and what is added, for as long as somebody listens and the gateway runs."""
+        with log.open("rb") as file:
+            begin = file.seek(0, os.SEEK_END)
+            for line in tail(log, lines, end=begin):
+                yield f"{line}\n".encode()
+            while not self._fleet.is_closing:
+                if new := file.read(65536):
+                    yield new
+                    continue
+                if os.fstat(file.fileno()).st_size < file.tell():  # it was emptied
+                    file.seek(0)
+                await asyncio.sleep(FOLLOW_PAUSE_S)
 
     def _deployment(self, request: Request) -> Deployment:
         return self._fleet.find(request.path_params["uid"])
@@ -126,18 +143,3 @@ def _number(request: Request, name: str, default: int, limit: int) -> int:
     if not text.isdecimal() or int(text) > limit:
         raise BadRequest(f"`{name}` is a whole number from 0 to {limit}, not {text!r}.", param=name)
     return int(text)
-
-
-async def _follow(log: Path, lines: int) -> AsyncIterator[bytes]:
-    """The last lines and what is added, for as long as somebody listens."""
-    for line in tail(log, lines):
-        yield f"{line}\n".encode()
-    with log.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        while True:
-            if new := file.read(65536):
-                yield new
-                continue
-            if os.fstat(file.fileno()).st_size < file.tell():  # it was emptied
-                file.seek(0)
-            await asyncio.sleep(FOLLOW_PAUSE_S)

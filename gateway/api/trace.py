@@ -9,9 +9,12 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.errors import HostlerError, answer
+
 logger = logging.getLogger("hostler.access")
 
 HEADER = b"x-request-id"
+NOTHING_SENT = 499  # in the log: the client left before an answer
 ACCEPTED = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -29,7 +32,7 @@ class Trace:
             return
         request_id = _sent_id(scope) or uuid.uuid4().hex.encode()
         scope["request_id"] = request_id
-        status = 499  # nothing was answered: the client left
+        status = NOTHING_SENT
         started = time.perf_counter()
 
         async def send_traced(message: Message) -> None:
@@ -41,17 +44,29 @@ class Trace:
 
         try:
             await self._app(scope, receive, send_traced)
+        except Exception:
+            logger.exception("%s %s failed, id=%s", scope["method"], _path(scope), request_id.decode())
+            if status != NOTHING_SENT:
+                raise
+            message = "The gateway failed; its log has the details under this request's id."
+            await answer(HostlerError(message))(scope, receive, send_traced)
         finally:
             if self._is_logging:
                 logger.info(
                     "%s %s %s %s %.0f ms id=%s",
                     scope["method"],
-                    scope["raw_path"].decode("latin-1"),  # still encoded: nobody writes lines of his own here
+                    _path(scope),
                     scope.get("served_by", "-"),
                     scope.get("outcome", status),
                     1000 * (time.perf_counter() - started),
                     request_id.decode(),
                 )
+
+
+def _path(scope: Scope) -> str:
+    """Still encoded, so that nobody writes lines of his own into the log."""
+    path: bytes = scope["raw_path"]
+    return path.decode("latin-1")
 
 
 def _sent_id(scope: Scope) -> bytes | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
+from msgspec import Meta
 
 from gateway.deployment import Deployment
 from gateway.launch import LaunchRequest
@@ -12,11 +13,13 @@ from gateway.process import memory_bytes
 from gateway.replica import Failure, Replica
 from registry.decode import decode
 
+ModelName = Annotated[str, Meta(max_length=200)]
+
 
 class ChatHead(msgspec.Struct, frozen=True):
     """What we read of a chat request; the rest of the body passes through unread."""
 
-    model: str
+    model: ModelName
     messages: list[msgspec.Raw]
     stream: bool | None = None
 
@@ -24,17 +27,17 @@ class ChatHead(msgspec.Struct, frozen=True):
 class CompletionHead(msgspec.Struct, frozen=True):
     """What we read of a completion request."""
 
-    model: str
+    model: ModelName
     prompt: msgspec.Raw
     stream: bool | None = None
 
 
 class EmbeddingHead(msgspec.Struct, frozen=True):
-    """What we read of an embedding request."""
+    """What we read of an embedding request, which is never streamed."""
 
-    model: str
+    model: ModelName
     input: msgspec.Raw
-    stream: bool | None = None
+    stream: ClassVar[bool] = False
 
 
 Head = ChatHead | CompletionHead | EmbeddingHead

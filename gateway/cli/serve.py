@@ -49,11 +49,13 @@ def command(file: str | None, insecure: bool, prompt: str | None, **flags: Any) 
 
 async def _greet(fleet: Fleet, address: str, prompt: str | None) -> None:
     """Say where the door is, how far the models are, and how to ask one."""
+    from gateway.replica import State
+
     click.echo(f"Hostler is at {address}")
     preloaded = [deployment for deployment in fleet.deployments() if deployment.launch.preload]
     for deployment in preloaded:
         await _until_loaded(deployment)
-    ready = [deployment for deployment in preloaded if deployment.is_settled]
+    ready = [deployment for deployment in preloaded if deployment.state is State.READY]
     if not ready:
         return
     launch, keys = ready[0].launch, fleet.settings.api_keys
@@ -81,4 +83,4 @@ async def _until_loaded(deployment: Deployment) -> None:
             continue
         click.echo(deployment.progress_text())
         told_at = clock()
-    click.echo(deployment.failure_text() if deployment.has_failed else f"{deployment.launch.uid} is ready")
+    click.echo(deployment.failure_text() if deployment.has_failed else f"{deployment.launch.uid} is {deployment.state}")

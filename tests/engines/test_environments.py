@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.environments import child_environment, find_binary, has_package, worker_argv
+from engines.environments import absolute_program, child_environment, find_binary, has_package, worker_argv
 
 
 def make_program(path: Path, mode: int = 0o755) -> Path:
@@ -39,11 +39,14 @@ def test_there_is_no_binary_of_an_unknown_name() -> None:
     assert find_binary("no-such-program-anywhere", None) is None
 
 
-@pytest.mark.parametrize(
-    ("python", "program"), [(None, sys.executable), ("/opt/engine/bin/python", "/opt/engine/bin/python")]
-)
-def test_a_worker_is_a_module_under_a_python(python: str | None, program: str) -> None:
-    assert worker_argv("engines.workers.llama_cpp", python) == (program, "-P", "-m", "engines.workers.llama_cpp")
+def test_a_worker_is_a_module_under_our_own_python() -> None:
+    assert worker_argv("engines.workers.llama_cpp") == (sys.executable, "-P", "-m", "engines.workers.llama_cpp")
+
+
+def test_a_path_of_the_settings_is_meant_where_they_are_read_and_a_name_stays(tmp_path: Path) -> None:
+    assert absolute_program("./bin/llama-server") == str(Path.cwd() / "bin" / "llama-server")
+    assert absolute_program("llama-server") == "llama-server"
+    assert absolute_program(None) is None
 
 
 def test_a_worker_does_not_import_from_its_working_folder(tmp_path: Path) -> None:

@@ -194,12 +194,6 @@ def test_the_worker_gets_the_same_flags_under_our_python(binary: LlamaCpp, worke
     assert by_worker.env == by_binary.env
 
 
-def test_the_worker_runs_under_the_python_of_the_settings(worker: LlamaCpp) -> None:
-    engine = worker.configured(EngineSettings(python="/opt/llama/bin/python"))
-    assert engine.installed() is None
-    assert engine.command(a_launch(), MODEL, ANYWHERE, SOCKET).argv[0] == "/opt/llama/bin/python"
-
-
 def test_the_key_is_in_the_environment_and_never_in_the_argv(binary: LlamaCpp, worker: LlamaCpp) -> None:
     for engine in (binary, worker):
         command = engine.command(a_launch(ALL_OPTIONS), MODEL, ANYWHERE, PORT)

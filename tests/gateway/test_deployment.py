@@ -66,6 +66,7 @@ async def deployed(
                 cache=folder / "cache",
                 log=folder / f"{index}.log",
                 restart_limit=restart_limit,
+                placements=list,
                 download_stall_s=60,
                 changed=deployment.notify,
             )

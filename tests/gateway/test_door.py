@@ -98,6 +98,36 @@ async def test_bad_bodies_are_refused_with_the_place(start_gateway: StartGateway
     assert (await gateway.replicas())[0]["state"] == "stopped"  # none of them loaded the model
 
 
+async def test_nobody_slows_the_gateway_by_a_body_of_his_own_making(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={})
+    deep = b'{"model": "fake", "prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}"
+    assert (await gateway.post("/v1/completions", deep)).status == 400
+    assert (await gateway.post("/v1/models", b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}")).status == 400
+    long = await gateway.complete("m" * 5_000_000)
+    assert (long.status, long.error["param"]) == (400, "model")
+    assert len(long.body) < 2000
+    packed = await gateway.post("/v1/completions", b"x", headers={"content-encoding": "gzip"})
+    assert (packed.status, packed.error["code"]) == (415, "unsupported_body")
+
+
+async def test_a_launch_body_over_the_limit_is_refused(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(max_body_bytes=2000)
+    assert (await gateway.post("/v1/models", {"model_name": "x" * 5000})).status == 413
+
+
+async def test_embeddings_are_never_streamed(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={"ready_after_s": 1.0}, keepalive_interval_s=0.2)
+    embedded = await gateway.post("/v1/embeddings", {"model": "fake", "input": "x", "stream": True})
+    assert embedded.json["object"] == "list"
+
+
+async def test_a_page_of_this_machine_may_call_across_ports(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={})
+    asked = {"origin": "http://localhost:3000", "access-control-request-method": "POST"}
+    preflight = await gateway.request("OPTIONS", "/v1/chat/completions", headers=asked)
+    assert preflight.headers["access-control-allow-origin"] == "http://localhost:3000"
+
+
 async def test_an_engines_error_keeps_its_status_and_gets_our_envelope(start_gateway: StartGateway) -> None:
     for said, message in (
         ({"error": {"message": "too long", "type": "exceed_context_size_error", "code": 400}}, "too long"),

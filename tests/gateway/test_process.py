@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gateway.process import LOG_LIMIT_BYTES, EngineProcess, Exit, engine_process, memory_bytes, tail
+from gateway.process import LOG_LIMIT_BYTES, CannotStart, EngineProcess, Exit, engine_process, memory_bytes, tail
 from gateway.watchdog import marked
 
 LIMIT_S = 20.0
@@ -163,7 +163,7 @@ async def test_who_heeds_term_may_tidy_up(tmp_path: Path) -> None:
 PARENT_OF_ORPHANS = """
 import asyncio, ctypes, sys, time
 from pathlib import Path
-from gateway.process import engine_process
+from gateway.process import CannotStart, engine_process
 
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: as in a container whose first process we are
 
@@ -218,7 +218,7 @@ async def test_a_program_that_cannot_be_started_is_an_error_at_once(mode: int | 
     if mode is not None:
         program.write_text("#!/bin/sh\n")
         program.chmod(mode)
-    with pytest.raises(OSError, match=r"program|Permission|No such"):
+    with pytest.raises(CannotStart, match=r"program|Permission|No such"):
         async with engine_process([str(program)], {}, tmp_path / "a.log", folder=tmp_path):
             raise AssertionError("it runs")
 

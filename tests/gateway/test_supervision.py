@@ -347,3 +347,179 @@ async def test_a_launch_that_fails_while_somebody_waits_is_forgotten(
     body |= fake_model(tmp_path / "fake.gguf", {})
     assert (await gateway.post("/v1/models?wait_ready=false", body)).status == 200
     await gateway.until("mine", state="ready")
+
+
+# --- what happens at once
+
+
+async def hold_a_stream(gateway: Gateway, model: str) -> asyncio.Task[list[str]]:
+    stream = asyncio.ensure_future(gateway.stream(model))
+    await gateway.until(model, in_flight=1)
+    return stream
+
+
+async def test_a_uid_can_be_launched_again_only_when_its_end_is_over(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    gateway = await start_gateway()
+    (tmp_path / "fake.gguf").write_bytes(b"GGUF")
+    body = {"model_uid": "mine"} | fake_model(tmp_path / "fake.gguf", {"tokens": 30, "token_delay_s": 0.05})
+    assert (await gateway.post("/v1/models", body)).status == 200
+    stream = await hold_a_stream(gateway, "mine")
+    ending = asyncio.ensure_future(gateway.request("DELETE", "/v1/models/mine"))
+    await gateway.until("mine", state="ready")
+    await asyncio.sleep(0.2)
+    assert (await gateway.complete("mine")).status == 404
+    refused = await gateway.post("/v1/models", body)
+    assert (refused.status, "still being stopped" in refused.error["message"]) == (400, True)
+    assert (await stream)[-1] == "data: [DONE]"
+    assert (await ending).status == 200
+    assert (await gateway.post("/v1/models", body)).status == 200
+    assert (await gateway.complete("mine")).status == 200
+    assert await gateway.end(limit_s=10) == 0
+
+
+async def test_sigterm_while_a_model_is_being_terminated_cuts_no_stream(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    gateway = await start_gateway()
+    (tmp_path / "fake.gguf").write_bytes(b"GGUF")
+    body = {"model_uid": "mine"} | fake_model(tmp_path / "fake.gguf", {"tokens": 70, "token_delay_s": 0.05})
+    await gateway.post("/v1/models", body)
+    stream = await hold_a_stream(gateway, "mine")
+    ending = asyncio.ensure_future(gateway.request("DELETE", "/v1/models/mine"))
+    await asyncio.sleep(0.2)
+    gateway.process.send_signal(signal.SIGTERM)
+    lines = await stream
+    assert lines[-1] == "data: [DONE]"
+    assert not any("error" in line for line in lines)
+    assert (await ending).status == 200
+    assert await gateway.end(limit_s=10) == 0
+
+
+async def test_a_forced_stop_stays_a_stop_for_requests_without_a_byte(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={"first_token_delay_s": 30})
+    asking = asyncio.ensure_future(gateway.complete())
+    await gateway.until(in_flight=1)
+    assert (await gateway.post("/v1/models/fake/stop?force=true")).json["status"] == "stopped"
+    answer = await asking
+    assert (answer.status, answer.error["code"]) == (503, "model_stopped")
+    assert (await gateway.until())["starts"] == 1
+
+
+async def test_a_stop_of_a_cold_load_tells_those_who_wait(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={"never_ready": True})
+    asking = [asyncio.ensure_future(gateway.complete()) for _ in range(3)]
+    await gateway.until(waiting=3, state="starting")
+    assert (await gateway.post("/v1/models/fake/stop")).json["status"] == "stopped"
+    assert {(await task).error["code"] for task in asking} == {"model_stopped"}
+    assert (await gateway.until(state="stopped"))["starts"] == 1
+
+
+async def test_a_request_during_a_drain_of_the_gateway_is_refused(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={"tokens": 40, "token_delay_s": 0.05})
+    stream = await hold_a_stream(gateway, "fake")
+    await gateway.get("/health")  # a connection that is kept
+    gateway.process.send_signal(signal.SIGTERM)
+    await asyncio.sleep(0.2)
+    refused = await gateway.complete()
+    assert (refused.status, refused.error["code"]) == (503, "shutting_down")
+    assert (await gateway.get("/ready")).status == 503
+    assert (await stream)[-1] == "data: [DONE]"
+
+
+async def test_one_failed_replica_of_two_is_revived_by_a_start(start_gateway: StartGateway, tmp_path: Path) -> None:
+    fake = {"exit_before_ready_times": 1, "counter_file": str(tmp_path / "starts")}
+    gateway = await start_gateway(fake=fake, model={"replica": 2, "preload": True}, restart_limit=1)
+
+    async def states() -> list[str]:
+        return sorted(replica["state"] for replica in await gateway.replicas())
+
+    async with asyncio.timeout(20):
+        while await states() != ["failed", "ready"]:
+            await asyncio.sleep(0.05)
+        assert (await gateway.post("/v1/models/fake/start")).status == 202
+        while await states() != ["ready", "ready"]:
+            await asyncio.sleep(0.05)
+
+
+async def test_an_old_failure_is_not_told_as_the_reason_of_a_new_one(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={"tokens": 2000, "token_delay_s": 0.02})
+    stream = await hold_a_stream(gateway, "fake")
+    os.kill((await gateway.until())["pid"], signal.SIGKILL)
+    assert "SIGKILL" in (await stream)[-2]
+    await gateway.until(state="ready")
+    await asyncio.sleep(0.1)
+    stream = await hold_a_stream(gateway, "fake")
+    await gateway.post("/v1/models/fake/stop?force=true")
+    assert "SIGKILL" not in (await stream)[-2]
+
+
+async def test_a_request_that_breaks_its_connection_is_sent_twice_at_most_for_each_attempt(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    events = tmp_path / "events"
+    fake = {"n_slots": 0, "exit_mid_body": False, "events_file": str(events), "keep_alive_s": 30}
+    gateway = await start_gateway(fake=fake | {"die_after_requests": 11})
+    await asyncio.gather(*(gateway.complete() for _ in range(10)))  # ten warm connections
+    answer = await gateway.complete()
+    assert answer.status == 200  # from the next life
+    assert len(events_in(events, "request")) == 12
+
+
+async def test_a_watchdog_that_is_killed_is_started_again(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={}, model={"preload": True})
+    replica = await gateway.until(state="ready")
+
+    def watchdogs() -> list[psutil.Process]:
+        children = psutil.Process(gateway.process.pid).children()
+        return [child for child in children if "gateway.watchdog" in child.cmdline()]
+
+    (first,) = watchdogs()
+    first.kill()
+    await until(lambda: (found := watchdogs()) and found[0].pid != first.pid)
+    await asyncio.sleep(0.3)
+    await gateway.end(signal.SIGKILL)
+    await until(lambda: not is_running(replica["pid"]), limit_s=20)
+
+
+async def test_a_data_folder_that_cannot_be_written_is_told_and_nothing_is_half_done(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    gateway = await start_gateway(fake={})
+    (tmp_path / "fake.gguf").write_bytes(b"GGUF")
+    launches = gateway.home / "launches"
+    launches.rmdir()
+    launches.write_text("not a folder")
+    body = {"model_uid": "mine"} | fake_model(tmp_path / "fake.gguf", {})
+    refused = await gateway.post("/v1/models", body)
+    assert (refused.status, refused.error["code"]) == (503, "cannot_keep")
+    assert [model["id"] for model in (await gateway.get("/v1/models")).json["data"]] == ["fake"]
+
+
+async def test_a_log_that_cannot_be_written_is_tried_again(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={})
+    (gateway.home / "logs").write_text("not a folder")
+    asking = asyncio.ensure_future(gateway.complete())
+    await gateway.until(state="backoff")
+    (gateway.home / "logs").unlink()
+    assert (await asking).status == 200
+
+
+async def test_launches_are_for_nobody_else_to_read(start_gateway: StartGateway, tmp_path: Path) -> None:
+    gateway = await start_gateway(home=tmp_path / "deep" / "home")
+    (tmp_path / "fake.gguf").write_bytes(b"GGUF")
+    await gateway.post("/v1/models", {"model_uid": "mine"} | fake_model(tmp_path / "fake.gguf", {}))
+    assert (gateway.home / "launches" / "mine.json").stat().st_mode & 0o777 == 0o600
+
+
+async def test_ctrl_c_ends_a_log_that_is_followed(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={})
+    await gateway.complete()
+    async with gateway.session.get(gateway.address + "/v1/models/fake/logs?follow=true&lines=1") as response:
+        await response.content.readline()
+        gateway.process.send_signal(signal.SIGINT)
+        await response.content.read()
+        async with asyncio.timeout(2):
+            assert await gateway.process.wait() == 0
+    assert "Traceback" not in gateway.log.read_text()

@@ -105,7 +105,7 @@ def a_fake_engine(scratch: Path, **behaviour: Any) -> tuple[list[str], dict[str,
 
 
 def a_shell(script: str, scratch: Path) -> tuple[list[str], dict[str, str]]:
-    return ["sh", "-c", f"touch {scratch}/shell.ready; {script}"], {}
+    return ["sh", "-c", f": > {scratch}/shell.ready; {script}"], {}  # no `touch`, which might still be seen
 
 
 # --- after a gateway that was killed
