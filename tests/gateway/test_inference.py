@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ def test_only_whole_events_pass_and_no_byte_is_lost(stream: bytes, cuts: list[in
     places = sorted({0, *(min(cut, len(stream)) for cut in cuts), len(stream)})
     events = Events()
     passed = b""
-    for begin, end in zip(places, places[1:], strict=False):
+    for begin, end in itertools.pairwise(places):
         passed += events.whole(stream[begin:end])
         assert passed == b"" or passed.endswith((b"\n\n", b"\r\n\r\n"))
     assert passed + bytes(events.held) == stream
