@@ -30,6 +30,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     options: dict[str, Any] = {}
     envs: dict[str, str] = {}
     preload: bool = False
+    request_limits: int | None = None
     idle_timeout_s: float | None = None
     start_timeout_s: float = START_TIMEOUT_S
     load_timeout_s: float = LOAD_TIMEOUT_S

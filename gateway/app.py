@@ -11,8 +11,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.api.auth import Guard
+from gateway.api.cached import CachedFiles
+from gateway.api.cluster import Cluster
 from gateway.api.inference import Inference
 from gateway.api.models import Models
+from gateway.api.registrations import Registrations
 from gateway.api.system import System
 from gateway.api.trace import HEADER, Trace
 from gateway.api.wire import ChatHead, CompletionHead, EmbeddingHead
@@ -25,7 +28,8 @@ LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 def create_app(fleet: Fleet) -> Starlette:
     """The door in front of a fleet, as an ASGI app."""
-    system, models = System(fleet), Models(fleet)
+    system, cluster, models = System(fleet), Cluster(fleet), Models(fleet)
+    registrations, cached = Registrations(fleet), CachedFiles(fleet)
     routes = [
         Route("/", system.root),
         Route("/health", system.health),
@@ -42,12 +46,48 @@ def create_app(fleet: Fleet) -> Starlette:
             )
         ],
         #
+        Route("/status", cluster.status),
+        Route("/token", cluster.login, methods=["POST"]),
+        Route("/v1/address", cluster.address),
+        Route("/v1/supervisor", cluster.supervisor),
+        Route("/v1/workers", cluster.workers),
+        Route("/v1/cluster/info", cluster.info),
+        Route("/v1/cluster/version", cluster.version),
+        Route("/v1/cluster/devices", cluster.devices),
+        Route("/v1/cluster/ui_config", cluster.ui_config),
+        Route("/v1/clusters", cluster.abort, methods=["DELETE"]),
+        #
+        Route("/v1/model_registrations/{model_type}", registrations.list_all),
+        Route("/v1/model_registrations/{model_type}", registrations.register, methods=["POST"]),
+        Route("/v1/model_registrations/{model_type}/{model_name}", registrations.get),
+        Route("/v1/model_registrations/{model_type}/{model_name}", registrations.unregister, methods=["DELETE"]),
+        Route("/v1/engines/{model_type}/{model_name}", registrations.engines),
+        Route("/v1/engines/{model_name}", registrations.engines),
+        Route("/v1/cache/models", cached.list_all),
+        Route("/v1/cache/models", cached.remove, methods=["DELETE"]),
+        Route("/v1/cache/models/files", cached.files),
+        Route("/v1/virtualenvs", cached.list_virtualenvs),
+        Route("/v1/virtualenvs", cached.remove_virtualenv, methods=["DELETE"]),
+        #
         Route("/v1/replicas", models.list_replicas),
         Route("/v1/models", models.list_models),
         Route("/v1/models", models.launch, methods=["POST"]),
+        # Fixed words go before uids, which may not be any of them.
+        Route("/v1/models/families", registrations.families),
+        Route("/v1/models/prompts", registrations.prompts),
+        Route("/v1/models/vllm-supported", registrations.vllm_supported),
+        Route("/v1/models/instances", models.instances),
+        Route("/v1/models/instance", models.launch_version, methods=["POST"]),
+        Route("/v1/models/{model_type}/{model_name}/versions", registrations.versions),
         Route("/v1/models/{uid:path}/start", models.start, methods=["POST"]),
         Route("/v1/models/{uid:path}/stop", models.stop, methods=["POST"]),
         Route("/v1/models/{uid:path}/logs", models.logs),
+        Route("/v1/models/{uid:path}/progress", models.progress),
+        Route("/v1/models/{uid:path}/cancel", models.cancel, methods=["POST"]),
+        Route("/v1/models/{uid:path}/events", models.events),
+        Route("/v1/models/{uid:path}/replicas", models.model_replicas),
+        Route("/v1/models/{uid:path}/replicas", models.change_replicas, methods=["POST"]),
+        Route("/v1/models/{uid:path}/replicas/{replica:int}", models.change_replicas, methods=["DELETE"]),
         Route("/v1/models/{uid:path}", models.get_model),
         Route("/v1/models/{uid:path}", models.terminate, methods=["DELETE"]),
     ]

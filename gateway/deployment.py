@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from engines.base import Engine, Launch
-from gateway.errors import ModelFailed, ModelStopped, ShuttingDown
+from gateway.errors import ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
 from gateway.replica import COMING, Replica, State
 
 logger = logging.getLogger("hostler.deployment")
@@ -31,20 +31,33 @@ class Deployment:
         self.stops = 0  # how often somebody has stopped it
         self._change = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self.launched_at = time.time()
+        self.is_cancelled = False  # somebody cancelled its launch
 
     # --- what requests do
 
     def pick(self, avoid: Replica | None = None) -> Replica | None:
-        """The ready replica with the least in flight, and `avoid` only if there is no other; or None."""
+        """The ready replica with the least in flight, and `avoid` only if there is no other; or None.
+
+        Raises:
+            TooManyRequests: all that are ready are as busy as the launch allows.
+        """
         if self._stopping:
             return None
         ready = [replica for replica in self.replicas if replica.state is State.READY]
+        limit = self.launch.request_limits
+        if ready and limit is not None and all(replica.in_flight >= limit for replica in ready):
+            raise TooManyRequests(
+                f"Rate limit reached for the model. Request limit {limit} for the model: {ready[0].name}. "
+                "Try again, or launch it with more replicas or a higher request_limits."
+            )
         return min(ready, key=lambda replica: (replica is avoid, replica.in_flight), default=None)
 
     async def acquire(self, avoid: Replica | None = None) -> Replica:
         """A ready replica, counted as in use until `release`; waits, and starts the model, if there is none.
 
         Raises:
+            TooManyRequests: the replicas are ready, and as busy as the launch allows.
             ModelFailed: no replica starts.
             ModelStopped: somebody stopped it meanwhile. Who comes after that waits for the next start.
             ShuttingDown: the deployment is ending.
@@ -100,6 +113,11 @@ class Deployment:
         states = {replica.state for replica in self.replicas}
         order = (State.READY, State.STARTING, State.DOWNLOADING, State.WAITING, State.BACKOFF, State.STOPPING)
         return next((state for state in (*order, State.FAILED) if state in states), State.STOPPED)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether any part of it runs, or is about to."""
+        return self._is_running
 
     @property
     def is_settled(self) -> bool:

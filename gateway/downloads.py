@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import msgspec
 from engines.environments import worker_argv
 from gateway.process import start
 from registry import hubs
+from registry.hubs.choose import is_offline
 from registry.schema import Source
 
 GRACE_S = 1.0  # for it to tidy up
@@ -23,6 +25,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     done_bytes: int = 0
     total_bytes: int | None = None
     file: str | None = None
+    rate_bytes_s: float | None = None
+    eta_s: float | None = None
     path: str | None = None
     error: str | None = None
     permanent: bool = False
@@ -31,7 +35,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         if not self.total_bytes:
             return self.stage
         percent = 100 * self.done_bytes / self.total_bytes
-        return f"{self.stage} {percent:.0f} % of {self.total_bytes / 1e6:,.0f} MB"
+        left = f", {self.eta_s:.0f} s left" if self.eta_s else ""
+        return f"{self.stage} {percent:.0f} % of {self.total_bytes / 1e6:,.0f} MB{left}"
 
 
 class DownloadFailed(Exception):
@@ -65,7 +70,9 @@ async def fetch(
     """
     if (path := hubs.find_cached(source, cache)) is not None:
         return path
-    order = msgspec.json.encode({"source": source, "cache": str(cache)}).decode()
+    order = msgspec.json.encode(
+        {"source": source, "cache": str(cache), "offline": is_offline(os.environ)}
+    ).decode()
     process = await start(
         (*worker_argv("registry.hubs.fetch"), order),
         {},

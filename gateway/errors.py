@@ -10,12 +10,16 @@ HostlerError
     ModelNotFound         404: no such model
     BodyTooLarge          413: more bytes than `max_body_bytes`
     UnsupportedBody       415: compressed
+    InUse                 400: what is to be removed is being used
+    TooManyRequests       429: more at once than the model's request_limits
+    LaunchCancelled       499: somebody cancelled the launch while its client waited
   CannotServe           the request is fine, but cannot be answered now: 5xx
     ModelLoading          503: still loading when the client's patience ended; worth a retry
     ModelFailed           503: it does not start; the text says why
     ModelStopped          503: somebody stopped it while the request waited or was answered
     CannotKeep            503: a launch cannot be written to the data folder
     ShuttingDown          503: the gateway is ending
+    NotImplementedYet     501: a route that is known, and has nothing behind it here
     EngineDied            502: the engine went away while it answered
 """
 
@@ -101,6 +105,28 @@ class UnsupportedBody(RequestRefused):
     code = "unsupported_body"
 
 
+class InUse(RequestRefused):
+    """What is to be removed is being used."""
+
+    code = "in_use"
+
+
+class TooManyRequests(RequestRefused):
+    """More requests at once than the model's `request_limits` allow."""
+
+    status = 429
+    kind = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    retry_after_s = 1
+
+
+class LaunchCancelled(RequestRefused):
+    """Somebody cancelled the launch while its client waited for it."""
+
+    status = 499
+    code = "launch_cancelled"
+
+
 class CannotServe(HostlerError):
     """The request is fine, but it cannot be answered now."""
 
@@ -132,6 +158,13 @@ class CannotKeep(CannotServe):
     """What was asked for cannot be written to the data folder, so it was not done."""
 
     code = "cannot_keep"
+
+
+class NotImplementedYet(CannotServe):
+    """The route is known, and has nothing behind it here."""
+
+    status = 501
+    code = "not_implemented"
 
 
 class ShuttingDown(CannotServe):

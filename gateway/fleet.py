@@ -5,7 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
+from collections import deque
 from collections.abc import AsyncIterator
+from functools import partial
+
+import msgspec
 
 import engines
 from engines.base import Engine, Launch, Placement
@@ -20,6 +25,36 @@ from registry.decode import did_you_mean
 from registry.registry import Registry
 
 logger = logging.getLogger("hostler.fleet")
+
+EVENTS_PER_MODEL = 100
+MODELS_WITH_EVENTS = 1000
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened to a model; `event_ts` in seconds since the epoch."""
+
+    event_type: str
+    event_ts: int
+    event_content: str
+
+
+class EventLog:
+    """The newest events of each uid, also of those that are gone; bounded in both."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, deque[Event]] = {}
+
+    def add(self, uid: str, event_type: str, content: str) -> None:
+        """One of INFO, WARNING, ERROR, and what happened."""
+        events = self._events.pop(uid, None) or deque(maxlen=EVENTS_PER_MODEL)
+        self._events[uid] = events  # the last to be spoken of is the last to be forgotten
+        events.append(Event(event_type=event_type, event_ts=int(time.time()), event_content=content))
+        if len(self._events) > MODELS_WITH_EVENTS:
+            del self._events[next(iter(self._events))]
+
+    def of(self, uid: str) -> list[Event]:
+        """Oldest first."""
+        return list(self._events.get(uid, ()))
 
 
 class Fleet:
@@ -40,6 +75,7 @@ class Fleet:
         self.node = node
         self.store = store
         self.is_closing = False
+        self.events = EventLog()
         self._deployments: dict[str, Deployment] = {}
         self._tasks = tasks
 
@@ -87,7 +123,7 @@ class Fleet:
             ) from exc
         return self._deploy(launch)
 
-    async def terminate(self, uid: str) -> None:
+    async def terminate(self, uid: str, *, force: bool = False) -> None:
         """Stop a launched model and forget it.
 
         Raises:
@@ -104,7 +140,8 @@ class Fleet:
             self.store.delete(uid)
         except OSError as exc:
             raise CannotKeep(f"The launch cannot be deleted in {self.store.folder}: {exc.strerror}.") from exc
-        await deployment.close(force=False)
+        self.events.add(uid, "INFO", "Terminate model")
+        await deployment.close(force=force)
         del self._deployments[uid]  # not before: until then the gateway's end must know of it
         deployment.end()
 
@@ -145,10 +182,12 @@ class Fleet:
                 download_stall_s=self.settings.download_stall_s,
                 changed=deployment.notify,
                 placements=self._placements,
+                tell=partial(self.events.add, launch.uid),
             )
             for index in range(launch.replica)
         )
         self._deployments[launch.uid] = deployment
+        self.events.add(launch.uid, "INFO", "Launch model")
         deployment.begin(self._tasks)
         return deployment
 
@@ -187,7 +226,7 @@ async def open_fleet(settings: Settings) -> AsyncIterator[Fleet]:
     Raises:
         SettingsError: the settings declare what cannot be served.
     """
-    registry, known_engines = Registry.builtin(), available_engines(settings)
+    registry, known_engines = Registry.open(settings.home_path / "registrations"), available_engines(settings)
     declared = plan_declared(settings, registry, known_engines)
     try:
         store = Store(settings.home_path / "launches")

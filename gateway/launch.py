@@ -20,7 +20,7 @@ RESERVED_UIDS = frozenset(
     ["prompts", "families", "instances", "instance", "vllm-supported", "update_type", "llm", "recommend", "update_spec"]
 )
 
-RESERVED_ENDINGS = frozenset(["start", "stop", "logs"])
+RESERVED_ENDINGS = frozenset(["start", "stop", "logs", "progress", "cancel", "events", "replicas", "versions"])
 FILE_NAME_BYTES = 200  # most file systems take 255; ours get endings
 
 Seconds = Annotated[float, Meta(gt=0)]
@@ -35,6 +35,7 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
     n_gpu: Annotated[int, Meta(ge=0, description="how many GPUs; 0: the CPU alone")] | None = None
     options: Annotated[dict[str, Any], Meta(description="options of the engine, by its own names")] = {}
     envs: Annotated[dict[str, str], Meta(description="environment of the engine's process")] = {}
+    request_limits: Annotated[int, Meta(ge=0, description="requests of one replica at once; more get 429")] | None = None
     preload: Annotated[bool, Meta(description="load at start instead of at the first request")] = False
     idle_timeout_s: Annotated[Seconds, Meta(description="unload after so long without a request")] | None = None
     start_timeout_s: Annotated[Seconds, Meta(description="from the engine's start until it is ready")] = START_TIMEOUT_S
@@ -66,6 +67,7 @@ def plan(uid: str, request: LaunchRequest, registry: Registry, known_engines: Se
         n_gpu=request.n_gpu,
         options=request.options,
         envs=request.envs,
+        request_limits=request.request_limits,
         preload=request.preload,
         idle_timeout_s=request.idle_timeout_s,
         start_timeout_s=request.start_timeout_s,

@@ -93,6 +93,7 @@ class Replica:
         download_stall_s: float,
         changed: Callable[[], None],
         placements: Callable[[], list[Placement]],
+        tell: Callable[[str, str], None],
     ) -> None:
         self.launch = launch
         self.index = index
@@ -118,7 +119,13 @@ class Replica:
         self._download_stall_s = download_stall_s
         self._changed = changed
         self._placements = placements
+        self._tell = tell
         self._retry = asyncio.Event()
+
+    @property
+    def name(self) -> str:
+        """The name of the copy, as Xinference's clients know it."""
+        return f"{self.launch.uid}-rep{self.index}"
 
     async def run(self) -> None:
         """Start, wait until ready, serve until it exits, back off, start again, until cancelled.
@@ -168,6 +175,7 @@ class Replica:
                     self.upstream, self.address = upstream, endpoint.address
                     metrics.LOAD_SECONDS.labels(self.launch.uid).observe(time.monotonic() - self.state_since)
                     self._enter(State.READY)
+                    self._tell("INFO", f"{self.name} is ready")
                     ended = await process.wait()
                     # No await between the exit and the state: nobody is sent to a dead engine.
                     self.failure = _exit_failure(ended, process, "while it was ready")
@@ -270,6 +278,7 @@ class Replica:
         is_final = failure.permanent or self.failures_in_row >= self._restart_limit
         logger.log(logging.ERROR if is_final else logging.WARNING, "%s: %s", self, failure)
         self._enter(State.FAILED if is_final else State.BACKOFF)
+        self._tell("ERROR" if is_final else "WARNING", f"{self.name}: {failure}")
 
     def _backoff_s(self) -> float:
         full: float = min(BACKOFF_LIMIT_S, BACKOFF_FIRST_S * 2 ** min(self.failures_in_row - 1, 10))

@@ -16,21 +16,33 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from gateway.api.body import read_body
-from gateway.api.wire import ModelList, model_card, read_launch, replica_card
+from gateway.api.wire import (
+    instance_card,
+    instance_replica,
+    json_answer,
+    model_card,
+    progress_card,
+    read_launch,
+    replica_card,
+)
 from gateway.deployment import Deployment
-from gateway.errors import BadRequest, ModelFailed, NotFound
+from gateway.errors import (
+    BadRequest,
+    HostlerError,
+    LaunchCancelled,
+    ModelFailed,
+    ModelNotFound,
+    ModelStopped,
+    NotFound,
+    NotImplementedYet,
+    ShuttingDown,
+)
 from gateway.fleet import Fleet
 from gateway.process import tail
-from registry.decode import DecodeError
 
 FOLLOW_PAUSE_S = 0.25
 START_LOOK_S = 0.2
 LOG_LINES_LIMIT = 10_000
-
-
-def json_answer(body: Any, status: int = 200) -> Response:
-    """Any of our Structs as an answer."""
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 
 class Models:
@@ -41,14 +53,15 @@ class Models:
         self._created = int(time.time())
 
     async def list_models(self, request: Request) -> Response:
-        """All that can be named as `model`, loaded or not."""
-        return json_answer(
-            ModelList([model_card(deployment, self._created) for deployment in self._fleet.deployments()])
-        )
+        """All that can be named as `model`, loaded or not; with running=true only what is loaded."""
+        is_running = request.query_params.get("running", "").lower() in ("true", "1", "yes")
+        deployments = [d for d in self._fleet.deployments() if d.is_loaded or not is_running]
+        cards = [model_card(deployment, self._created) for deployment in deployments]
+        return json_answer({"object": "list", "data": cards})
 
     async def get_model(self, request: Request) -> Response:
-        """One of them."""
-        return json_answer(model_card(self._deployment(request), self._created))
+        """One of them. An unknown one is a 400, as Xinference's clients expect."""
+        return json_answer(model_card(self._known(request), self._created))
 
     async def launch(self, request: Request) -> Response:
         """Serve a model from now on, over restarts too; answers once it is ready, unless wait_ready=false.
@@ -58,16 +71,70 @@ class Models:
         try:
             content = await read_body(request.scope, request.receive, self._fleet.settings.max_body_bytes)
             uid, wish = read_launch(msgspec.json.decode(content, type=dict[str, Any]))
-        except (msgspec.MsgspecError, DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise BadRequest(f"The launch cannot be read: {exc}") from exc
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+            raise BadRequest(f"The launch cannot be read: {exc}.") from exc
+        except ValueError as exc:
+            raise BadRequest(str(exc)) from exc
         deployment = self._fleet.launch(uid or self._free_uid(wish.model_name), wish)
         if request.query_params.get("wait_ready", "true").lower() not in ("false", "0", "no"):
-            try:
-                deployment.release(await deployment.acquire(), was_served=False)
-            except ModelFailed:
-                await self._fleet.terminate(deployment.launch.uid)
-                raise
+            await self._until_ready(deployment)
         return json_answer({"model_uid": deployment.launch.uid})
+
+    async def _until_ready(self, deployment: Deployment) -> None:
+        """A launch that fails while its client waits is forgotten."""
+        try:
+            deployment.release(await deployment.acquire(), was_served=False)
+        except ModelFailed:
+            await self._fleet.terminate(deployment.launch.uid)
+            raise
+        except (ModelStopped, ShuttingDown) as exc:
+            if deployment.is_cancelled:
+                raise LaunchCancelled("Launch cancelled") from exc
+            raise
+
+    async def cancel(self, request: Request) -> Response:
+        """End a launch, wherever it is."""
+        uid = request.path_params["uid"]
+        if uid not in {deployment.launch.uid for deployment in self._fleet.deployments()}:
+            raise HostlerError(f"Model {uid} has not been launched yet")
+        deployment = self._fleet.find(uid)
+        deployment.is_cancelled = True
+        if uid in self._fleet.settings.models:
+            deployment.stop(force=True)
+        else:
+            await self._fleet.terminate(uid, force=True)
+        return json_answer(None)
+
+    async def instances(self, request: Request) -> Response:
+        """Launches and how far they are, all or of one uid or name."""
+        uid, name = request.query_params.get("model_uid"), request.query_params.get("model_name")
+        cards = [instance_card(deployment) for deployment in self._fleet.deployments()]
+        if uid:
+            cards = [card for card in cards if card["model_uid"] == uid]
+        elif name:
+            cards = [card for card in cards if card["model_name"] == name]
+        return json_answer(cards)
+
+    async def launch_version(self, request: Request) -> Response:
+        """Launch by the text of a version."""
+        raise NotImplementedYet("Launch by model_name, model_format, model_size_in_billions and quantization instead.")
+
+    async def progress(self, request: Request) -> Response:
+        """How far a launch is; 0 for an unknown uid."""
+        uid = request.path_params["uid"]
+        return json_answer(progress_card(next((d for d in self._fleet.deployments() if d.launch.uid == uid), None)))
+
+    async def events(self, request: Request) -> Response:
+        """What happened to a model, the newest 100, also after its end."""
+        return json_answer(self._fleet.events.of(request.path_params["uid"]))
+
+    async def model_replicas(self, request: Request) -> Response:
+        """The copies of one model."""
+        return json_answer([instance_replica(replica) for replica in self._known(request).replicas])
+
+    async def change_replicas(self, request: Request) -> Response:
+        """Not while it runs, for now."""
+        raise NotImplementedYet("Replicas of a running model cannot be changed yet: terminate it and launch it anew.")
 
     def _free_uid(self, model_name: str | None) -> str:
         if not model_name:
@@ -80,7 +147,7 @@ class Models:
 
     async def terminate(self, request: Request) -> Response:
         """Stop a launched model and forget it."""
-        await self._fleet.terminate(request.path_params["uid"])
+        await self._fleet.terminate(self._known(request).launch.uid)
         return json_answer(None)
 
     async def start(self, request: Request) -> Response:
@@ -133,6 +200,14 @@ class Models:
                 if os.fstat(file.fileno()).st_size < file.tell():  # it was emptied
                     file.seek(0)
                 await asyncio.sleep(FOLLOW_PAUSE_S)
+
+    def _known(self, request: Request) -> Deployment:
+        """As `_deployment`, with the status that Xinference's clients expect of an unknown uid."""
+        try:
+            return self._deployment(request)
+        except ModelNotFound as exc:
+            uid = request.path_params["uid"]
+            raise BadRequest(f"Model not found in the model list, uid: {uid}. {exc.message}", param="model") from exc
 
     def _deployment(self, request: Request) -> Deployment:
         return self._fleet.find(request.path_params["uid"])

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway import metrics
-from gateway.api.models import json_answer
+from gateway.api.wire import json_answer
 from gateway.fleet import Fleet
 
 

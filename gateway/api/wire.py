@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
+from starlette.responses import Response
 
 from gateway.deployment import Deployment
 from gateway.launch import LaunchRequest
 from gateway.process import memory_bytes
-from gateway.replica import Failure, Replica
+from gateway.replica import Failure, Replica, State
 from registry.decode import decode
+from registry.schema import EmbeddingFamily, ModelFamily, ModelSpec
 
 ModelName = Annotated[str, Meta(max_length=200)]
 
@@ -40,32 +43,35 @@ class EmbeddingHead(msgspec.Struct, frozen=True):
     stream: ClassVar[bool] = False
 
 
+# Keys of a family that its description repeats, by model type.
+DESCRIBED: dict[str, tuple[str, ...]] = {
+    "LLM": ("model_lang", "model_description", "model_family", "context_length"),
+    "embedding": ("dimensions", "max_tokens", "language"),
+    "rerank": ("type", "language", "max_tokens"),
+    "image": ("model_family", "controlnet"),
+    "audio": ("model_family", "model_lang", "multilingual"),
+    "video": ("model_family",),
+    "flexible": ("launcher", "launcher_args"),
+}
+LOCAL_WORKER = "127.0.0.1"
+
+# Launch fields that mean something elsewhere, and why they are refused here.
+REFUSED = {
+    "replica_config": "replicas here are alike; use replica and gpu_idx.",
+    "peft_model_config": "no engine here loads LoRA adapters yet; merge the adapter into the model.",
+}
+# Launch fields about a cluster and about Python environments of models: one machine has no use for the former,
+# and engines that come ready have none for the latter.
+WITHOUT_EFFECT = (
+    "worker_ip",
+    "n_worker",
+    "enable_virtual_env",
+    "virtual_env_packages",
+    "virtual_env_find_links",
+    "trust_remote_code",
+)
+
 Head = ChatHead | CompletionHead | EmbeddingHead
-
-
-class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """A model as OpenAI's clients list it, with its state."""
-
-    id: str
-    created: int
-    status: str
-    model_name: str
-    model_type: str
-    model_format: str
-    model_engine: str
-    model_ability: tuple[str, ...]
-    context_length: int
-    quantization: str
-    replica: int
-    object: str = "model"
-    owned_by: str = "hostler"
-
-
-class ModelList(msgspec.Struct, frozen=True):
-    """OpenAI's list of models."""
-
-    data: list[ModelCard]
-    object: str = "list"
 
 
 class ReplicaCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,23 +94,125 @@ class ReplicaCard(msgspec.Struct, frozen=True, kw_only=True):
     failure: Failure | None
 
 
-def model_card(deployment: Deployment, created: int) -> ModelCard:
-    """A deployment for the list of models."""
+def json_answer(body: Any, status: int = 200) -> Response:
+    """Any of our Structs, or plain data, as an answer."""
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
+def model_card(deployment: Deployment, created: int) -> dict[str, Any]:
+    """A model for both worlds: OpenAI's fields, Xinference's description, and its state."""
     launch = deployment.launch
-    family, spec = launch.artifact.family, launch.artifact.spec
-    return ModelCard(
-        id=launch.uid,
-        created=created,
-        status=deployment.state,
-        model_name=family.model_name,
-        model_type=family.model_type,
-        model_format=spec.model_format,
-        model_engine=launch.engine,
-        model_ability=family.model_ability,
-        context_length=family.context_length,
-        quantization=spec.quantization,
-        replica=launch.replica,
+    return {
+        "id": launch.uid,
+        "object": "model",
+        "created": created,
+        "owned_by": "hostler",
+        "status": str(deployment.state),
+        **description(deployment),
+        "replica": launch.replica,
+    }
+
+
+def description(deployment: Deployment) -> dict[str, Any]:
+    """What a model is, in the keys that Xinference's clients read for its type."""
+    launch = deployment.launch
+    family, spec, source = launch.artifact.family, launch.artifact.spec, launch.artifact.source
+    told = {key: getattr(family, key) for key in DESCRIBED.get(family.model_type, ()) if hasattr(family, key)}
+    running = [replica for replica in deployment.replicas if replica.placement]
+    facts: dict[str, Any] = {
+        "model_type": family.model_type,
+        "model_name": family.model_name,
+        "model_engine": launch.engine,
+        "model_format": spec.model_format,
+        "model_size_in_billions": spec.model_size_in_billions,
+        "quantization": spec.quantization,
+        "model_hub": source.model_hub,
+        "model_revision": source.model_revision,
+        "address": next((replica.address for replica in deployment.replicas if replica.address), None),
+        "accelerators": [uuid for replica in running for uuid in (replica.placement.gpu_uuids or ())],
+    }
+    if family.model_type == "LLM":
+        facts |= {"revision": source.model_revision, "multimodal_projector": None, "strict_system_first": False}
+        told["model_family"] = told.get("model_family") or family.model_name
+    return facts | told | {"model_ability": list(family.abilities)}
+
+
+def version_of(family: ModelFamily, spec: ModelSpec) -> str:
+    """A family's spec as one text, as Xinference's clients name versions."""
+    if family.model_type == "LLM":
+        size = str(spec.model_size_in_billions).replace(".", "_")
+        return f"{family.model_name}--{size}B--{spec.model_format}--{spec.quantization}"
+    if isinstance(family, EmbeddingFamily):
+        return f"{family.model_name}--{family.max_tokens}--{family.dimensions}--{spec.model_format}--{spec.quantization}"
+    return family.model_name
+
+
+def instance_card(deployment: Deployment) -> dict[str, Any]:
+    """A launch and how far it is, as Xinference's command line polls it."""
+    launch = deployment.launch
+    artifact = launch.artifact
+    return {
+        "model_name": artifact.family.model_name,
+        "model_uid": launch.uid,
+        "model_version": version_of(artifact.family, artifact.spec),
+        "model_ability": list(artifact.family.abilities),
+        "replica": launch.replica,
+        "status": instance_status(deployment.state),
+        "instance_created_ts": int(deployment.launched_at),
+        "n_worker": 1,
+        "replica_statuses": [instance_replica(replica) for replica in deployment.replicas],
+    }
+
+
+def instance_replica(replica: Replica) -> dict[str, Any]:
+    """One copy, in the same words."""
+    is_bad = replica.state in (State.FAILED, State.BACKOFF)
+    return {
+        "replica_id": replica.index,
+        "replica_model_uid": replica.name,
+        "replica_uid": replica.name,
+        "worker_address": LOCAL_WORKER,
+        "model_address": replica.address,
+        "accelerators": list(replica.placement.gpu_uuids or ()) if replica.placement else [],
+        "gpu_idx": list(replica.launch.gpu_idx or ()),
+        "status": instance_status(replica.state),
+        "model_state": str(replica.state),
+        "created_ts": int(time.time() - (time.monotonic() - replica.state_since)),
+        "error_message": str(replica.failure) if is_bad and replica.failure else None,
+    }
+
+
+def instance_status(state: State) -> str:
+    """Our states in Xinference's words; a model that waits for its first request counts as ready."""
+    return {State.READY: "READY", State.STOPPED: "READY", State.FAILED: "ERROR", State.STOPPING: "TERMINATING"}.get(
+        state, "CREATING"
     )
+
+
+def progress_card(deployment: Deployment | None) -> dict[str, Any]:
+    """How far a launch is, from 0 to 1."""
+    if deployment is None:
+        return {"progress": 0.0, "stage": "pending", "download_files": [], "replicas": []}
+    downloading = next((replica.progress for replica in deployment.replicas if replica.progress), None)
+    stages = {State.READY: ("completed", 1.0), State.STARTING: ("loading", 0.9), State.DOWNLOADING: ("downloading", 0.1)}
+    stage, progress = stages.get(deployment.state, ("launching", 0.0))
+    files: list[dict[str, Any]] = []
+    if stage == "downloading" and downloading:
+        share = downloading.done_bytes / downloading.total_bytes if downloading.total_bytes else 0.0
+        progress = 0.9 * share
+        files = [
+            {
+                "name": downloading.file,
+                "downloaded": downloading.done_bytes,
+                "total": downloading.total_bytes,
+                "rate_bytes_s": downloading.rate_bytes_s,
+                "eta_s": downloading.eta_s,
+            }
+        ]
+    if deployment.is_cancelled:
+        stage = "cancelled"
+    cards = [instance_replica(replica) for replica in deployment.replicas]
+    return {"progress": progress, "stage": stage, "download_files": files, "replicas": cards}
 
 
 def replica_card(deployment: Deployment, replica: Replica, now: float) -> ReplicaCard:
@@ -135,15 +243,56 @@ def read_launch(body: dict[str, Any]) -> tuple[str | None, LaunchRequest]:
     Returns:
         the uid wished for, if any, and the request.
     Raises:
-        DecodeError: naming the key and what is allowed.
+        ValueError: naming the key and what is allowed.
     """
     given: dict[str, Any] = {"preload": True}  # launched means running, after a restart too
     given |= {key: value for key, value in body.items() if value is not None}
     uid = given.pop("model_uid", None)
+    _read_replica(given, body)
+    _read_gpus(given)
+    for key, reason in REFUSED.items():
+        if given.get(key):
+            raise ValueError(f"`{key}` cannot be used here: {reason}")
+    for key in WITHOUT_EFFECT:
+        given.pop(key, None)
     if "download_hub" in given:
-        given["model_hub"] = given.pop("download_hub")
+        hub = given.pop("download_hub")
+        given |= {} if str(hub).lower() == "auto" else {"model_hub": hub}
     known = set(LaunchRequest.__struct_encode_fields__)
     options = {key: given.pop(key) for key in list(given) if key not in known}
     if options:
         given["options"] = options | given.get("options", {})
-    return uid if uid is None else str(uid), decode(given, LaunchRequest, "$", strict=False)
+    return None if uid is None else str(uid), decode(given, LaunchRequest, "$", strict=False)
+
+
+def _read_replica(given: dict[str, Any], body: dict[str, Any]) -> None:
+    replica = body.get("replica", 1)
+    if isinstance(replica, str) and replica.isdecimal():
+        replica = int(replica)
+    if not isinstance(replica, int) or isinstance(replica, bool) or replica < 1:
+        raise ValueError(f"`replica` is how many copies to run, a whole number from 1 on, not {body.get('replica')!r}.")
+    given["replica"] = replica
+
+
+def _read_gpus(given: dict[str, Any]) -> None:
+    """n_gpu: "auto", a number from 1 on, or the CPU alone; gpu_idx: a number, some, or a text of some."""
+    n_gpu = given.pop("n_gpu", None)
+    if str(given.pop("device", "")).lower().startswith("cpu"):
+        given["n_gpu"] = 0
+        return
+    gpu_idx = given.pop("gpu_idx", None)
+    if gpu_idx is not None:
+        given["gpu_idx"] = [gpu_idx] if isinstance(gpu_idx, int) else gpu_idx
+        if isinstance(gpu_idx, str):
+            given["gpu_idx"] = [part.strip() for part in gpu_idx.split(",") if part.strip()]
+        if len(given["gpu_idx"]) % given["replica"]:
+            raise ValueError("Invalid input. Allocated gpu must be a multiple of replica.")
+        return
+    if n_gpu in (None, "auto"):
+        return
+    number = int(n_gpu) if str(n_gpu).isdecimal() else n_gpu
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(
+            f"The parameter `n_gpu` must be greater than 0, or auto, not {n_gpu!r}; say device=cpu for the CPU alone."
+        )
+    given["n_gpu"] = number

@@ -1,0 +1,110 @@
+"""The files that were fetched, and the Python environments of models, as Xinference's clients list and remove them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gateway.api.wire import json_answer, version_of
+from gateway.errors import BadRequest, InUse
+from gateway.fleet import Fleet
+from registry import cache
+from registry.cache import Cached
+from registry.hubs.base import HubError
+from registry.resolve import NotResolved, Selection, candidates
+from registry.schema import ModelFamily, ModelSpec, Source
+
+
+class CachedFiles:
+    """The routes below /v1/cache and /v1/virtualenvs."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    async def list_all(self, request: Request) -> Response:
+        """What is here, whole."""
+        wanted = request.query_params.get("model_name")
+        entries = await asyncio.to_thread(self._entries)
+        return json_answer({"list": [entry for entry in entries if wanted in (None, entry["model_name"])]})
+
+    async def files(self, request: Request) -> Response:
+        """The files of a version, which a removal would delete."""
+        version = request.query_params.get("model_version", "")
+        found = await asyncio.to_thread(self._find, version)
+        paths = [str(path) for cached in found for path in cached.files]
+        return json_answer({"model_version": version, "worker_ip": None, "paths": paths})
+
+    async def remove(self, request: Request) -> Response:
+        """Delete a version's files, unless a model of it is served."""
+        version = request.query_params.get("model_version", "")
+        found = await asyncio.to_thread(self._find, version)
+        in_use = {d.launch.artifact.source: d.launch.uid for d in self._fleet.deployments() if d.is_loaded}
+        for cached in found:
+            if uid := in_use.get(cached.source):
+                raise InUse(f"{version} is in use by {uid}. Say `hostler stop {uid}` first.")
+        try:
+            for cached in found:
+                await asyncio.to_thread(cache.remove, self._fleet.settings.cache_path, cached.digest)
+        except HubError as exc:
+            raise InUse(str(exc)) from exc
+        return json_answer({"result": bool(found)})
+
+    async def list_virtualenvs(self, request: Request) -> Response:
+        """None: no engine here has an environment of a model's own yet."""
+        return json_answer({"list": []})
+
+    async def remove_virtualenv(self, request: Request) -> Response:
+        """There is none to remove."""
+        if not request.query_params.get("model_name"):
+            raise BadRequest("`model_name` says whose environment is to be removed.", param="model_name")
+        return json_answer({"result": False})
+
+    def _entries(self) -> list[dict[str, Any]]:
+        known = self._known_sources()
+        return [_entry(cached, known.get(cached.source)) for cached in cache.list_cached(self._fleet.settings.cache_path)]
+
+    def _find(self, version: str) -> list[Cached]:
+        known = self._known_sources()
+        return [
+            cached
+            for cached in cache.list_cached(self._fleet.settings.cache_path)
+            if version and version == _entry(cached, known.get(cached.source))["model_version"]
+        ]
+
+    def _known_sources(self) -> dict[Source, tuple[ModelFamily, ModelSpec]]:
+        """Which family and spec a source belongs to, of those that are served and those of the registry."""
+        known: dict[Source, tuple[ModelFamily, ModelSpec]] = {}
+        registry = self._fleet.registry
+        for model_type in registry.types:
+            for family in registry.list(model_type):
+                try:
+                    found = candidates(registry, Selection(model_name=family.model_name, model_type=model_type))
+                except NotResolved:
+                    continue
+                known |= {artifact.source: (artifact.family, artifact.spec) for artifact in found}
+        for deployment in self._fleet.deployments():
+            artifact = deployment.launch.artifact
+            known[artifact.source] = (artifact.family, artifact.spec)
+        return known
+
+
+def _entry(cached: Cached, known: tuple[ModelFamily, ModelSpec] | None) -> dict[str, Any]:
+    family, spec = known or (None, None)
+    return {
+        "model_name": family.model_name if family else cached.source.model_id,
+        "model_type": family.model_type if family else None,
+        "model_engine": None,
+        "model_size_in_billions": spec.model_size_in_billions if spec else None,
+        "model_format": spec.model_format if spec else None,
+        "quantization": spec.quantization if spec else None,
+        "model_version": version_of(family, spec) if family and spec else cached.digest,
+        "path": str(cached.path),
+        "real_path": str(cached.path),
+        "actor_ip_address": None,
+        "size_bytes": cached.size_bytes,
+        "last_used": cached.last_used,
+        "model_hub": cached.source.model_hub,
+    }

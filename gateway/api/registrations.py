@@ -1,0 +1,217 @@
+"""What models exist: registrations of users and families of the catalogue, as Xinference's clients ask for them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engines.base import Engine
+from gateway.api.body import read_body
+from gateway.api.wire import json_answer, version_of
+from gateway.errors import BadRequest, CannotKeep
+from gateway.fleet import Fleet
+from registry.decode import did_you_mean
+from registry.hubs import find_cached
+from registry.registry import RegistrationRefused
+from registry.resolve import Artifact, NotResolved, Selection, candidates
+from registry.schema import FAMILIES, LLMFamily, ModelFamily, ModelSpec, encode_family
+
+logger = logging.getLogger("hostler.registrations")
+
+ABILITIES_TOLD = ("chat", "generate", "tools", "vision", "reasoning", "audio", "omni", "hybrid")
+
+
+class RegistrationBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client sends to register a model: its JSON as text, or as it is."""
+
+    model: str | dict[str, Any]
+    persist: bool
+    worker_ip: str | None = None
+
+
+class Registrations:
+    """The routes below /v1/model_registrations and /v1/engines, and what is asked of the catalogue."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._registry = fleet.registry
+        self._read = msgspec.json.Decoder(RegistrationBody, strict=False).decode
+
+    async def register(self, request: Request) -> Response:
+        """Add a model. What was read otherwise than it was written is told in the header x-hostler-notes."""
+        content = await read_body(request.scope, request.receive, self._fleet.settings.max_body_bytes)
+        try:
+            body = self._read(content)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+            raise BadRequest(f'The body is {{"model": "<the model\'s JSON>", "persist": true or false}}: {exc}.') from exc
+        try:
+            registered = await asyncio.to_thread(
+                self._registry.register, request.path_params["model_type"], body.model, persist=body.persist
+            )
+        except RegistrationRefused as exc:
+            raise BadRequest(str(exc)) from exc
+        except OSError as exc:
+            raise CannotKeep(f"The registration cannot be kept: {exc}. Mend that first.") from exc
+        notes = " ".join(registered.lifted)
+        if notes:
+            logger.info("%s was registered. %s", registered.family.model_name, notes)
+        answer = json_answer(None)
+        if notes:
+            answer.headers["x-hostler-notes"] = quote(notes, safe=" ,.;:'()/")
+        return answer
+
+    async def unregister(self, request: Request) -> Response:
+        """Forget a registration; a model of it that runs goes on. An unknown name is no error."""
+        try:
+            await asyncio.to_thread(
+                self._registry.unregister, request.path_params["model_type"], request.path_params["model_name"]
+            )
+        except RegistrationRefused as exc:
+            raise BadRequest(str(exc)) from exc
+        except OSError as exc:
+            raise CannotKeep(f"The registration cannot be deleted: {exc}.") from exc
+        return json_answer(None)
+
+    async def list_all(self, request: Request) -> Response:
+        """All families of a type, by name; with detailed=true all that is known of each."""
+        model_type = self._known_type(request.path_params["model_type"])
+        families = sorted(self._registry.list(model_type), key=lambda family: family.model_name.lower())
+        if request.query_params.get("detailed", "").lower() in ("true", "1", "yes"):
+            return json_answer(await asyncio.to_thread(lambda: [self._detailed(family) for family in families]))
+        return json_answer(
+            [{"model_name": f.model_name, "is_builtin": self._registry.is_builtin(f)} for f in families]
+        )
+
+    async def get(self, request: Request) -> Response:
+        """One family, as JSON."""
+        return json_answer(self._encoded(self._family(request)))
+
+    async def versions(self, request: Request) -> Response:
+        """The specs of a family as versions; none for an unknown name."""
+        family = self._registry.find(request.path_params["model_name"], request.path_params["model_type"])
+        return json_answer([self._version(family, spec) for spec in family.specs] if family else [])
+
+    async def engines(self, request: Request) -> Response:
+        """For each engine what it could run of a family, or why it can not; null for an unknown name."""
+        model_type = request.path_params.get("model_type", "LLM")
+        family = self._registry.find(request.path_params["model_name"], model_type)
+        if family is None:
+            return json_answer(None)
+        artifacts = await asyncio.to_thread(self._artifacts, family)
+        known = [engine for engine in self._fleet.engines if family.model_type in engine.model_types]
+        return json_answer({engine.name: _offers(engine, artifacts) for engine in known})
+
+    async def families(self, request: Request) -> Response:
+        """Ability -> the names of the language models of the catalogue that have it."""
+        return json_answer({ability: self._names_with(ability) for ability in ABILITIES_TOLD})
+
+    async def vllm_supported(self, request: Request) -> Response:
+        """Language models whose architecture is known and whose weights vLLM can load."""
+        loadable = [
+            family
+            for family in self._registry.list("LLM")
+            if isinstance(family, LLMFamily)
+            and family.architectures
+            and any(spec.model_format not in ("ggufv2", "mlx") for spec in family.specs)
+        ]
+        return json_answer(
+            {
+                ability: sorted(family.model_name for family in loadable if ability in family.abilities)
+                for ability in ("chat", "generate")
+            }
+        )
+
+    async def prompts(self, request: Request) -> Response:
+        """Family -> how its prompts end and reason. Templates come with the models' files, and are null here."""
+        fields = ("chat_template", "stop_token_ids", "stop", "reasoning_start_tag", "reasoning_end_tag", "tool_parser")
+        return json_answer(
+            {
+                family.model_name: {field: getattr(family, field) for field in fields}
+                for family in self._registry.list("LLM")
+                if "chat" in family.abilities
+            }
+        )
+
+    # -- helpers of the routes
+
+    def _known_type(self, model_type: str) -> str:
+        if model_type not in FAMILIES:
+            raise BadRequest(f"Unsupported model type: {model_type}. {did_you_mean(model_type, FAMILIES)}")
+        return model_type
+
+    def _family(self, request: Request) -> ModelFamily:
+        model_type = self._known_type(request.path_params["model_type"])
+        name = request.path_params["model_name"]
+        family = self._registry.find(name, model_type)
+        if family is None:
+            hint = did_you_mean(name, self._registry.names(model_type))
+            raise BadRequest(f"Model {name} not found. {hint}")
+        return family
+
+    def _encoded(self, family: ModelFamily) -> dict[str, Any]:
+        return encode_family(family) | {"is_builtin": self._registry.is_builtin(family)}
+
+    def _detailed(self, family: ModelFamily) -> dict[str, Any]:
+        specs = [
+            msgspec.to_builtins(spec) | {"cache_status": self._is_cached(family, spec)} for spec in family.specs
+        ]
+        hubs = sorted({spec.model_hub for spec in family.specs if spec.model_id})
+        return self._encoded(family) | {"model_specs": specs, "download_hubs": hubs}
+
+    def _version(self, family: ModelFamily, spec: ModelSpec) -> dict[str, Any]:
+        return {
+            "model_version": version_of(family, spec),
+            "model_file_location": None,
+            "cache_status": self._is_cached(family, spec),
+            "quantization": spec.quantization,
+            "model_format": spec.model_format,
+            "model_size_in_billions": spec.model_size_in_billions,
+            "multimodal_projector": None,
+        }
+
+    def _is_cached(self, family: ModelFamily, spec: ModelSpec) -> bool:
+        artifact = next((a for a in self._artifacts(family) if a.spec == spec), None)
+        cache = self._fleet.settings.cache_path
+        return artifact is not None and find_cached(artifact.source, cache, is_use=False) is not None
+
+    def _artifacts(self, family: ModelFamily) -> list[Artifact]:
+        wish = Selection(model_name=family.model_name, model_type=family.model_type)
+        try:
+            return list(candidates(self._registry, wish))
+        except NotResolved:
+            return []
+
+    def _names_with(self, ability: str) -> list[str]:
+        return sorted(f.model_name for f in self._registry.list("LLM") if ability in f.abilities)
+
+
+def _offers(engine: Engine, artifacts: list[Artifact]) -> list[dict[str, Any]] | str:
+    """What the engine could run, grouped as clients show it; else its reason."""
+    if reason := engine.installed():
+        return reason
+    refusals = [engine.accepts(artifact) for artifact in artifacts]
+    specs = [artifact.spec for artifact, refusal in zip(artifacts, refusals, strict=True) if refusal is None]
+    if not specs:
+        return next((refusal for refusal in refusals if refusal), "no source of it can be used here")
+    name = artifacts[0].family.model_name
+    grouped: dict[tuple[str, Any], list[str]] = {}
+    for spec in specs:
+        quantizations = grouped.setdefault((spec.model_format, spec.model_size_in_billions), [])
+        if spec.quantization not in quantizations:
+            quantizations.append(spec.quantization)
+    return [
+        {
+            "model_name": name,
+            "model_format": model_format,
+            "model_size_in_billions": size,
+            "quantizations": quantizations,
+            "quantization": quantizations[0],
+        }
+        for (model_format, size), quantizations in grouped.items()
+    ]
