@@ -126,7 +126,7 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
 
 def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
     per_request = options.context_length or CONTEXT_LENGTH
-    can_embed = "embed" in launch.artifact.family.model_ability
+    can_embed = "embed" in launch.artifact.family.abilities
     threads = options.n_threads or max(1, (os.cpu_count() or 2) - 1)
     values: dict[str, object] = {
         "--ctx-size": options.n_ctx or per_request * options.n_parallel,

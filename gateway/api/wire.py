@@ -11,6 +11,7 @@ from gateway.launch import LaunchRequest
 from gateway.process import memory_bytes
 from gateway.replica import Failure, Replica
 from registry.decode import decode
+from registry.schema import LLMFamily
 
 
 class ChatHead(msgspec.Struct, frozen=True):
@@ -51,7 +52,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     model_format: str
     model_engine: str
     model_ability: tuple[str, ...]
-    context_length: int
+    context_length: int | None
     quantization: str
     replica: int
     object: str = "model"
@@ -97,8 +98,8 @@ def model_card(deployment: Deployment, created: int) -> ModelCard:
         model_type=family.model_type,
         model_format=spec.model_format,
         model_engine=launch.engine,
-        model_ability=family.model_ability,
-        context_length=family.context_length,
+        model_ability=family.abilities,
+        context_length=family.context_length if isinstance(family, LLMFamily) else None,
         quantization=spec.quantization,
         replica=launch.replica,
     )
