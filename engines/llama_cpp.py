@@ -5,6 +5,7 @@ Both take the same flags, so there is one mapping of options here and one of fla
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ CONTEXT_LENGTH = 4096  # of one request, where the launch does not say; the engi
 CACHE_RAM_MIB = 1024  # the engine's own default of 8 GiB is a surprise on a small machine
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+REASONING_FORMATS = {None: None, True: "deepseek", False: "none"}
 Positive = Annotated[int, Meta(ge=1)]
 
 
@@ -41,6 +43,8 @@ class LlamaCppOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     cache_type_v: CacheType | None = None
     cache_ram_mib: Annotated[int, Meta(ge=-1, description="RAM for prompt caches; -1: no limit")] = CACHE_RAM_MIB
     chat_template: str | None = None
+    enable_thinking: Annotated[bool, Meta(description="whether the model thinks, unless a request says")] | None = None
+    reasoning_content: Annotated[bool, Meta(description="split thinking off the answer")] | None = None
     reasoning_format: Literal["auto", "none", "deepseek", "deepseek-legacy"] | None = None
     embedding: bool | None = None
     pooling: Literal["none", "mean", "cls", "last", "rank"] | None = None
@@ -59,8 +63,8 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def model_types(self) -> tuple[str, ...]:
-        """Language models, for now."""
-        return ("LLM",)
+        """Whatever there is as GGUF: it answers, and embeds."""
+        return ("LLM", "embedding")
 
     @property
     def unix_socket(self) -> bool:
@@ -124,9 +128,13 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def _template_kwargs(options: LlamaCppOptions) -> str | None:
+    return None if options.enable_thinking is None else json.dumps({"enable_thinking": options.enable_thinking})
+
+
 def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
     per_request = options.context_length or CONTEXT_LENGTH
-    can_embed = "embed" in launch.artifact.family.model_ability
+    can_embed = "embed" in launch.artifact.family.abilities
     threads = options.n_threads or max(1, (os.cpu_count() or 2) - 1)
     values: dict[str, object] = {
         "--ctx-size": options.n_ctx or per_request * options.n_parallel,
@@ -141,7 +149,8 @@ def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
         "--cache-type-v": options.cache_type_v,
         "--cache-ram": options.cache_ram_mib,
         "--chat-template": options.chat_template,
-        "--reasoning-format": options.reasoning_format,
+        "--chat-template-kwargs": _template_kwargs(options),
+        "--reasoning-format": options.reasoning_format or REASONING_FORMATS[options.reasoning_content],
         "--pooling": options.pooling,
     }
     switches = {

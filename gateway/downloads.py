@@ -70,9 +70,7 @@ async def fetch(
     """
     if (path := hubs.find_cached(source, cache)) is not None:
         return path
-    order = msgspec.json.encode(
-        {"source": source, "cache": str(cache), "offline": is_offline(os.environ)}
-    ).decode()
+    order = msgspec.json.encode({"source": source, "cache": str(cache), "offline": is_offline(os.environ)}).decode()
     process = await start(
         (*worker_argv("registry.hubs.fetch"), order),
         {},

@@ -12,7 +12,7 @@ import engines
 from engines.base import LOAD_TIMEOUT_S, START_TIMEOUT_S, Engine, Launch
 from registry.decode import decode
 from registry.registry import Registry
-from registry.resolve import Artifact, Selection, resolve
+from registry.resolve import Artifact, Selection, candidates
 
 UID = re.compile(r"(?!.*//)[^\s/\\?%#&=+]([^\s\\?%#&=+]{0,98}[^\s/\\?%#&=+])?")
 # Paths below /v1/models that mean something else than a uid.
@@ -35,7 +35,9 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
     n_gpu: Annotated[int, Meta(ge=0, description="how many GPUs; 0: the CPU alone")] | None = None
     options: Annotated[dict[str, Any], Meta(description="options of the engine, by its own names")] = {}
     envs: Annotated[dict[str, str], Meta(description="environment of the engine's process")] = {}
-    request_limits: Annotated[int, Meta(ge=0, description="requests of one replica at once; more get 429")] | None = None
+    request_limits: Annotated[int, Meta(ge=0, description="requests of one replica at once; more get 429")] | None = (
+        None
+    )
     preload: Annotated[bool, Meta(description="load at start instead of at the first request")] = False
     idle_timeout_s: Annotated[Seconds, Meta(description="unload after so long without a request")] | None = None
     start_timeout_s: Annotated[Seconds, Meta(description="from the engine's start until it is ready")] = START_TIMEOUT_S
@@ -51,8 +53,7 @@ def plan(uid: str, request: LaunchRequest, registry: Registry, known_engines: Se
         ValueError: it cannot be done; the text says why and what there is instead.
     """
     check_uid(uid)
-    artifact = resolve(registry, request)
-    engine = _choose_engine(request.model_engine, artifact, known_engines)
+    artifact, engine = _choose(request.model_engine, candidates(registry, request), known_engines)
     decode(request.options, engine.options, "options", strict=False)
     if request.gpu_idx is not None and len(set(request.gpu_idx)) < len(request.gpu_idx):
         raise ValueError(f"gpu_idx {list(request.gpu_idx)} names a GPU twice.")
@@ -98,6 +99,28 @@ def check_uid(uid: str) -> None:
 def file_name(uid: str) -> str:
     """The uid as the name of a file or folder."""
     return uid.replace("/", "%2F")
+
+
+def _choose(name: str | None, artifacts: Sequence[Artifact], known: Sequence[Engine]) -> tuple[Artifact, Engine]:
+    """The first artifact that an engine here takes, and that engine.
+
+    Raises:
+        ValueError: there is none; of one that is only not installed if there is one, else of the first artifact.
+    """
+    refusal, is_near = None, False
+    for artifact in artifacts:
+        try:
+            return artifact, _choose_engine(name, artifact, known)
+        except ValueError as exc:
+            accepting = any(
+                (name is None or engine.name.casefold() == name.casefold())
+                and artifact.family.model_type in engine.model_types
+                and engine.accepts(artifact) is None
+                for engine in known
+            )
+            if refusal is None or (accepting and not is_near):
+                refusal, is_near = exc, accepting
+    raise refusal or ValueError("There is nothing to choose from.")
 
 
 def _choose_engine(name: str | None, artifact: Artifact, known: Sequence[Engine]) -> Engine:

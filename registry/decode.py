@@ -6,7 +6,10 @@ It knows msgspec and nothing of what the Structs mean.
 from __future__ import annotations
 
 import difflib
+import json
+import math
 from collections.abc import Iterable, Mapping
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -15,6 +18,8 @@ import msgspec
 T = TypeVar("T")
 
 NEAREST_LIMIT = 200
+MAX_TEXT_BYTES = 64 * 2**20
+MAX_DEPTH = 64
 
 
 class DecodeError(ValueError):
@@ -96,7 +101,7 @@ def _decode_struct(data: Mapping[Any, Any], kind: type[msgspec.Struct], path: st
             if key not in fields:
                 hint = did_you_mean(str(key), fields, what="Known keys")
                 raise DecodeError(f"Unknown key {key!r} - at `{path}`. {hint}")
-    types = get_type_hints(kind, include_extras=True)
+    types = _types(kind)
     values = {}
     for key, field in fields.items():
         if key in data:
@@ -109,12 +114,91 @@ def _decode_struct(data: Mapping[Any, Any], kind: type[msgspec.Struct], path: st
         raise DecodeError(f"{exc} - at `{path}`") from exc
 
 
+@cache
+def _types(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
 def _decode_secret(kind: type, data: Any) -> Any:
     if kind is Secret:
         if isinstance(data, str):
             return Secret(data)
         raise ValueError(f"Expected `str`, got `{type(data).__name__}`")
     raise NotImplementedError(f"no way to make {kind}")
+
+
+def parse(text: str | bytes, max_bytes: int = MAX_TEXT_BYTES) -> Any:
+    """What a JSON text says; unlike json.loads, with each key once and nothing that could not be written again.
+
+    Raises:
+        DecodeError: it is no JSON, a key is there twice, or it is too large or too deep.
+    """
+    try:
+        if len(text) > max_bytes:
+            raise DecodeError(f"The JSON text is longer than {max_bytes // 2**20} MiB.")
+        data = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    except json.JSONDecodeError as exc:
+        raise DecodeError(f"This is not JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}.") from exc
+    except RecursionError as exc:
+        raise DecodeError(f"The JSON is nested deeper than {MAX_DEPTH} levels.") from exc
+    except UnicodeDecodeError as exc:
+        raise DecodeError("This is not JSON: it is not UTF-8 text.") from exc
+    except ValueError as exc:  # a number of thousands of digits, or a DecodeError of ours
+        raise exc if isinstance(exc, DecodeError) else DecodeError(f"This is not JSON that we take: {exc}.") from exc
+    check_plain(data)
+    return data
+
+
+def check_plain(data: Any) -> None:
+    """Whether data can be written as JSON and read again.
+
+    Raises:
+        DecodeError: naming what cannot.
+    """
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, Mapping):
+                for key in value:
+                    if not isinstance(key, str):
+                        raise DecodeError(f"Expected keys of `str`, got `{type(key).__name__}`.")
+                    _check_text(key)
+                below += value.values()
+            elif isinstance(value, list | tuple):
+                below += value
+            elif isinstance(value, str):
+                _check_text(value)
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise DecodeError(f"The number {value} is not of JSON.")
+            elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise DecodeError("A number has more than 64 bits.")
+            elif value is not None and not isinstance(value, int | float):
+                raise DecodeError(f"Values of `{type(value).__name__}` are not of JSON.")
+        if not below:
+            return
+        level = below
+    raise DecodeError(f"The JSON is nested deeper than {MAX_DEPTH} levels.")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise DecodeError("A text holds half of a surrogate pair, which is no Unicode character.") from exc
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise DecodeError(f"Key {key[:100]!r} is there twice. Leave one of them out.")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise DecodeError(f"The number {name} is not of JSON.")
 
 
 def schema(kind: Any) -> dict[str, Any]:

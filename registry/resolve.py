@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import msgspec
 
 from registry.decode import did_you_mean
 from registry.hubs import HUBS
 from registry.registry import Registry
-from registry.schema import LLMFamily, ModelFamily, ModelSpec, Source
+from registry.schema import FAMILIES, GGUF, LLMFamily, ModelFamily, ModelSpec, Source
+from registry.sources import BadUri, gguf_patterns, is_gguf, source_of
 
-GGUF = "ggufv2"
 PYTORCH = "pytorch"
 
 
@@ -34,14 +33,19 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
     model_revision: str | None = None
     model_file: str | None = None
     model_path: str | None = None
+    multimodal_projector: str | None = None
 
 
 class Artifact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The exact thing to load after all choices."""
+    """The exact thing to load after all choices.
 
-    family: LLMFamily
+    Of the family's specs it has the one that was chosen. `projector` is one of the source's files.
+    """
+
+    family: ModelFamily
     spec: ModelSpec
     source: Source
+    projector: str | None = None
 
     @property
     def local_path(self) -> Path | None:
@@ -53,34 +57,79 @@ class NotResolved(ValueError):
     """No artifact fits the selection; the text says what was looked for and what exists nearest."""
 
 
-def resolve(registry: Registry, selection: Selection) -> Artifact:
-    """Choose the exact thing to load.
-
-    `model_path` names files on this machine, `model_id` (with `model_hub`) those of a hub; either goes before
-    the catalogue, of which `model_name` names a family. The other fields choose among that family's specs:
-    the first that fits is taken. Whether the files exist is for the hub to find out.
+def resolve(registry: Registry, selection: Selection, hubs: Sequence[str] = ()) -> Artifact:
+    """Choose the exact thing to load: the first of `candidates`.
 
     Raises:
         NotResolved: with a sentence for the user.
+    """
+    return candidates(registry, selection, hubs)[0]
+
+
+def candidates(registry: Registry, selection: Selection, hubs: Sequence[str] = ()) -> tuple[Artifact, ...]:
+    """All that fits, best first; one at least.
+
+    `model_path` names files on this machine, `model_id` (with `model_hub`) those of a hub; either goes before
+    the catalogue, of which `model_name` names a family. The other fields choose among that family's specs, in
+    the family's order. Whether the files exist is for the hub to find out.
+
+    Args:
+        hubs: the ones that the site prefers, best first; their specs go before those of others, and never rule
+            them out. With none given the family's order counts, and huggingface among specs otherwise alike.
+            Specs with a model_uri need no hub.
+    Raises:
+        NotResolved: nothing fits; with a sentence for the user.
     """
     _check_known("model_type", selection.model_type, registry.types)
     if selection.model_path:
         if selection.model_id:
             raise NotResolved("model_path and model_id both say where the files are. Leave one of them out.")
-        return _in_place(registry, selection, selection.model_path)
+        return (_in_place(registry, selection, selection.model_path),)
     if selection.model_hub:
         _check_known("model_hub", selection.model_hub, HUBS)
     if selection.model_id:
         if _same(selection.model_hub, "local"):
-            return _in_place(registry, selection, selection.model_id)
-        return _on_hub(registry, selection, selection.model_id)
+            return (_in_place(registry, selection, selection.model_id),)
+        return (_on_hub(registry, selection, selection.model_id),)
     if selection.model_name:
-        return _from_catalogue(registry, selection, selection.model_name)
+        return _from_catalogue(registry, selection, selection.model_name, hubs)
     example = next(iter(registry.names(selection.model_type)), "a-model")
     raise NotResolved(
         f"No model was named. Give a model_name (for example {example!r}), or a model_hub and a model_id, "
         "or a model_path."
     )
+
+
+def inherited(registry: Registry, family: ModelFamily) -> ModelFamily:
+    """The family with what it does not say itself lent by the built-in one that its model_family names.
+
+    A language model is lent its chat template, stops, reasoning tags, tool parser and architectures, and is one
+    for pictures if that one is. Where chat_template is a built-in family's name, that one's template, stops and
+    tags are taken. The registration itself stays as it was given.
+    """
+    if not isinstance(family, LLMFamily):
+        return family
+    changes: dict[str, Any] = {}
+    named = registry.template_base_of(family)
+    if isinstance(named, LLMFamily):
+        changes |= {field: getattr(named, field) for field in LENT_WITH_TEMPLATE}
+    elif family.chat_template and not _JINJA.search(family.chat_template) and not registry.is_builtin(family):
+        changes["chat_template"] = None
+    base = registry.base_of(family)
+    if isinstance(base, LLMFamily):
+        for field in LENT:
+            mine = changes.get(field, getattr(family, field))
+            if mine is None and (lent := getattr(base, field)) is not None:
+                changes[field] = lent
+        if "vision" in base.model_ability and "vision" not in family.model_ability:
+            changes["model_ability"] = (*family.model_ability, "vision")
+    return msgspec.structs.replace(family, **changes) if changes else family
+
+
+LENT_WITH_TEMPLATE = ("chat_template", "stop", "stop_token_ids", "reasoning_start_tag", "reasoning_end_tag")
+LENT = (*LENT_WITH_TEMPLATE, "tool_parser", "architectures")
+
+_JINJA = re.compile(r"\{[{%#]")
 
 
 def same_size(one: float | str | None, other: float | str | None) -> bool:
@@ -94,21 +143,33 @@ def same_size(one: float | str | None, other: float | str | None) -> bool:
 def _in_place(registry: Registry, selection: Selection, model_path: str) -> Artifact:
     path = _absolute(model_path, "model_path")
     model_file = selection.model_file
+    is_file = is_gguf(str(path))
     model_format = selection.model_format or (
-        GGUF if _is_gguf(str(path)) or (model_file and _is_gguf(model_file)) else PYTORCH
+        GGUF if is_file or (model_file and is_gguf(model_file)) else _only_format(registry, selection) or PYTORCH
     )
     quantization = selection.quantization or quantization_in(model_file or path.name) or "none"
-    files: tuple[str, ...] = ()
-    if not _is_gguf(str(path)):
-        files = _patterns(model_format, model_file, selection.quantization)
+    projector = selection.multimodal_projector
+    if is_file and projector:
+        source = Source(model_hub="local", model_id=str(path.parent), files=(glob.escape(path.name),))
+    else:
+        files = () if is_file else _patterns(model_format, model_file, selection.quantization)
+        source = Source(model_hub="local", model_id=str(path), files=files)
     return _artifact(
         registry,
         selection,
-        fallback_name=path.stem if _is_gguf(str(path)) else path.name,
+        fallback_name=path.stem if is_file else path.name,
         model_format=model_format,
         quantization=quantization,
-        source=Source(model_hub="local", model_id=str(path), files=files),
+        source=source,
+        model_uri=str(path),
     )
+
+
+def _only_format(registry: Registry, selection: Selection) -> str | None:
+    """The format of all specs that fit a name given beside the files."""
+    family = registry.find(selection.model_name, selection.model_type) if selection.model_name else None
+    formats = {spec.model_format for spec in family.specs} if family else set()
+    return formats.pop() if len(formats) == 1 else None
 
 
 # -- files of a hub, named by the user
@@ -131,7 +192,7 @@ def _on_hub(registry: Registry, selection: Selection, model_id: str) -> Artifact
 
 def _guess_format(selection: Selection, hub: str, model_id: str) -> str:
     if selection.model_file:
-        return GGUF if _is_gguf(selection.model_file) else PYTORCH
+        return GGUF if is_gguf(selection.model_file) else PYTORCH
     if "gguf" in model_id.lower() or quantization_in(f".{selection.quantization}"):
         return GGUF
     return GGUF if hub == "pypi" else PYTORCH
@@ -141,9 +202,7 @@ def _patterns(model_format: str, model_file: str | None, quantization: str | Non
     chosen = None if _same(quantization, "none") else quantization
     if model_file:
         return (model_file.replace("{quantization}", glob.escape(chosen) if chosen else "*"),)
-    if model_format != GGUF:
-        return ()
-    return (f"*{glob.escape(chosen)}*.gguf",) if chosen else ("*.gguf",)
+    return gguf_patterns(chosen) if _same(model_format, GGUF) else ()
 
 
 def _artifact(
@@ -154,6 +213,7 @@ def _artifact(
     model_format: str,
     quantization: str,
     source: Source,
+    model_uri: str | None = None,
 ) -> Artifact:
     family = registry.find(selection.model_name, selection.model_type) if selection.model_name else None
     spec = ModelSpec(
@@ -162,49 +222,107 @@ def _artifact(
         quantization=quantization,
         model_hub=source.model_hub,
         model_id=source.model_id,
-        model_uri=source.model_id if source.model_hub == "local" else None,
+        model_uri=model_uri,
         model_revision=source.model_revision,
     )
     if family is None:
-        family = LLMFamily(
-            model_name=selection.model_name or fallback_name,
-            model_specs=(spec,),
-            model_ability=("chat", "generate"),
-        )
-    return Artifact(family=family, spec=spec, source=source)
+        family = _unregistered(selection, selection.model_name or fallback_name, spec)
+    projector = selection.multimodal_projector
+    if projector:
+        main = source.files or (gguf_patterns(selection.quantization) if model_format == GGUF else ())
+        source = msgspec.structs.replace(source, files=(*main, glob.escape(projector)) if main else ())
+    family = _with_one_spec(inherited(registry, family), spec)
+    return Artifact(family=family, spec=spec, source=source, projector=projector)
+
+
+def _with_one_spec(family: ModelFamily, spec: ModelSpec) -> ModelFamily:
+    """The family without the specs that were not chosen: those of one family can fill a megabyte."""
+    if family.model_specs == (spec,) or not family.model_specs:
+        return family
+    return msgspec.structs.replace(family, model_specs=(spec,))
+
+
+def _unregistered(selection: Selection, model_name: str, spec: ModelSpec) -> ModelFamily:
+    """A family for files that no family is known of."""
+    kind = FAMILIES[_known_spelling(selection.model_type, FAMILIES)]
+    if kind is LLMFamily:
+        return LLMFamily(model_name=model_name, model_specs=(spec,), model_ability=("chat", "generate"))
+    return kind(model_name=model_name, model_specs=(spec,))
 
 
 def _only_size(family: ModelFamily | None) -> int | float | str | None:
-    specs = family.model_specs if family else ()
+    specs = family.specs if family else ()
     sizes = {_size_key(spec.model_size_in_billions): spec.model_size_in_billions for spec in specs}
     return next(iter(sizes.values())) if len(sizes) == 1 else None
 
 
-# -- a family of the catalogue
+# -- a family of the registry
 
 
-def _from_catalogue(registry: Registry, selection: Selection, model_name: str) -> Artifact:
+def _from_catalogue(
+    registry: Registry, selection: Selection, model_name: str, hubs: Sequence[str]
+) -> tuple[Artifact, ...]:
     family = registry.find(model_name, selection.model_type)
     if family is None:
         raise NotResolved(_unknown_name(registry, selection, model_name))
-    spec = _choose_spec(family, selection)
-    return Artifact(family=family, spec=spec, source=_source(family, spec, selection))
+    family = inherited(registry, family)
+    specs = _by_hub(_fitting(family, selection), hubs)
+    found, refusal = [], None
+    for spec in specs:
+        try:
+            found.append(_of_spec(family, spec, selection))
+        except BadUri as exc:
+            refusal = refusal or NotResolved(f"The model_uri of model {family.model_name!r} is of no use. {exc}")
+    if refusal and not found:
+        raise refusal
+    return tuple(found)
+
+
+def _of_spec(family: ModelFamily, spec: ModelSpec, selection: Selection) -> Artifact:
+    projector = selection.multimodal_projector or spec.multimodal_projector
+    if projector and spec.multimodal_projectors:
+        projector = _known_spelling(projector, spec.multimodal_projectors)
+    source = source_of(
+        spec,
+        model_file=selection.model_file,
+        model_revision=selection.model_revision,
+        projector=projector,
+        cache_config=family.cache_config,
+    )
+    return Artifact(family=_with_one_spec(family, spec), spec=spec, source=source, projector=projector)
+
+
+def _by_hub(specs: list[ModelSpec], hubs: Sequence[str]) -> list[ModelSpec]:
+    """The specs in order of preference."""
+    if hubs:
+        ranks = {hub.casefold(): rank for rank, hub in enumerate(hubs)}
+        return sorted(specs, key=lambda s: -1 if s.model_uri else ranks.get(s.model_hub.casefold(), len(ranks)))
+    first_like: dict[tuple[object, ...], int] = {}
+    for index, spec in enumerate(specs):
+        first_like.setdefault(_what(spec), index)
+    return sorted(specs, key=lambda s: (first_like[_what(s)], not s.model_uri and s.model_hub != "huggingface"))
+
+
+def _what(spec: ModelSpec) -> tuple[object, ...]:
+    """What a spec is, wherever its files are."""
+    size = _size_key(spec.model_size_in_billions)
+    return spec.model_format.casefold(), size, spec.quantization.casefold(), spec.engine
 
 
 def _unknown_name(registry: Registry, selection: Selection, model_name: str) -> str:
     said = f"No model is named {model_name!r}. "
-    if model_name.startswith(("/", "~", ".")) or _is_gguf(model_name):
+    if model_name.startswith(("/", "~", ".")) or is_gguf(model_name):
         return said + "For files on this machine give their absolute path as model_path."
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model_name):
         return said + f"For a repository give model_hub 'huggingface' and model_id {model_name!r}."
     return said + did_you_mean(model_name, registry.names(selection.model_type), what="Known models")
 
 
-def _choose_spec(family: ModelFamily, selection: Selection) -> ModelSpec:
-    """The first spec that fits; the first wish that nothing fits is the one to complain of."""
-    specs = [s for s in family.model_specs if s.model_uri or (s.model_id and s.model_hub in HUBS)]
+def _fitting(family: ModelFamily, selection: Selection) -> list[ModelSpec]:
+    """The specs that fit, one at least; the first wish that nothing fits is the one to complain of."""
+    specs = [s for s in family.specs if s.model_uri or (s.model_id and s.model_hub in HUBS)]
     if not specs:
-        hubs = sorted({s.model_hub for s in family.model_specs if s.model_id})
+        hubs = sorted({s.model_hub for s in family.specs if s.model_id})
         raise NotResolved(
             f"Model {family.model_name!r} names no place that its files can come from"
             + (f" but {', '.join(hubs)}, which is not supported" if hubs else "")
@@ -220,48 +338,24 @@ def _choose_spec(family: ModelFamily, selection: Selection) -> ModelSpec:
             raise NotResolved(_misfit(family, specs, field, wish, met))
         specs = fitting
         met.append(f"{field} {wish!r}")
-    return specs[0]
+    return specs
 
 
 def _misfit(family: ModelFamily, specs: list[ModelSpec], field: str, wish: object, met: list[str]) -> str:
-    there = list(dict.fromkeys(str(getattr(spec, field)) for spec in specs))
     among = f" with {' and '.join(met)}" if met else ""
-    return f"Model {family.model_name!r}{among} has no {field} {wish!r}. It has: {', '.join(there)}."
+    there = dict.fromkeys(text for spec in specs for text in _offered(spec, field))
+    said = ", ".join(there) if there else "none"
+    return f"Model {family.model_name!r}{among} has no {field} {wish!r}. It has: {said}."
 
 
-def _source(family: ModelFamily, spec: ModelSpec, selection: Selection) -> Source:
-    files: tuple[str, ...] = ()
-    if selection.model_file:
-        files = _patterns(spec.model_format, selection.model_file, spec.quantization)
-    elif spec.model_file_name_template:
-        files = (glob.escape(_fill(spec.model_file_name_template, spec)),)
-    elif spec.model_format == GGUF:
-        files = _patterns(GGUF, None, spec.quantization)
-    if spec.model_uri:
-        path = _local_uri(family, spec.model_uri)
-        return Source(model_hub="local", model_id=str(path), files=() if _is_gguf(str(path)) else files)
-    return Source(
-        model_hub=spec.model_hub,
-        model_id=_fill(spec.model_id or "", spec),
-        model_revision=selection.model_revision or spec.model_revision,
-        files=files,
-    )
+def _offered(spec: ModelSpec, field: str) -> tuple[str, ...]:
+    if field == "multimodal_projector":
+        return _projectors(spec)
+    return (str(getattr(spec, field)),)
 
 
-def _fill(template: str, spec: ModelSpec) -> str:
-    return template.replace("{quantization}", spec.quantization)
-
-
-def _local_uri(family: ModelFamily, uri: str) -> Path:
-    scheme = urlsplit(uri).scheme if "://" in uri else ""
-    if scheme.lower() == "file":
-        return _absolute(unquote(urlsplit(uri).path), f"model_uri of model {family.model_name!r}")
-    if scheme:
-        raise NotResolved(
-            f"The model_uri of model {family.model_name!r} has the unsupported scheme {scheme!r}. "
-            "Give an absolute path or a file:// address."
-        )
-    return _absolute(uri, f"model_uri of model {family.model_name!r}")
+def _projectors(spec: ModelSpec) -> tuple[str, ...]:
+    return (*(spec.multimodal_projectors or ()), *filter(None, [spec.multimodal_projector]))
 
 
 # wish -> whether a spec fits it; in the order in which a misfit is told
@@ -271,6 +365,10 @@ WISHES: dict[str, Callable[[ModelSpec, Any], bool]] = {
     "quantization": lambda spec, wish: _same(spec.quantization, wish),
     # Files that are on this machine need no hub, so no choice of a hub rules them out.
     "model_hub": lambda spec, wish: spec.model_uri is not None or _same(spec.model_hub, wish),
+    # Files in place may have projectors beside them that their spec does not list.
+    "multimodal_projector": lambda spec, wish: (
+        any(_same(one, wish) for one in _projectors(spec)) or (spec.model_uri is not None and not _projectors(spec))
+    ),
 }
 
 
@@ -285,10 +383,6 @@ def quantization_in(file_name: str) -> str | None:
     """The quantization that a GGUF file's name tells (its last one), as spelt there; else None."""
     found = _QUANTIZATION.findall(file_name)
     return str(found[-1]) if found else None
-
-
-def _is_gguf(name: str) -> bool:
-    return name.lower().endswith(".gguf")
 
 
 def _same(one: str | None, other: str | None) -> bool:

@@ -7,6 +7,7 @@ LLAMA_API_KEY. The wheel has no parser of flags, so the table here maps them.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, type=int)
     for flag in ("--flash-attn", "--cache-type-k", "--cache-type-v", "--chat-template"):
         parser.add_argument(flag)
-    for flag in ("--reasoning-format", "--pooling"):
+    for flag in ("--reasoning-format", "--pooling", "--chat-template-kwargs"):
         parser.add_argument(flag)
     for flag in ("--metrics", "--jinja", "--embedding", "--no-warmup"):
         parser.add_argument(flag, action="store_true")
@@ -75,6 +76,9 @@ def _params(xllamacpp: Any, arguments: argparse.Namespace) -> Any:
     params.model_alias = {arguments.alias} if arguments.alias else set()
     params.api_keys = [key for key in [os.environ.get("LLAMA_API_KEY")] if key]
     params.ui = False
+    if arguments.chat_template_kwargs:
+        values = json.loads(arguments.chat_template_kwargs)
+        params.default_template_kwargs = {name: json.dumps(value) for name, value in values.items()}
     params.endpoint_metrics = arguments.metrics
     params.embedding = arguments.embedding
     params.warmup = not arguments.no_warmup

@@ -64,7 +64,9 @@ class CachedFiles:
 
     def _entries(self) -> list[dict[str, Any]]:
         known = self._known_sources()
-        return [_entry(cached, known.get(cached.source)) for cached in cache.list_cached(self._fleet.settings.cache_path)]
+        return [
+            _entry(cached, known.get(cached.source)) for cached in cache.list_cached(self._fleet.settings.cache_path)
+        ]
 
     def _find(self, version: str) -> list[Cached]:
         known = self._known_sources()

@@ -49,7 +49,9 @@ class Registrations:
         try:
             body = self._read(content)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            raise BadRequest(f'The body is {{"model": "<the model\'s JSON>", "persist": true or false}}: {exc}.') from exc
+            raise BadRequest(
+                f'The body is {{"model": "<the model\'s JSON>", "persist": true or false}}: {exc}.'
+            ) from exc
         try:
             registered = await asyncio.to_thread(
                 self._registry.register, request.path_params["model_type"], body.model, persist=body.persist
@@ -84,9 +86,7 @@ class Registrations:
         families = sorted(self._registry.list(model_type), key=lambda family: family.model_name.lower())
         if request.query_params.get("detailed", "").lower() in ("true", "1", "yes"):
             return json_answer(await asyncio.to_thread(lambda: [self._detailed(family) for family in families]))
-        return json_answer(
-            [{"model_name": f.model_name, "is_builtin": self._registry.is_builtin(f)} for f in families]
-        )
+        return json_answer([{"model_name": f.model_name, "is_builtin": self._registry.is_builtin(f)} for f in families])
 
     async def get(self, request: Request) -> Response:
         """One family, as JSON."""
@@ -158,9 +158,7 @@ class Registrations:
         return encode_family(family) | {"is_builtin": self._registry.is_builtin(family)}
 
     def _detailed(self, family: ModelFamily) -> dict[str, Any]:
-        specs = [
-            msgspec.to_builtins(spec) | {"cache_status": self._is_cached(family, spec)} for spec in family.specs
-        ]
+        specs = [msgspec.to_builtins(spec) | {"cache_status": self._is_cached(family, spec)} for spec in family.specs]
         hubs = sorted({spec.model_hub for spec in family.specs if spec.model_id})
         return self._encoded(family) | {"model_specs": specs, "download_hubs": hubs}
 

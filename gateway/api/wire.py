@@ -118,7 +118,7 @@ def description(deployment: Deployment) -> dict[str, Any]:
     launch = deployment.launch
     family, spec, source = launch.artifact.family, launch.artifact.spec, launch.artifact.source
     told = {key: getattr(family, key) for key in DESCRIBED.get(family.model_type, ()) if hasattr(family, key)}
-    running = [replica for replica in deployment.replicas if replica.placement]
+    placements = [replica.placement for replica in deployment.replicas if replica.placement]
     facts: dict[str, Any] = {
         "model_type": family.model_type,
         "model_name": family.model_name,
@@ -129,7 +129,7 @@ def description(deployment: Deployment) -> dict[str, Any]:
         "model_hub": source.model_hub,
         "model_revision": source.model_revision,
         "address": next((replica.address for replica in deployment.replicas if replica.address), None),
-        "accelerators": [uuid for replica in running for uuid in (replica.placement.gpu_uuids or ())],
+        "accelerators": [uuid for placement in placements for uuid in (placement.gpu_uuids or ())],
     }
     if family.model_type == "LLM":
         facts |= {"revision": source.model_revision, "multimodal_projector": None, "strict_system_first": False}
@@ -143,7 +143,9 @@ def version_of(family: ModelFamily, spec: ModelSpec) -> str:
         size = str(spec.model_size_in_billions).replace(".", "_")
         return f"{family.model_name}--{size}B--{spec.model_format}--{spec.quantization}"
     if isinstance(family, EmbeddingFamily):
-        return f"{family.model_name}--{family.max_tokens}--{family.dimensions}--{spec.model_format}--{spec.quantization}"
+        return (
+            f"{family.model_name}--{family.max_tokens}--{family.dimensions}--{spec.model_format}--{spec.quantization}"
+        )
     return family.model_name
 
 
@@ -194,7 +196,11 @@ def progress_card(deployment: Deployment | None) -> dict[str, Any]:
     if deployment is None:
         return {"progress": 0.0, "stage": "pending", "download_files": [], "replicas": []}
     downloading = next((replica.progress for replica in deployment.replicas if replica.progress), None)
-    stages = {State.READY: ("completed", 1.0), State.STARTING: ("loading", 0.9), State.DOWNLOADING: ("downloading", 0.1)}
+    stages = {
+        State.READY: ("completed", 1.0),
+        State.STARTING: ("loading", 0.9),
+        State.DOWNLOADING: ("downloading", 0.1),
+    }
     stage, progress = stages.get(deployment.state, ("launching", 0.0))
     files: list[dict[str, Any]] = []
     if stage == "downloading" and downloading:

@@ -13,7 +13,10 @@ __all__ = ["HUBS", "find_cached"]
 
 # hub -> its module
 HUBS: dict[str, str] = {
+    "csghub": "registry.hubs.csghub",
     "huggingface": "registry.hubs.huggingface",
     "local": "registry.hubs.local",
+    "modelscope": "registry.hubs.modelscope",
+    "openmind_hub": "registry.hubs.openmind_hub",
     "pypi": "registry.hubs.pypi",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,6 +15,18 @@ import msgspec
 from registry.schema import Source
 
 REPORT_INTERVAL_S = 0.2
+RATE_WINDOW_S = 5.0
+
+# What no engine of ours reads: other frameworks, exports, training state, pictures.
+NEVER = re.compile(
+    r"(^|/)(\.git\w*|onnx|openvino|coreml|original|runs|checkpoint-\d+|logs|flax|tf)/"
+    r"|\.(onnx|onnx_data|h5|msgpack|tflite|ot|mlmodel|mlpackage|pb|npz|gguf|pdf|png|jpe?g|gif|webp|mp4|zip)$"
+    r"|(^|/)(\.gitattributes|optimizer\.(pt|bin)|scheduler\.(pt|bin)|training_args\.bin|rng_state[^/]*\.pth)$",
+    re.IGNORECASE,
+)
+SAFETENSORS = re.compile(r"\.safetensors$", re.IGNORECASE)
+PICKLES = re.compile(r"\.(bin|pth|pt|ckpt)(\.index\.json)?$", re.IGNORECASE)
+CONSOLIDATED = re.compile(r"^consolidated[^/]*\.safetensors$", re.IGNORECASE)
 
 
 class HubError(Exception):
@@ -50,17 +63,43 @@ class Hub(Protocol):
         """
 
 
+class Rate:
+    """How fast a count of bytes grows: over its last few seconds, so that it neither jumps nor drags."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def add(self, now: float, done_bytes: int) -> None:
+        """So many bytes are done at that time; fewer than before is a new beginning."""
+        if self._samples and done_bytes < self._samples[-1][1]:
+            self._samples.clear()
+        if self._samples and now - self._samples[-1][0] < REPORT_INTERVAL_S:
+            return
+        self._samples.append((now, done_bytes))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= RATE_WINDOW_S:
+            self._samples.popleft()
+
+    def bytes_s(self, now: float, done_bytes: int) -> int | None:
+        """Bytes a second; None while too little is known."""
+        if not self._samples or now - self._samples[0][0] < REPORT_INTERVAL_S:
+            return None
+        began_at, began_bytes = self._samples[0]
+        return round((done_bytes - began_bytes) / (now - began_at))
+
+
 class Report:
     """Tells of the progress, a few times a second at most; a new stage and its end are told at once.
 
     What does not move is not told again, so that whoever listens can notice a download that hangs.
     """
 
-    def __init__(self, emit: Callable[[dict[str, object]], None]) -> None:
+    def __init__(self, emit: Callable[[dict[str, object]], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._emit = emit
+        self._clock = clock
         self._told = ""
         self._told_bytes = 0
         self._told_at = 0.0
+        self._rate = Rate()
 
     def stage(self, stage: str) -> None:
         """A stage without a measure begins."""
@@ -69,13 +108,29 @@ class Report:
 
     def bytes(self, stage: str, done_bytes: int, total_bytes: int | None, file: str) -> None:
         """So many bytes of `file` are done; `total_bytes` is None if nobody knows."""
-        now = time.monotonic()
+        now = self._clock()
+        if self._told != stage:
+            self._rate = Rate()
+        self._rate.add(now, done_bytes)
         if self._told == stage:
             is_early = done_bytes != total_bytes and now - self._told_at < REPORT_INTERVAL_S
             if is_early or done_bytes == self._told_bytes:
                 return
         self._told, self._told_bytes, self._told_at = stage, done_bytes, now
-        self._emit({"stage": stage, "done_bytes": done_bytes, "total_bytes": total_bytes, "file": file})
+        rate = self._rate.bytes_s(now, done_bytes)
+        eta_s = None
+        if total_bytes is not None and (rate or done_bytes == total_bytes):
+            eta_s = round((total_bytes - done_bytes) / (rate or 1), 1)
+        self._emit(
+            {
+                "stage": stage,
+                "done_bytes": done_bytes,
+                "total_bytes": total_bytes,
+                "file": file,
+                "rate_bytes_s": rate,
+                "eta_s": eta_s,
+            }
+        )
 
 
 def choose(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
@@ -124,6 +179,35 @@ def choose_or_explain(sizes: dict[str, int], patterns: Sequence[str], where: str
     return chosen
 
 
+def what_engines_need(sizes: dict[str, int], where: str) -> list[str]:
+    """All of a repository but what no engine reads; safetensors go before pickles of the same weights.
+
+    Raises:
+        HubError: nothing is left.
+    """
+    chosen = sorted(name for name in sizes if not NEVER.search(name))
+    safe_folders = {_folder(name) for name in chosen if SAFETENSORS.search(name)}
+    chosen = [n for n in chosen if not (PICKLES.search(n) and _folder(n) in safe_folders)]
+    # Some publishers put the same weights there twice: for everyone, and for their own library.
+    if any(SAFETENSORS.search(n) and not CONSOLIDATED.search(n) for n in chosen):
+        chosen = [n for n in chosen if not CONSOLIDATED.search(n)]
+    if not chosen:
+        ggufs = sorted(name for name in sizes if name.lower().endswith(".gguf"))
+        hint = "Say which GGUF file by a quantization or a model_file." if ggufs else "Check model_id."
+        raise HubError(f"No file in {where} is of use to an engine. {hint}", permanent=True)
+    return chosen
+
+
+def choose_files(source: Source, sizes: dict[str, int]) -> list[str]:
+    """What to fetch of a repository: what `source.files` match, or what an engine could need.
+
+    Raises:
+        HubError: nothing fits.
+    """
+    where = f"repository {source.model_id}"
+    return choose_or_explain(sizes, source.files, where) if source.files else what_engines_need(sizes, where)
+
+
 def listing(names: Sequence[str], limit: int = 10) -> str:
     """Up to `limit` names in one text, and how many more there are."""
     if not names:
@@ -143,6 +227,10 @@ def readable(size_bytes: int) -> str:
 
 
 _SPLIT_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)", re.IGNORECASE)
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def _is_gguf(name: str) -> bool:

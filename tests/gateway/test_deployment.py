@@ -67,6 +67,7 @@ async def deployed(
                 log=folder / f"{index}.log",
                 restart_limit=restart_limit,
                 placements=list,
+                tell=lambda kind, text: None,
                 download_stall_s=60,
                 changed=deployment.notify,
             )

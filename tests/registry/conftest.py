@@ -29,11 +29,19 @@ def start_fetch(tmp_path: Path) -> Iterator[StartFetch]:
     """Start the fetch program: `start_fetch(source, **environment)`. Its cache is `tmp_path / "cache"`."""
     started: list[Fetch] = []
 
-    def start(source: Source, **extra: str) -> Fetch:
-        theirs = ("PIP_", "HF_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+    def start(source: Source, *, offline: bool = False, without: str = "", **extra: str) -> Fetch:
+        theirs = ("PIP_", "HF_", "HOSTLER_", "XINFERENCE_", "MODELSCOPE_", "CSGHUB_", "OPENMIND_", "XDG_")
+        theirs += ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
         env = {name: value for name, value in os.environ.items() if not name.upper().startswith(theirs)}
-        env |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-        fetch = Fetch(source, tmp_path / "cache", env | extra)
+        env |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+        env |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        if without:  # a Python that does not have that module
+            folder = tmp_path / f"without-{without}"
+            folder.mkdir(exist_ok=True)
+            (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules[{without!r}] = None\n")
+            env["PYTHONPATH"] = f"{folder}{os.pathsep}{ROOT}"
+        order = {"offline": True} if offline else {}
+        fetch = Fetch(source, tmp_path / "cache", env | extra, **order)
         started.append(fetch)
         return fetch
 

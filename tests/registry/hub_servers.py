@@ -32,7 +32,7 @@ LIMIT_S = 60
 
 @dataclass
 class Answer:
-    """What a server gives for a path: held back after the first half until `gate` opens."""
+    """What a server gives for a path: held back after the first half until `gate` opens. Knows `Range: bytes=n-`."""
 
     body: bytes = b""
     status: int = 200
@@ -42,7 +42,10 @@ class Answer:
 
 
 class Server:
-    """An HTTP server on 127.0.0.1 that gives `answers` and counts who asked for what."""
+    """An HTTP server on 127.0.0.1 that gives `answers` and counts who asked for what.
+
+    A path with a query is looked up as it was asked, then without its query.
+    """
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {}
@@ -60,25 +63,31 @@ class Server:
                 self._give(with_body=True)
 
             def _give(self, *, with_body: bool) -> None:
-                path = self.path.partition("?")[0]
+                path = self.path if self.path in server.answers else self.path.partition("?")[0]
                 server.asked[f"{self.command} {path}"] += 1
                 server.headers[path] = dict(self.headers)
                 answer = server.answers.get(path, Answer(status=404))
-                self.send_response(answer.status)
-                headers = {"Content-Length": str(len(answer.body))} | answer.headers
+                body, status, headers = answer.body, answer.status, dict(answer.headers)
+                begin = self.headers.get("Range", "").removeprefix("bytes=").partition("-")[0]
+                if begin and status == 200:
+                    status = 206
+                    headers["Content-Range"] = f"bytes {begin}-{len(body) - 1}/{len(body)}"
+                    body = body[int(begin) :]
+                self.send_response(status)
+                headers = {"Content-Length": str(len(body))} | headers
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
                 if not with_body:
                     return
                 try:
-                    half = len(answer.body) // 2
-                    self.wfile.write(answer.body[:half])
+                    half = len(body) // 2
+                    self.wfile.write(body[:half])
                     self.wfile.flush()
                     answer.half_sent.set()
                     if answer.gate:
                         answer.gate.wait(LIMIT_S)
-                    self.wfile.write(answer.body[half:])
+                    self.wfile.write(body[half:])
                 except OSError:
                     self.close_connection = True
 
@@ -157,8 +166,8 @@ WHEEL = "tiny_model-1.0-py3-none-any.whl"
 class Fetch:
     """One run of the fetch program in a process group of its own."""
 
-    def __init__(self, source: Source, cache: Path, env: dict[str, str]) -> None:
-        request = msgspec.json.encode({"source": source, "cache": str(cache)}).decode()
+    def __init__(self, source: Source, cache: Path, env: dict[str, str], **order: bool) -> None:
+        request = msgspec.json.encode({"source": source, "cache": str(cache)} | order).decode()
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "registry.hubs.fetch", request],
             stdout=subprocess.PIPE,
