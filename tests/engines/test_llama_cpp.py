@@ -39,6 +39,8 @@ ALL_OPTIONS = {
     "cache_type_v": "f16",
     "cache_ram_mib": -1,
     "chat_template": "chatml",
+    "enable_thinking": False,
+    "reasoning_content": True,
     "reasoning_format": "deepseek-legacy",
     "embedding": True,
     "pooling": "mean",
@@ -94,7 +96,11 @@ def flags_of(argv: tuple[str, ...]) -> dict[str, str | None]:
 
 def test_it_is_an_engine() -> None:
     assert isinstance(LlamaCpp(), Engine)
-    assert (LlamaCpp().name, LlamaCpp().model_types, LlamaCpp().unix_socket) == ("llama.cpp", ("LLM",), True)
+    assert (LlamaCpp().name, LlamaCpp().model_types, LlamaCpp().unix_socket) == (
+        "llama.cpp",
+        ("LLM", "embedding"),
+        True,
+    )
 
 
 def test_a_sites_settings_make_another_engine_and_leave_this_one_as_it_is() -> None:
@@ -318,6 +324,7 @@ def test_the_workers_parser_takes_every_flag_that_the_engine_can_emit(worker: Ll
         "cache_type_v": "f16",
         "cache_ram": -1,
         "chat_template": "chatml",
+        "chat_template_kwargs": '{"enable_thinking": false}',
         "reasoning_format": "deepseek-legacy",
         "pooling": "mean",
         "metrics": True,

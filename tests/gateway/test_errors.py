@@ -17,14 +17,18 @@ from gateway.errors import (
     ErrorBody,
     Forbidden,
     HostlerError,
+    InUse,
+    LaunchCancelled,
     ModelFailed,
     ModelLoading,
     ModelNotFound,
     ModelStopped,
     NotFound,
+    NotImplementedYet,
     RequestRefused,
     SettingsError,
     ShuttingDown,
+    TooManyRequests,
     UnsupportedBody,
     answer,
     body_of,
@@ -47,11 +51,15 @@ TABLE: list[tuple[type[HostlerError], int, str, str | None]] = [
     (ModelStopped, 503, "server_error", "model_stopped"),
     (CannotKeep, 503, "server_error", "cannot_keep"),
     (UnsupportedBody, 415, "invalid_request_error", "unsupported_body"),
+    (InUse, 400, "invalid_request_error", "in_use"),
+    (TooManyRequests, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (LaunchCancelled, 499, "invalid_request_error", "launch_cancelled"),
+    (NotImplementedYet, 501, "server_error", "not_implemented"),
     (ModelFailed, 503, "server_error", "model_failed"),
     (ShuttingDown, 503, "server_error", "shutting_down"),
     (EngineDied, 502, "server_error", "engine_died"),
 ]
-RETRY = {ModelLoading, ModelStopped, ShuttingDown}
+RETRY = {ModelLoading, ModelStopped, ShuttingDown, TooManyRequests}
 
 
 def all_kinds(kind: type[HostlerError] = HostlerError) -> set[type[HostlerError]]:

@@ -28,8 +28,8 @@ MODEL = {"model_name": "smollm2-instruct", "model_hub": "pypi", "model_engine": 
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def cache(model_cache: Path) -> Path:
+    return model_cache
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
