@@ -86,6 +86,7 @@ class Registry:
         self._catalogue = catalogue or Catalogue(families)
         self._folder = folder
         self._registered: dict[str, dict[str, ModelFamily]] = {model_type: {} for model_type in FAMILIES}
+        self._on_disk: set[tuple[str, str]] = set()
         self._writing = threading.Lock()
         if folder is not None:
             self._load(folder)
@@ -190,6 +191,7 @@ class Registry:
             self._check_free(family)
             if persist:
                 self._write(family)
+                self._on_disk.add((model_type, family.model_name))
             self._registered[model_type][family.model_name] = family
         return Registered(family=family, lifted=(*lifted, *warnings))
 
@@ -209,11 +211,12 @@ class Registry:
                         f"Model {model_name} is built-in and cannot be unregistered. Only registered models can."
                     )
                 return False
-            if self._folder is not None:
+            if (model_type, model_name) in self._on_disk:
                 path = self._path(model_type, model_name)
                 if path.exists():
                     path.unlink(missing_ok=True)
                     _sync(path.parent)
+                self._on_disk.remove((model_type, model_name))
             del self._registered[model_type][model_name]
         return True
 
@@ -275,6 +278,7 @@ class Registry:
                     self._tell(f"The registration in {path} is skipped: {exc}")
                 else:
                     self._registered[model_type][family.model_name] = family
+                    self._on_disk.add((model_type, family.model_name))
 
     def _load_one(self, model_type: str, path: Path) -> ModelFamily:
         family, _ = _read(model_type, path.read_bytes())

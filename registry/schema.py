@@ -420,9 +420,9 @@ def encode_family(family: ModelFamily) -> dict[str, Any]:
         if field == "model_specs":
             data[field] = [_encode_spec(spec, family.model_type) for spec in value]
         elif isinstance(value, Virtualenv):
-            data[field] = {name: msgspec.to_builtins(getattr(value, name)) for name in value.__struct_fields__}
+            data[field] = {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
         else:
-            data[field] = msgspec.to_builtins(value)
+            data[field] = _plain(value)
     return data | {key: value for key, value in family.extra.items() if key not in data}
 
 
@@ -432,7 +432,14 @@ def _encode_spec(spec: ModelSpec, model_type: str) -> dict[str, Any]:
         always += GGUF_KEYS.get(model_type, ())
     values = {key: getattr(spec, key) for key in always}
     values |= {key: value for key in spec.__struct_fields__ if (value := getattr(spec, key)) is not None}
-    return {key: msgspec.to_builtins(value) for key, value in values.items()}
+    return {key: _plain(value) for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    """The value with lists for tuples, as JSON has them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def unknown_keys(model_type: str, data: Mapping[str, Any]) -> list[tuple[str, str, Iterable[str]]]:

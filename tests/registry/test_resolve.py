@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from registry.registry import Registry
-from registry.resolve import NotResolved, Selection, quantization_in, resolve, same_size
-from registry.schema import LLMFamily, ModelSpec, Source
+from registry.resolve import Artifact, NotResolved, Selection, candidates, quantization_in, resolve, same_size
+from registry.schema import FAMILIES, EmbeddingFamily, ImageFamily, LLMFamily, ModelFamily, ModelSpec, Source
 
 TEMPLATE = "m-{quantization}.gguf"
 FAMILY = LLMFamily(
@@ -306,3 +307,201 @@ def test_any_selection_gives_an_artifact_or_a_sentence(selection: Selection) -> 
 @given(st.floats(min_value=0, allow_nan=False, allow_infinity=False), st.booleans())
 def test_a_size_is_the_same_with_a_point_or_an_underscore(size: float, as_text: bool) -> None:
     assert same_size(str(size).replace(".", "_"), str(size) if as_text else size)
+
+
+# --- all types, parts, projectors, hubs
+
+SPLIT = LLMFamily(
+    model_name="split",
+    cache_config={"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": "old/*"},
+    model_specs=(
+        ModelSpec(
+            model_format="ggufv2",
+            model_size_in_billions="1_8",
+            quantization="Q8_0",
+            model_id="o/m-{quantization}",
+            model_file_name_template=TEMPLATE,
+            model_file_name_split_template="{quantization}/m-{quantization}-{part}.gguf",
+            quantization_parts={"q8_0": ("00001-of-00002", "00002-of-00002")},
+            multimodal_projectors=("mmproj-f16.gguf", "mmproj[bf16].gguf"),
+        ),
+        ModelSpec(model_format="pytorch", model_size_in_billions="1_8", model_hub="modelscope", model_id="ms/m"),
+        ModelSpec(model_format="pytorch", model_size_in_billions="1_8", model_id="hf/m"),
+        ModelSpec(model_format="ggufv2", quantization="Q4_0", model_uri="/d/m.gguf"),
+        ModelSpec(model_format="ggufv2", quantization="Q5_0", model_uri="/d/dir", model_file_name_template=TEMPLATE),
+    ),
+)
+PAINTER = ImageFamily(model_name="painter", model_hub="modelscope", model_id="o/p", model_revision="r")
+EMBEDDER = EmbeddingFamily(
+    model_name="some-model",
+    dimensions=4,
+    max_tokens=8,
+    model_specs=(
+        ModelSpec(
+            model_format="ggufv2",
+            quantization="Q8_0",
+            model_id="o/e",
+            model_file_name_template=TEMPLATE,
+            multimodal_projector="mmproj.gguf",
+        ),
+    ),
+)
+MANY = Registry([FAMILY, SPLIT, PAINTER, EMBEDDER])
+PARTS = ("Q8_0/m-Q8_0-00001-of-00002.gguf", "Q8_0/m-Q8_0-00002-of-00002.gguf")
+
+
+def of_many(hubs: tuple[str, ...] = (), **selection: Any) -> Artifact:
+    return resolve(MANY, Selection(**selection), hubs)
+
+
+def test_a_split_file_is_all_its_parts_the_first_one_first() -> None:
+    artifact = of_many(model_name="split", quantization="q8_0", model_size_in_billions="1.8")
+    assert artifact.source == huggingface("o/m-Q8_0", *PARTS)
+    assert artifact.projector is None
+
+
+@pytest.mark.parametrize(
+    ("projector", "files"),
+    [("MMPROJ-F16.gguf", ("mmproj-f16.gguf",)), ("mmproj[bf16].gguf", ("mmproj[[]bf16].gguf",))],
+)
+def test_a_projector_comes_after_the_model(projector: str, files: tuple[str, ...]) -> None:
+    artifact = of_many(model_name="split", multimodal_projector=projector)
+    assert artifact.source.files == PARTS + files
+    assert artifact.projector in SPLIT.model_specs[0].multimodal_projectors  # the spelling of the spec
+
+
+def test_a_projector_lies_beside_a_file_in_place() -> None:
+    artifact = of_many(model_name="split", quantization="Q4_0", multimodal_projector="p.gguf")
+    assert artifact.source == local("/d", "m.gguf", "p.gguf")
+    artifact = of_many(model_name="split", quantization="Q5_0", multimodal_projector="p.gguf")
+    assert artifact.source == local("/d/dir", "m-Q5_0.gguf", "p.gguf")
+    artifact = of_many(model_path="/d/m.gguf", multimodal_projector="p.gguf")
+    assert artifact.source == local("/d", "m.gguf", "p.gguf")
+    assert artifact.projector == "p.gguf"
+    artifact = of_many(model_id="o/r-GGUF", multimodal_projector="p.gguf")
+    assert artifact.source == huggingface("o/r-GGUF", "*.gguf", "p.gguf")
+
+
+def test_the_one_projector_of_a_spec_needs_no_wish() -> None:
+    artifact = of_many(model_name="some-model", model_type="embedding")
+    assert (artifact.source.files, artifact.projector) == (("m-Q8_0.gguf", "mmproj.gguf"), "mmproj.gguf")
+
+
+def test_a_projector_that_no_spec_has_is_told() -> None:
+    with pytest.raises(NotResolved, match=r"has no multimodal_projector 'x'\. It has: mmproj-f16\.gguf"):
+        of_many(model_name="split", model_format="ggufv2", model_size_in_billions="1_8", multimodal_projector="x")
+    with pytest.raises(NotResolved, match="It has: none"):
+        of_many(model_name="some-model", multimodal_projector="x")
+
+
+def test_of_like_specs_that_of_the_preferred_hub_is_taken() -> None:
+    wish = {"model_name": "split", "model_format": "pytorch"}
+    assert of_many(**wish).source.model_id == "hf/m"
+    assert of_many(("modelscope", "huggingface"), **wish).source.model_id == "ms/m"
+    assert of_many(("MODELSCOPE",), **wish).source.model_id == "ms/m"
+    assert of_many(("csghub",), **wish).source.model_id == "ms/m"
+    assert of_many(**wish, model_hub="modelscope").source.model_id == "ms/m"
+    assert of_many(("huggingface",), **wish, model_hub="modelscope").source.model_id == "ms/m"
+
+
+def test_a_preferred_hub_goes_before_the_order_of_specs_and_files_in_place_before_all() -> None:
+    assert of_many(model_name="split").source.files == PARTS
+    found = candidates(MANY, Selection(model_name="split"), ("modelscope",))
+    assert [artifact.source.model_id for artifact in found] == ["/d/m.gguf", "/d/dir", "ms/m", "o/m-Q8_0", "hf/m"]
+
+
+def test_patterns_of_the_cache_config_count_where_no_files_are_named() -> None:
+    source = of_many(model_name="split", model_format="pytorch").source
+    assert source.allow_patterns == ("*.json", "*.safetensors")
+    assert source.ignore_patterns == ("old/*",)
+    assert of_many(model_name="split").source.allow_patterns == ()
+
+
+def test_a_flat_family_is_resolved() -> None:
+    artifact = of_many(model_name="Painter", model_type="IMAGE")
+    assert artifact.source == Source(model_hub="modelscope", model_id="o/p", model_revision="r")
+    assert artifact.family is PAINTER
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_files_of_any_type_can_be_named_in_place(model_type: str) -> None:
+    artifact = of_many(model_path="/d/x", model_type=model_type)
+    assert artifact.family.model_type == model_type
+    assert artifact.family.model_name == "x"
+    assert artifact.source == local("/d/x")
+    assert artifact.family.abilities or model_type in ("image", "audio", "video")
+
+
+def test_a_known_name_lends_its_format_to_files_named_in_place() -> None:
+    artifact = of_many(model_path="/d/e", model_name="some-model", model_type="embedding", quantization="Q8_0")
+    assert artifact.spec.model_format == "ggufv2"
+    assert artifact.family.model_type == "embedding"
+
+
+@given(
+    st.sampled_from([(t, f) for t in builtin.types for f in builtin.list(t)]).flatmap(
+        lambda case: st.tuples(st.just(case), st.sampled_from(case[1].specs), st.booleans())
+    )
+)
+def test_any_spelling_of_a_spec_of_the_catalogue_finds_it(
+    case: tuple[tuple[str, ModelFamily], ModelSpec, bool],
+) -> None:
+    (model_type, family), spec, is_upper = case
+    spell = str.upper if is_upper else str.lower
+    artifact = resolve(
+        builtin,
+        Selection(
+            model_name=family.model_name,
+            model_type=spell(model_type),
+            model_format=spell(spec.model_format),
+            model_size_in_billions=str(spec.model_size_in_billions or "").replace("_", ".") or None,
+            quantization=spell(spec.quantization),
+            model_hub=spell(spec.model_hub),
+        ),
+    )
+    found = artifact.spec
+    assert (found.model_format, found.quantization, found.model_hub) == (
+        spec.model_format,
+        spec.quantization,
+        spec.model_hub,
+    )
+    assert same_size(found.model_size_in_billions, spec.model_size_in_billions)
+    assert msgspec.json.decode(msgspec.json.encode(artifact), type=Artifact) == artifact
+
+
+@given(texts, texts, texts, st.none() | st.lists(texts.filter(bool), max_size=2).map(tuple))
+def test_any_spec_gives_a_source_or_a_sentence(
+    uri: str | None, template: str | None, quantization: str | None, projectors: tuple[str, ...] | None
+) -> None:
+    spec = ModelSpec(
+        model_format="ggufv2",
+        model_id="o/m",
+        model_uri=uri,
+        quantization=quantization or "none",
+        model_file_name_template=template,
+        multimodal_projectors=projectors,
+    )
+    registry = Registry([LLMFamily(model_name="x", model_specs=(spec,))])
+    wish = projectors[0] if projectors else None
+    try:
+        said, artifact = "", resolve(registry, Selection(model_name="x", multimodal_projector=wish))
+    except NotResolved as exc:
+        said, artifact = str(exc), None
+    assert artifact or said[-1] in ".?"
+    if artifact:
+        assert artifact.source.model_id
+        assert not uri or artifact.source.model_hub == "local"
+
+
+def test_every_sample_of_the_old_catalogue_is_still_there() -> None:
+    for name in (
+        "smollm2-instruct",
+        "qwen2.5-instruct",
+        "qwen2.5-coder-instruct",
+        "qwen3",
+        "gemma-3-1b-it",
+        "tiny-llama",
+    ):
+        artifact = resolve(builtin, Selection(model_name=name, model_format="ggufv2"))
+        assert artifact.source.files
+    assert resolve(builtin, Selection(model_name="smollm2-instruct")).source.model_hub == "pypi"
