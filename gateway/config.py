@@ -23,6 +23,7 @@ from gateway.launch import LaunchRequest, Seconds
 from registry.decode import DecodeError, Secret, decode
 
 ENV_PREFIX = "HOSTLER_"
+XINFERENCE_HUB_VARIABLE = "XINFERENCE_MODEL_SRC"
 # ${NAME}, ${NAME:-default}, ${file:/path}; $${...} stands for itself.
 REFERENCE = re.compile(r"(?P<escape>\$)?\$\{(?P<inner>[^}]*)(?P<end>\})?")
 VARIABLE = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re.DOTALL)
@@ -52,6 +53,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     download_stall_s: Annotated[Seconds, Meta(description="a download without a byte for so long is started anew")] = (
         120.0
     )
+    preferred_hubs: Annotated[
+        tuple[str, ...], Meta(description="hubs to take files from where several have them, best first")
+    ] = ()
     engines: Annotated[dict[str, EngineSettings], Meta(description="settings of engines, by engine name")] = {}
     models: Annotated[dict[str, LaunchRequest], Meta(description="models to serve, by uid")] = {}
 
@@ -89,6 +93,8 @@ def load(file: str | None, flags: Mapping[str, Any], environment: Mapping[str, s
     if settings.api_keys_file:
         keys = _keys_in(Path(settings.api_keys_file).expanduser())
         settings = msgspec.structs.replace(settings, api_keys=settings.api_keys + keys)
+    if (hub := environment.get(XINFERENCE_HUB_VARIABLE)) and not settings.preferred_hubs and hub != "auto":
+        settings = msgspec.structs.replace(settings, preferred_hubs=(hub,))
     if key := environment.get(KEY_VARIABLE):
         settings = msgspec.structs.replace(settings, api_keys=(*settings.api_keys, Secret(key)))
     if not all(settings.api_keys):

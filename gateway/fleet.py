@@ -112,7 +112,7 @@ class Fleet:
         if uid in self._deployments:
             raise BadRequest(f"Model is already in the model list, uid: {uid}. Choose another uid.", param="model_uid")
         try:
-            launch = plan(uid, request, self.registry, self.engines)
+            launch = plan(uid, request, self.registry, self.engines, self.settings.preferred_hubs)
         except ValueError as exc:
             raise BadRequest(str(exc)) from exc
         path = launch.artifact.local_path
@@ -206,7 +206,7 @@ def plan_declared(settings: Settings, registry: Registry, known_engines: tuple[E
     launches = []
     for uid, request in settings.models.items():
         try:
-            launches.append(plan(uid, request, registry, known_engines))
+            launches.append(plan(uid, request, registry, known_engines, settings.preferred_hubs))
         except ValueError as exc:
             raise SettingsError(f"The model {uid!r} of the settings cannot be served: {exc}") from exc
     return launches

@@ -46,14 +46,22 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = LOAD_TIMEOUT_S
 
 
-def plan(uid: str, request: LaunchRequest, registry: Registry, known_engines: Sequence[Engine]) -> Launch:
+def plan(
+    uid: str,
+    request: LaunchRequest,
+    registry: Registry,
+    known_engines: Sequence[Engine],
+    hubs: Sequence[str] = (),
+) -> Launch:
     """Make every choice that the request leaves open.
 
+    Args:
+        hubs: those that the site prefers, best first.
     Raises:
         ValueError: it cannot be done; the text says why and what there is instead.
     """
     check_uid(uid)
-    artifact, engine = _choose(request.model_engine, candidates(registry, request), known_engines)
+    artifact, engine = _choose(request.model_engine, candidates(registry, request, hubs), known_engines)
     decode(request.options, engine.options, "options", strict=False)
     if request.gpu_idx is not None and len(set(request.gpu_idx)) < len(request.gpu_idx):
         raise ValueError(f"gpu_idx {list(request.gpu_idx)} names a GPU twice.")
