@@ -209,7 +209,7 @@ def _lift_prompt_style(data: Data, said: Said) -> None:
         return
     taken = [key for key in ("stop", "stop_token_ids") if style.get(key) and data.get(key) is None]
     for key in taken:
-        data[key] = style[key]
+        data[key] = style[key] if isinstance(style[key], list | tuple) else [style[key]]
     if taken:
         said.append(f"{_listing(taken)} came out of prompt_style; the rest of it is kept but not used.")
     else:

@@ -401,11 +401,13 @@ def _size_key(size: float | str | None) -> Decimal | str | None:
 
 
 def _absolute(path: str, what: str) -> Path:
+    if "\0" in path:
+        raise NotResolved(f"The {what} {path!r} holds a null character. Give an absolute path.")
     try:
         expanded = Path(path).expanduser()
     except RuntimeError as exc:
         raise NotResolved(f"The {what} {path!r} names an unknown home folder. Give an absolute path.") from exc
-    if "\0" in path or not expanded.is_absolute():
+    if not expanded.is_absolute():
         raise NotResolved(f"The {what} {path!r} is not an absolute path. Begin it with '/' or '~'.")
     return expanded
 

@@ -536,7 +536,7 @@ def _relaxed_value(value: Any, wanted: Any) -> Any:
             return int(value)
         if wanted is bool and value.strip().lower() in ("true", "false"):
             return value.strip().lower() == "true"
-    if wanted is int and isinstance(value, float) and value.is_integer():
+    if wanted is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
     if wanted is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)

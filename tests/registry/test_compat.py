@@ -161,6 +161,7 @@ def test_other_spellings_of_formats_and_hubs() -> None:
         ("LLM", {"chat_template": "my-family", "model_family": "my-family"}, {"chat_template": None}, "no template"),
         ("LLM", {"chat_template": " "}, {"chat_template": None}, "no template"),
         ("LLM", {"chat_template": "{{ x }}"}, {"chat_template": "{{ x }}"}, ""),
+        ("LLM", {"prompt_style": {"stop": "</s>"}}, {"stop": ["</s>"]}, "came out of prompt_style"),
         ("LLM", {"model_ability": "chat"}, {"model_ability": ["chat"]}, "a list of one"),
         ("LLM", {"stop_token_ids": 2}, {"stop_token_ids": [2]}, "a list of one"),
         ("LLM", {"model_specs": {"quantization": "q"}}, {"model_specs": [{"quantization": "q"}]}, "a list of one"),
