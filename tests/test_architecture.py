@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import engines
-from gateway.cli import VERBS
+from gateway.cli import VERBS, module_of
 from gateway.config import Settings, load
 from gateway.fleet import available_engines, plan_declared
 from registry.decode import schema
@@ -35,8 +35,9 @@ PACKAGE_MAY_IMPORT = {
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
     ("addresses", "errors", "gpus", "metrics", "upstream", "watchdog", "launch"),
-    ("client", "placement", "process", "store"),
-    ("config",),
+    ("calls",),
+    ("client", "async_client", "placement", "process", "store"),
+    ("config", "sdk"),
     ("downloads", "nodes"),
     ("replica",),
     ("deployment",),
@@ -167,7 +168,7 @@ finally:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_a_module_with_its_command(verb: str) -> None:
-    assert importlib.import_module(f"gateway.cli.{verb}").command.name == verb
+    assert importlib.import_module(module_of(verb)).command.name == verb
 
 
 # --- what must be there

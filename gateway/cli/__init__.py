@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import sys
 
 import click
 
 VERBS = {
     "serve": "Serve models until Ctrl-C.",
+    "launch": "Serve a model from now on.",
+    "terminate": "Stop a launched model and forget it.",
     "list": "List the models that can be asked for.",
     "ps": "Show what runs: state, process, memory, requests, failures.",
     "start": "Load a model now.",
     "stop": "Unload a model; its next request loads it again.",
     "logs": "Show what a model's engine wrote.",
     "chat": "Talk with a model.",
+    "generate": "Have a model complete prompts.",
+    "embedding": "Turn texts into vectors.",
+    "rerank": "Order texts by how well they answer a query.",
+    "register": "Add a model of your own.",
+    "unregister": "Forget a model of your own.",
+    "registrations": "List the models that can be launched, built-in and your own.",
+    "schema": "Print the JSON Schema of a model type's registrations.",
+    "import": "Take over the registrations of another server.",
+    "engine": "Show which engines run a model, and in which formats.",
+    "vllm-models": "List the models that vLLM runs.",
+    "cal-model-mem": "Estimate the GPU memory that a model needs.",
+    "cached": "List the downloaded models.",
+    "remove-cache": "Delete a downloaded model.",
+    "cache": "List, remove or prune downloaded models.",
+    "login": "Keep a token for a gateway that needs one.",
+    "alias": "Write a program that knows these verbs by another name.",
     "config": "Check a settings file, or print its JSON Schema.",
     "doctor": "Say what this machine can run, and why not the rest.",
 }
+
+
+def module_of(verb: str) -> str:
+    """The module that has the verb's command; no word of Python can name one."""
+    name = verb.replace("-", "_")
+    return f"gateway.cli.{name}_" if keyword.iskeyword(name) else f"gateway.cli.{name}"
 
 
 class Verbs(click.Group):
@@ -25,29 +50,30 @@ class Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of the table."""
-        return list(VERBS)
+        return [*VERBS]  # `list` is a verb here
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The verb's module has a command of the same name."""
+        """The command in the verb's module."""
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"gateway.cli.{cmd_name}")
+        module = importlib.import_module(module_of(cmd_name))
         command: click.Command = module.command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """From the table, without loading any verb."""
         with formatter.section("Verbs"):
-            formatter.write_dl(list(VERBS.items()))
+            formatter.write_dl([*VERBS.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """A verb that is not there gets the nearest that is."""
         if args and args[0] not in VERBS and not args[0].startswith("-"):
-            from registry.decode import did_you_mean
+            from registry.decode import did_you_mean, nearest
 
-            ctx.fail(f"There is no verb {args[0]!r}. {did_you_mean(args[0], VERBS, what='Verbs')}")
+            known = did_you_mean(args[0], VERBS) if nearest(args[0], VERBS) else "`hostler --help` shows them all."
+            ctx.fail(f"There is no verb {args[0]!r}. {known}")
         return super().resolve_command(ctx, args)
 
 

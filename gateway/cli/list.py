@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from gateway.cli.options import as_json_option, print_json, print_table, with_client
+from gateway.cli.options import as_json_option, print_json, print_table, text, with_client
 from gateway.client import Client
 
 
@@ -13,22 +13,23 @@ from gateway.client import Client
 @with_client
 def command(client: Client, as_json: bool) -> None:
     """List the models that can be asked for, loaded or not."""
-    models = client.get("/v1/models")["data"]
+    models = client.list_models()
     if as_json:
         print_json(models)
         return
-    columns = dict.fromkeys(("UID", "STATE", "MODEL", "ENGINE", "FORMAT", "ABILITIES"), "left")
+    columns = dict.fromkeys(("UID", "STATE", "TYPE", "MODEL", "ENGINE", "FORMAT", "ABILITIES"), "left")
     print_table(
         columns | {"CONTEXT": "right"},
         [
             [
                 model["id"],
-                model["status"],
-                model["model_name"],
-                model["model_engine"],
-                f"{model['model_format']} {model['quantization']}",
-                " ".join(model["model_ability"]),
-                str(model["context_length"]),
+                text(model.get("status")),
+                text(model.get("model_type")),
+                text(model.get("model_name")),
+                text(model.get("model_engine")),
+                f"{model.get('model_format') or '-'} {model.get('quantization') or ''}".strip(),
+                text(model.get("model_ability")),
+                text(model.get("context_length") or model.get("max_tokens")),
             ]
             for model in models
         ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from gateway.cli.options import with_client
-from gateway.client import Client, model_path
+from gateway.client import Client
 
 
 @click.command("logs")
@@ -16,6 +16,5 @@ from gateway.client import Client, model_path
 @with_client
 def command(client: Client, uid: str, follow: bool, lines: int, replica: int) -> None:
     """Show what a model's engine wrote, over all its starts."""
-    query = {"lines": lines, "replica": replica, "follow": str(follow).lower()}
-    for line in client.text_lines(model_path(uid, "/logs"), **query):
+    for line in client.logs(uid, lines=lines, replica=replica, follow=follow):
         click.echo(line)

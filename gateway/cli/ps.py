@@ -16,7 +16,7 @@ from gateway.client import Client
 @with_client
 def command(client: Client, as_json: bool) -> None:
     """Show every replica: state, process, memory, requests, idle time, last failure."""
-    replicas = client.get("/v1/replicas")
+    replicas = client.replicas()
     if as_json:
         print_json(replicas)
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from gateway.cli.options import with_client
-from gateway.client import Client, model_path
+from gateway.client import Client
 
 
 @click.command("stop")
@@ -14,5 +14,5 @@ from gateway.client import Client, model_path
 @with_client
 def command(client: Client, uid: str, force: bool) -> None:
     """Unload a model, after the requests in flight. Its next request loads it again."""
-    model = client.post(model_path(uid, "/stop"), limit_s=None, force=str(force).lower())
+    model = client.stop(uid, force=force)
     click.echo(f"{uid} is {model['status']}.")

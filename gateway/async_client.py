@@ -1,0 +1,297 @@
+"""The client of our own HTTP API for programs with an event loop: the same methods, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gateway import calls
+from gateway.addresses import host_of, is_loopback
+from gateway.calls import LIMIT_S, PROGRESS_PAUSE_S, Call, Json, Step, model_path
+
+if TYPE_CHECKING:
+    import aiohttp
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """Talks to one gateway. Every method raises ClientError if it is refused or nobody answers.
+
+    Use it as `async with AsyncClient() as client`, or call `aclose()` in the end.
+
+    Args:
+        endpoint: its address; else HOSTLER_ENDPOINT, XINFERENCE_ENDPOINT, or the default address.
+        api_key: else HOSTLER_API_KEY.
+    """
+
+    def __init__(self, endpoint: str | None = None, api_key: str | None = None) -> None:
+        self.endpoint = calls.endpoint_of(endpoint)
+        self._headers = calls.headers_of(api_key)
+        self._kept: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close its connections."""
+        if self._kept is not None:
+            await self._kept.close()
+            self._kept = None
+
+    # --- models
+
+    async def health(self) -> Json:
+        """Whether the gateway is well."""
+        return await self._read(Call("GET", "/health"), dict)
+
+    async def list_models(self) -> list[Json]:
+        """The models that can be asked for."""
+        return await self._read(Call("GET", "/v1/models"), list, "data")
+
+    async def get_model(self, uid: str) -> Json:
+        """One of them."""
+        return await self._read(Call("GET", model_path(uid)), dict)
+
+    async def launch(
+        self, model_name: str | None = None, *, model_uid: str | None = None, wait: bool = True, **wish: Any
+    ) -> str:
+        """Serve a model from now on; its uid.
+
+        Args:
+            model_name: a family of the catalogue or a registration.
+            model_uid: how clients will name it; else the family's name.
+            wait: until it is ready; else see `launch_progress`.
+            wish: model_engine, model_size_in_billions, quantization, model_path, ... and options of the engine.
+        """
+        named = {"model_name": model_name, "model_uid": model_uid}
+        return await self._read(calls.launch(wait, named | wish), str, "model_uid")
+
+    async def launch_progress(self, uid: str, pause_s: float = PROGRESS_PAUSE_S) -> AsyncIterator[Step]:
+        """How far a launch is, again and again until it is ready.
+
+        Raises:
+            ClientError: the launch failed or was cancelled; the text says why.
+        """
+        while True:
+            found = await self.instances(model_uid=uid)
+            step = calls.step(uid, found, await self.progress(uid))
+            yield step
+            if step.is_ready:
+                return
+            await asyncio.sleep(pause_s)
+
+    async def instances(self, model_name: str | None = None, model_uid: str | None = None) -> list[Json]:
+        """Launches and how they are."""
+        return await self._read(calls.instances(model_name, model_uid), list)
+
+    async def progress(self, uid: str) -> Json:
+        """How far a launch is: progress, stage, download_files, replicas."""
+        return await self._read(Call("GET", model_path(uid, "/progress")), dict)
+
+    async def cancel(self, uid: str) -> None:
+        """End a launch that is not ready yet."""
+        await self._json(Call("POST", model_path(uid, "/cancel")))
+
+    async def terminate(self, uid: str) -> None:
+        """Stop a launched model and forget it."""
+        await self._json(Call("DELETE", model_path(uid), limit_s=None))
+
+    async def start(self, uid: str) -> Json:
+        """Load a model now; one that has failed is tried again."""
+        return await self._read(Call("POST", model_path(uid, "/start")), dict)
+
+    async def stop(self, uid: str, *, force: bool = False) -> Json:
+        """Unload a model, after the requests in flight unless forced; its next request loads it again."""
+        return await self._read(Call("POST", model_path(uid, "/stop"), {"force": force}, limit_s=None), dict)
+
+    async def logs(self, uid: str, *, lines: int = 100, replica: int = 0, follow: bool = False) -> AsyncIterator[str]:
+        """The last lines that a model's engine wrote, and with `follow` those that come."""
+        async for line in self._lines(calls.logs(uid, lines, replica, follow)):
+            yield line.decode(errors="replace").rstrip("\r\n")
+
+    async def replicas(self) -> list[Json]:
+        """Every replica: state, process, memory, requests, last failure."""
+        return await self._read(Call("GET", "/v1/replicas"), list)
+
+    # --- registrations, engines, cache
+
+    async def register(
+        self,
+        model: str | Mapping[str, Any],
+        model_type: str = "LLM",
+        *,
+        persist: bool = False,
+        worker_ip: str | None = None,
+    ) -> Any:
+        """Add a family, as an object or its JSON text; what the gateway says of it, if anything."""
+        return await self._json(calls.register(model, model_type, persist, worker_ip))
+
+    async def unregister(self, name: str, model_type: str = "LLM") -> None:
+        """Forget a family that was registered; what runs of it stays up."""
+        await self._json(Call("DELETE", calls.registrations_path(model_type, name)))
+
+    async def registrations(self, model_type: str = "LLM", *, detailed: bool = False) -> list[Json]:
+        """All families of a type, the built-in ones too."""
+        return await self._read(Call("GET", calls.registrations_path(model_type), {"detailed": detailed}), list)
+
+    async def get_registration(self, name: str, model_type: str = "LLM") -> Json:
+        """One family, whole."""
+        return await self._read(Call("GET", calls.registrations_path(model_type, name)), dict)
+
+    async def engines(self, name: str, model_type: str = "LLM") -> Json | None:
+        """For each engine the formats in which it runs a family, or why it cannot; None: no such family."""
+        found = await self._json(calls.engines(name, model_type))
+        return None if found is None else calls.read(found, dict)
+
+    async def cached_models(self, model_name: str | None = None, worker_ip: str | None = None) -> list[Json]:
+        """Files of models that are here."""
+        return await self._read(calls.cached("GET", model_name=model_name, worker_ip=worker_ip), list, "list")
+
+    async def cached_files(self, model_version: str, worker_ip: str | None = None) -> list[str]:
+        """What `remove_cached` would delete."""
+        call = calls.cached("GET", "/files", model_version=model_version, worker_ip=worker_ip)
+        return await self._read(call, list, "paths")
+
+    async def remove_cached(self, model_version: str, worker_ip: str | None = None) -> bool:
+        """Delete the files of a model; whether they are gone."""
+        return await self._read(
+            calls.cached("DELETE", model_version=model_version, worker_ip=worker_ip), bool, "result"
+        )
+
+    async def vllm_models(self) -> Json:
+        """The families that vLLM runs, by what they can do."""
+        return await self._read(Call("GET", "/v1/models/vllm-supported"), dict)
+
+    async def needs_key(self) -> bool:
+        """Whether the gateway asks for a key."""
+        return await self._read(Call("GET", "/v1/cluster/auth"), bool, "auth")
+
+    async def login(self, username: str, password: str) -> str:
+        """A token that serves as the key of another client."""
+        call = Call("POST", "/token", {}, {"username": username, "password": password})
+        return await self._read(call, str, "access_token")
+
+    # --- inference: `limit_s` is how long the answer may take; None: as long as it takes
+
+    async def chat(
+        self, model: str, messages: Sequence[Mapping[str, Any]], *, limit_s: float | None = None, **options: Any
+    ) -> Json:
+        """A chat completion."""
+        body = {"model": model, "messages": messages} | options
+        return await self._read(calls.infer("/v1/chat/completions", limit_s, body), dict)
+
+    def chat_stream(self, model: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> AsyncIterator[Json]:
+        """A chat completion, chunk by chunk."""
+        return self._chunks("/v1/chat/completions", {"model": model, "messages": messages, "stream": True} | options)
+
+    async def complete(self, model: str, prompt: str, *, limit_s: float | None = None, **options: Any) -> Json:
+        """A completion."""
+        return await self._read(
+            calls.infer("/v1/completions", limit_s, {"model": model, "prompt": prompt} | options), dict
+        )
+
+    def complete_stream(self, model: str, prompt: str, **options: Any) -> AsyncIterator[Json]:
+        """A completion, chunk by chunk."""
+        return self._chunks("/v1/completions", {"model": model, "prompt": prompt, "stream": True} | options)
+
+    async def embed(
+        self, model: str, input: str | Sequence[str], *, limit_s: float | None = None, **options: Any
+    ) -> Json:
+        """Vectors of one or several texts."""
+        return await self._read(
+            calls.infer("/v1/embeddings", limit_s, {"model": model, "input": input} | options), dict
+        )
+
+    async def rerank(
+        self, model: str, query: str, documents: Sequence[str], *, limit_s: float | None = None, **options: Any
+    ) -> Json:
+        """The documents by how well they answer the query, the best first."""
+        body = {"model": model, "query": query, "documents": documents} | options
+        return await self._read(calls.infer("/v1/rerank", limit_s, body), dict)
+
+    # --- anything else of the API
+
+    async def get(self, path: str, **query: Any) -> Any:
+        """GET, decoded from JSON."""
+        return await self._json(Call("GET", path, query))
+
+    async def post(self, path: str, body: Any = None, limit_s: float | None = LIMIT_S, **query: Any) -> Any:
+        """POST a body as JSON, decoded from JSON."""
+        return await self._json(Call("POST", path, query, body, limit_s))
+
+    async def events(self, path: str, body: Any) -> AsyncIterator[Any]:
+        """POST and read the answer's events: decoded from JSON, or a comment's text.
+
+        Raises:
+            ClientError: the stream holds an error, or broke off before its end.
+        """
+        async for line in self._lines(Call("POST", path, {}, body, limit_s=None)):
+            event = calls.event_of(line)
+            if event is calls.End:
+                return
+            if event is not None:
+                yield event
+        raise calls.broken_off()
+
+    # --- how it is sent
+
+    async def _chunks(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[Json]:
+        async for event in self.events(path, calls.infer(path, None, body).body):
+            if not isinstance(event, str):
+                yield event
+
+    async def _read(self, call: Call, kind: type[T], field: str | None = None) -> T:
+        return calls.read(await self._json(call), kind, field)
+
+    async def _json(self, call: Call) -> Any:
+        async with self._opened(call) as response:
+            content = await response.read()
+        return calls.decoded(content)
+
+    async def _lines(self, call: Call) -> AsyncIterator[bytes]:
+        """The library's own reading by lines refuses long ones."""
+        async with self._opened(call) as response:
+            begun: list[bytes] = []
+            async for piece in response.content.iter_any():
+                head, *others = piece.split(b"\n")
+                begun.append(head)
+                for other in others:
+                    yield b"".join(begun)
+                    begun = [other]
+            if any(begun):
+                yield b"".join(begun)
+
+    @asynccontextmanager
+    async def _opened(self, call: Call) -> AsyncIterator[aiohttp.ClientResponse]:
+        """An answer that is a success; errors of the library are turned into ours."""
+        import aiohttp
+        import yarl
+
+        url = yarl.URL(self.endpoint + call.target, encoded=True)
+        limit = aiohttp.ClientTimeout(total=call.limit_s)
+        try:
+            async with self._session().request(call.method, url, data=call.content, timeout=limit) as response:
+                if not response.ok:
+                    raise calls.refusal(response.status, response.reason or "", await response.read())
+                yield response
+        except TimeoutError as exc:
+            raise calls.too_late(self.endpoint, call.limit_s) from exc
+        except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, ConnectionResetError) as exc:
+            raise calls.broken_off() from exc
+        except (aiohttp.ClientError, OSError, ValueError) as exc:
+            raise calls.unreachable(self.endpoint, exc) from exc
+
+    def _session(self) -> aiohttp.ClientSession:
+        """Made at the first request, when there is a loop. A proxy must not get between us and this machine."""
+        import aiohttp
+
+        if self._kept is None:
+            trust_env = not is_loopback(host_of(self.endpoint))
+            self._kept = aiohttp.ClientSession(headers=self._headers, trust_env=trust_env)
+        return self._kept
