@@ -75,7 +75,7 @@ def _quantizations(entry: dict[str, Any]) -> list[str]:
 
 
 def _fits(entry: dict[str, Any], wanted: dict[str, str | None]) -> bool:
-    has = {
+    has: dict[str, list[Any]] = {
         "model_format": [entry.get("model_format")],
         "model_size_in_billions": [entry.get("model_size_in_billions")],
         "quantization": _quantizations(entry),
