@@ -60,14 +60,8 @@ def command(
 
 
 def _row(model_name: str, engine: str, entry: dict[str, Any]) -> list[str]:
-    size = text(entry.get("model_size_in_billions"))
-    return [
-        text(entry.get("model_name", model_name)),
-        engine,
-        text(entry.get("model_format")),
-        size,
-        text(_quantizations(entry)),
-    ]
+    facts = [entry.get("model_format"), entry.get("model_size_in_billions"), _quantizations(entry)]
+    return [text(entry.get("model_name", model_name)), engine, *[text(fact) for fact in facts]]
 
 
 def _quantizations(entry: dict[str, Any]) -> list[str]:
@@ -75,7 +69,7 @@ def _quantizations(entry: dict[str, Any]) -> list[str]:
 
 
 def _fits(entry: dict[str, Any], wanted: dict[str, str | None]) -> bool:
-    has = {
+    has: dict[str, list[Any]] = {
         "model_format": [entry.get("model_format")],
         "model_size_in_billions": [entry.get("model_size_in_billions")],
         "quantization": _quantizations(entry),
