@@ -72,6 +72,8 @@ def print_answer(client: Client, path: str, body: dict[str, Any], is_streamed: b
     except KeyboardInterrupt:
         click.echo(click.style(" [stopped]", dim=True), nl=False)
     except ClientError as exc:
+        if parts:
+            click.echo()
         click.echo(f"{exc}", err=True)
         return None
     click.echo()
