@@ -6,19 +6,19 @@ from typing import Any
 
 import click
 
-from gateway.cli.options import as_json_option, both, model_type_option, print_json, print_table, text, with_client
+from gateway.cli.options import as_json_option, model_type_option, print_json, print_table, text, with_client
 from gateway.client import Client
 
 COLUMNS = ("NAME", "ENGINE", "FORMAT", "SIZE", "QUANTIZATION")
 
 
 @click.command("engine")
-@click.option(*both("-n", "--model-name"), required=True, help="A family of the catalogue, or one of your own.")
+@click.option("-n", "--model-name", required=True, help="A family of the catalogue, or one of your own.")
 @model_type_option
-@click.option(*both("-en", "--model-engine"), help="Only this engine.")
-@click.option(*both("-f", "--model-format"), help="Only this format.")
-@click.option(*both("-s", "--model-size-in-billions"), "size", help="Only this size.")
-@click.option(*both("-q", "--quantization"), help="Only this quantization.")
+@click.option("-en", "--model-engine", help="Only this engine.")
+@click.option("-f", "--model-format", help="Only this format.")
+@click.option("-s", "--model-size-in-billions", "size", help="Only this size.")
+@click.option("-q", "--quantization", help="Only this quantization.")
 @as_json_option
 @with_client
 def command(

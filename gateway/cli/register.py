@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gateway.cli.options import as_json_option, both, model_type_option, print_json, with_client
+from gateway.cli.options import as_json_option, model_type_option, print_json, with_client
 from gateway.client import Client
 
 
@@ -15,7 +15,7 @@ from gateway.client import Client
 @click.argument("path", required=False, metavar="FILE", type=click.Path(path_type=Path))
 @model_type_option
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="The model's JSON; may stand alone too.")
-@click.option(*both("-w", "--worker-ip"), help="The machine that has the files.")
+@click.option("-w", "--worker-ip", help="The machine that has the files.")
 @click.option("-p", "--persist", is_flag=True, help="Keep it over restarts of the gateway.")
 @as_json_option
 @with_client
