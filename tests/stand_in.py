@@ -115,8 +115,9 @@ class Refusal:
 class Raw:
     """An answer that is sent as it is, piece by piece."""
 
-    def __init__(self, *pieces: bytes, content_type: str = "text/event-stream") -> None:
-        self.pieces, self.content_type = pieces, content_type
+    def __init__(self, *pieces: bytes, content_type: str = "text/event-stream", **headers: str) -> None:
+        self.pieces = pieces
+        self.headers = {"Content-Type": content_type} | {name.replace("_", "-"): text for name, text in headers.items()}
 
 
 class StandIn:
@@ -168,7 +169,7 @@ class StandIn:
             return web.json_response({"detail": answer.detail}, status=answer.status)
         if not isinstance(answer, Raw):
             return web.json_response(answer)
-        response = web.StreamResponse(headers={"Content-Type": answer.content_type})
+        response = web.StreamResponse(headers=answer.headers)
         await response.prepare(request)
         for piece in answer.pieces:
             await response.write(piece)

@@ -103,7 +103,7 @@ async def test_a_launch_is_followed(stand_in: StandIn) -> None:
 
 async def test_what_is_asked_is_the_same_of_both(stand_in: StandIn) -> None:
     async with AsyncClient(stand_in.address, "key") as client:
-        await client.register({"model_name": "mine"}, persist=True)
+        assert await client.register({"model_name": "mine"}, persist=True) == ""
         await client.registrations()
         await client.get_registration("mine")
         await client.unregister("mine")

@@ -251,6 +251,18 @@ async def test_a_file_is_registered_as_it_is(run: Shell, stand_in: StandIn) -> N
     assert body == {"model": text, "persist": True, "worker_ip": None}
 
 
+async def test_what_was_read_otherwise_than_written_is_told(run: Shell, stand_in: StandIn) -> None:
+    stand_in.answers["POST", "/v1/model_registrations/LLM"] = Raw(
+        b"null", content_type="application/json", x_hostler_notes="Version 1 was lifted to 2%3A caf%C3%A9."
+    )
+    (run.home / "model.json").write_text("{}")
+    done = await run("register", "-f", "model.json")
+    assert done.out.splitlines() == [
+        "It is registered until the gateway ends; --persist keeps it.",
+        "Version 1 was lifted to 2: café.",
+    ]
+
+
 async def test_a_file_that_is_refused_is_told(run: Shell, stand_in: StandIn) -> None:
     stand_in.answers["POST", "/v1/model_registrations/LLM"] = Refusal(400, "Required key 'model_specs' is missing")
     (run.home / "model.json").write_text("{}")

@@ -188,7 +188,7 @@ async def test_a_launch_that_fails_is_told(found: list[Any], words: str, stand_i
 async def test_registrations_engines_and_cache(stand_in: StandIn) -> None:
     def use() -> None:
         client = Client(stand_in.address)
-        assert client.register({"model_name": "mine"}, persist=True) is None
+        assert client.register({"model_name": "mine"}, persist=True) == ""
         client.register('{"model_name": "mine", "x": 1}')
         assert [one["model_name"] for one in client.registrations(detailed=True)] == ["mine", "qwen3"]
         assert client.get_registration("mine")["model_name"] == "mine"
