@@ -128,9 +128,14 @@ class AsyncClient:
         *,
         persist: bool = False,
         worker_ip: str | None = None,
-    ) -> Any:
-        """Add a family, as an object or its JSON text; what the gateway says of it, if anything."""
-        return await self._json(calls.register(model, model_type, persist, worker_ip))
+    ) -> str:
+        """Add a family, as an object or its JSON text.
+
+        Returns:
+            what the gateway read otherwise than it was written, in sentences for people; mostly none.
+        """
+        _, notes = await self._exchange(calls.register(model, model_type, persist, worker_ip))
+        return notes
 
     async def unregister(self, name: str, model_type: str = "LLM") -> None:
         """Forget a family that was registered; what runs of it stays up."""
@@ -250,9 +255,13 @@ class AsyncClient:
         return calls.read(await self._json(call), kind, field)
 
     async def _json(self, call: Call) -> Any:
-        async with self._opened(call) as response:
-            content = await response.read()
+        content, _ = await self._exchange(call)
         return calls.decoded(content)
+
+    async def _exchange(self, call: Call) -> tuple[bytes, str]:
+        """The answer's body, and the notes beside it."""
+        async with self._opened(call) as response:
+            return await response.read(), calls.notes_of(response.headers.get(calls.NOTES_HEADER))
 
     async def _lines(self, call: Call) -> AsyncIterator[bytes]:
         """The library's own reading by lines refuses long ones."""

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode
 
 from gateway.addresses import host_of
 
@@ -16,6 +16,7 @@ ENDPOINT_VARIABLES = (ENDPOINT_VARIABLE, "XINFERENCE_ENDPOINT")  # the first tha
 DEFAULT_ENDPOINT = "http://127.0.0.1:9997"
 LIMIT_S = 30.0
 PROGRESS_PAUSE_S = 0.5
+NOTES_HEADER = "x-hostler-notes"
 
 # What an instance's status says of its launch.
 LOADED = frozenset({"READY"})
@@ -197,6 +198,11 @@ def read(answer: Any, kind: type[T], field: str | None = None) -> T:
     if not isinstance(answer, kind):
         raise ClientError("The answer is not that of a gateway. Is this the address of one?")
     return answer
+
+
+def notes_of(header: str | None) -> str:
+    """Sentences that come beside an answer, in the header that has them."""
+    return unquote(header or "")
 
 
 def refusal(status: int, reason: str, content: bytes) -> ClientError:

@@ -131,9 +131,14 @@ class Client:
         *,
         persist: bool = False,
         worker_ip: str | None = None,
-    ) -> Any:
-        """Add a family, as an object or its JSON text; what the gateway says of it, if anything."""
-        return self._json(calls.register(model, model_type, persist, worker_ip))
+    ) -> str:
+        """Add a family, as an object or its JSON text.
+
+        Returns:
+            what the gateway read otherwise than it was written, in sentences for people; mostly none.
+        """
+        _, notes = self._exchange(calls.register(model, model_type, persist, worker_ip))
+        return notes
 
     def unregister(self, name: str, model_type: str = "LLM") -> None:
         """Forget a family that was registered; what runs of it stays up."""
@@ -244,9 +249,13 @@ class Client:
         return calls.read(self._json(call), kind, field)
 
     def _json(self, call: Call) -> Any:
-        with self._translated(call), closing(self._open(call)) as response:
-            content = response.read()
+        content, _ = self._exchange(call)
         return calls.decoded(content)
+
+    def _exchange(self, call: Call) -> tuple[bytes, str]:
+        """The answer's body, and the notes beside it."""
+        with self._translated(call), closing(self._open(call)) as response:
+            return response.read(), calls.notes_of(response.headers.get(calls.NOTES_HEADER))
 
     def _lines(self, call: Call) -> Iterator[bytes]:
         with self._translated(call), closing(self._open(call)) as response:

@@ -77,7 +77,15 @@ class Verbs(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+def spelt_with_dashes(name: str) -> str:
+    """An option's name, which may be written with underscores too."""
+    return name.replace("_", "-")
+
+
+SPELLING = {"help_option_names": ["-h", "--help"], "token_normalize_func": spelt_with_dashes}
+
+
+@click.command(cls=Verbs, context_settings=SPELLING)
 @click.version_option(package_name="hostler")
 def hostler() -> None:
     """One OpenAI-compatible door in front of every model that this machine can run."""

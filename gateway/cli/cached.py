@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gateway.cli.options import as_json_option, both, megabytes, print_json, print_table, text, with_client
+from gateway.cli.options import as_json_option, megabytes, print_json, print_table, text, with_client
 from gateway.client import Client
 
 # title -> key
@@ -22,8 +22,8 @@ COLUMNS = {
 
 
 @click.command("cached")
-@click.option(*both("-n", "--model-name"), help="Only this one.")
-@click.option(*both("--worker-ip"), help="Only on this machine.")
+@click.option("-n", "--model-name", help="Only this one.")
+@click.option("--worker-ip", help="Only on this machine.")
 @as_json_option
 @with_client
 def command(client: Client, model_name: str | None, worker_ip: str | None, as_json: bool) -> None:

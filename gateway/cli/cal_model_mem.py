@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import click
 
-from gateway.cli.options import as_json_option, both, megabytes, print_json, print_table
+from gateway.cli.options import as_json_option, megabytes, print_json, print_table
 
 # Up to how many billions of parameters -> layers, width of keys, width of all: models of today, on the large side.
 SHAPES = (
@@ -47,16 +47,12 @@ class Estimate(NamedTuple):
 
 
 @click.command("cal-model-mem")
-@click.option(*both("-n", "--model-name"), help="Only for the table.")
-@click.option(*both("-s", "--size-in-billions"), "size", required=True, help="Such as 7, 0.5 or 0_5.")
-@click.option(*both("-f", "--model-format"), required=True, help="pytorch, ggufv2, gptq, awq, ...")
-@click.option(*both("-q", "--quantization"), help="Such as none, Int4, Q4_K_M.")
-@click.option(
-    *both("-c", "--context-length"), required=True, type=click.IntRange(1), help="Tokens of prompt and answer."
-)
-@click.option(
-    *both("--kv-cache-dtype"), type=click.Choice(["8", "16", "32"]), default="16", show_default=True, help="Bits."
-)
+@click.option("-n", "--model-name", help="Only for the table.")
+@click.option("-s", "--size-in-billions", "size", required=True, help="Such as 7, 0.5 or 0_5.")
+@click.option("-f", "--model-format", required=True, help="pytorch, ggufv2, gptq, awq, ...")
+@click.option("-q", "--quantization", help="Such as none, Int4, Q4_K_M.")
+@click.option("-c", "--context-length", required=True, type=click.IntRange(1), help="Tokens of prompt and answer.")
+@click.option("--kv-cache-dtype", type=click.Choice(["8", "16", "32"]), default="16", show_default=True, help="Bits.")
 @as_json_option
 def command(
     model_name: str | None,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gateway.cli.options import both, model_uid_option, uid_of, with_client
+from gateway.cli.options import model_uid_option, uid_of, with_client
 from gateway.client import Client, ClientError
 
 
@@ -15,7 +15,7 @@ from gateway.client import Client, ClientError
 @click.argument("uid", required=False)
 @model_uid_option
 @click.option("--system", metavar="TEXT", help="What the model is told first.")
-@click.option(*both("--max-tokens"), type=click.IntRange(1), help="The longest answer.")
+@click.option("--max-tokens", type=click.IntRange(1), help="The longest answer.")
 @click.option("--stream", type=bool, default=True, show_default=True, help="Print the answer as it comes.")
 @click.option("--temperature", type=click.FloatRange(0), help="0: always the likeliest word.")
 @with_client
@@ -72,6 +72,8 @@ def print_answer(client: Client, path: str, body: dict[str, Any], is_streamed: b
     except KeyboardInterrupt:
         click.echo(click.style(" [stopped]", dim=True), nl=False)
     except ClientError as exc:
+        if parts:
+            click.echo()
         click.echo(f"{exc}", err=True)
         return None
     click.echo()

@@ -6,19 +6,19 @@ from typing import Any
 
 import click
 
-from gateway.cli.options import as_json_option, both, model_type_option, print_json, print_table, text, with_client
+from gateway.cli.options import as_json_option, model_type_option, print_json, print_table, text, with_client
 from gateway.client import Client
 
 COLUMNS = ("NAME", "ENGINE", "FORMAT", "SIZE", "QUANTIZATION")
 
 
 @click.command("engine")
-@click.option(*both("-n", "--model-name"), required=True, help="A family of the catalogue, or one of your own.")
+@click.option("-n", "--model-name", required=True, help="A family of the catalogue, or one of your own.")
 @model_type_option
-@click.option(*both("-en", "--model-engine"), help="Only this engine.")
-@click.option(*both("-f", "--model-format"), help="Only this format.")
-@click.option(*both("-s", "--model-size-in-billions"), "size", help="Only this size.")
-@click.option(*both("-q", "--quantization"), help="Only this quantization.")
+@click.option("-en", "--model-engine", help="Only this engine.")
+@click.option("-f", "--model-format", help="Only this format.")
+@click.option("-s", "--model-size-in-billions", "size", help="Only this size.")
+@click.option("-q", "--quantization", help="Only this quantization.")
 @as_json_option
 @with_client
 def command(
@@ -60,14 +60,8 @@ def command(
 
 
 def _row(model_name: str, engine: str, entry: dict[str, Any]) -> list[str]:
-    size = text(entry.get("model_size_in_billions"))
-    return [
-        text(entry.get("model_name", model_name)),
-        engine,
-        text(entry.get("model_format")),
-        size,
-        text(_quantizations(entry)),
-    ]
+    facts = [entry.get("model_format"), entry.get("model_size_in_billions"), _quantizations(entry)]
+    return [text(entry.get("model_name", model_name)), engine, *[text(fact) for fact in facts]]
 
 
 def _quantizations(entry: dict[str, Any]) -> list[str]:

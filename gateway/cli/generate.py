@@ -7,14 +7,14 @@ import sys
 import click
 
 from gateway.cli.chat import ask, print_answer
-from gateway.cli.options import both, model_uid_option, uid_of, with_client
+from gateway.cli.options import model_uid_option, uid_of, with_client
 from gateway.client import Client
 
 
 @click.command("generate")
 @click.argument("uid", required=False)
 @model_uid_option
-@click.option(*both("--max-tokens"), type=click.IntRange(1), default=512, show_default=True, help="The longest answer.")
+@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="The longest answer.")
 @click.option("--stream", type=bool, default=True, show_default=True, help="Print the answer as it comes.")
 @with_client
 def command(client: Client, uid: str | None, model_uid: str | None, max_tokens: int, stream: bool) -> None:

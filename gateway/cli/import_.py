@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from gateway.cli.options import as_json_option, print_json, print_table, with_client
-from gateway.cli.register import read, said
+from gateway.cli.register import read
 from gateway.client import Client, ClientError
 
 # The folders of registrations, and the model type of each.
@@ -70,7 +70,7 @@ def _files(home: Path) -> Iterator[tuple[str, Path]]:
 def _take_over(client: Client, model_type: str, file: Path) -> dict[str, object]:
     report: dict[str, object] = {"model_type": model_type, "file": str(file)}
     try:
-        remark = " ".join(said(client.register(read(file), model_type, persist=True)))
+        remark = client.register(read(file), model_type, persist=True)
     except ClientError as exc:
         if exc.status is None:  # there is nobody to ask for the others either
             raise

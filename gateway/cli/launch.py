@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from gateway.calls import PROGRESS_PAUSE_S
-from gateway.cli.options import both, print_json, with_client
+from gateway.cli.options import print_json, with_client
 from gateway.client import Client, ClientError, Step
 
 MODEL_PATHS = ("--model-path", "--model_path")
@@ -34,30 +34,26 @@ class LaunchCommand(click.Command):
 
 
 @click.command("launch", cls=LaunchCommand, options_metavar="[OPTIONS] [--KEY VALUE]...")
-@click.option(*both("-n", "--model-name"), help="A family of the catalogue, or one of your own.")
-@click.option(*both("-t", "--model-type"), default="LLM", show_default=True, help="LLM, embedding, rerank, image, ...")
-@click.option(*both("-en", "--model-engine"), help="The engine; the best that is here if not given.")
-@click.option(*both("-u", "--model-uid"), help="How clients name it; else the family's name.")
-@click.option(*both("-s", "--size-in-billions"), "model_size_in_billions", help="Such as 7, 0.5 or 0_5.")
-@click.option(*both("-f", "--model-format"), help="pytorch, ggufv2, gptq, awq, ...")
-@click.option(*both("-q", "--quantization"), help="Such as none, Int4, Q4_K_M.")
+@click.option("-n", "--model-name", help="A family of the catalogue, or one of your own.")
+@click.option("-t", "--model-type", default="LLM", show_default=True, help="LLM, embedding, rerank, image, ...")
+@click.option("-en", "--model-engine", help="The engine; the best that is here if not given.")
+@click.option("-u", "--model-uid", help="How clients name it; else the family's name.")
+@click.option("-s", "--size-in-billions", "model_size_in_billions", help="Such as 7, 0.5 or 0_5.")
+@click.option("-f", "--model-format", help="pytorch, ggufv2, gptq, awq, ...")
+@click.option("-q", "--quantization", help="Such as none, Int4, Q4_K_M.")
 @click.option("-r", "--replica", type=int, help="Copies to run.  [default: 1]")
-@click.option(*both("--replica-config"), metavar="JSON", help="A list, one item for each copy.")
-@click.option(*both("--n-worker"), type=int, help="Machines for one copy.")
-@click.option(*both("--n-gpu"), help="auto, how many GPUs for a copy, or none: the CPU.")
-@click.option(*both("--gpu-idx"), metavar="N,N", help="These GPUs and no others.")
-@click.option(*both("--worker-ip"), help="The machine to run on.")
-@click.option(
-    *both("-lm", "--lora-modules"), nargs=2, multiple=True, metavar="NAME PATH", help="An adapter; may be repeated."
-)
-@click.option(*both("-ld", "--image-lora-load-kwargs"), nargs=2, multiple=True, metavar="KEY VALUE")
-@click.option(*both("-fd", "--image-lora-fuse-kwargs"), nargs=2, multiple=True, metavar="KEY VALUE")
-@click.option(
-    *both("-qc", "--quantization-config"), nargs=2, multiple=True, metavar="KEY VALUE", help="How to quantize."
-)
-@click.option(*both("--trust-remote-code"), type=bool, help="Run code that comes with the model.")
-@click.option("-mp", *MODEL_PATHS, metavar="PATH", help="Files on the gateway's machine, in place of a download.")
-@click.option(*both("--enable-thinking"), is_flag=True, default=None, help="Have it think before it answers.")
+@click.option("--replica-config", metavar="JSON", help="A list, one item for each copy.")
+@click.option("--n-worker", type=int, help="Machines for one copy.")
+@click.option("--n-gpu", help="auto, how many GPUs for a copy, or none: the CPU.")
+@click.option("--gpu-idx", metavar="N,N", help="These GPUs and no others.")
+@click.option("--worker-ip", help="The machine to run on.")
+@click.option("-lm", "--lora-modules", nargs=2, multiple=True, metavar="NAME PATH", help="An adapter; may be repeated.")
+@click.option("-ld", "--image-lora-load-kwargs", nargs=2, multiple=True, metavar="KEY VALUE")
+@click.option("-fd", "--image-lora-fuse-kwargs", nargs=2, multiple=True, metavar="KEY VALUE")
+@click.option("-qc", "--quantization-config", nargs=2, multiple=True, metavar="KEY VALUE", help="How to quantize.")
+@click.option("--trust-remote-code", type=bool, help="Run code that comes with the model.")
+@click.option("-mp", "--model-path", metavar="PATH", help="Files on the gateway's machine, in place of a download.")
+@click.option("--enable-thinking", is_flag=True, default=None, help="Have it think before it answers.")
 @click.option(
     "--enable-virtual-env/--disable-virtual-env",
     "enable_virtual_env",
@@ -65,14 +61,15 @@ class LaunchCommand(click.Command):
     help="Run it in a Python environment of its own.",
 )
 @click.option(
-    *both("-vp", "--virtual-env-package"),
+    "-vp",
+    "--virtual-env-package",
     "virtual_env_packages",
     multiple=True,
     metavar="REQUIREMENT",
     help="A package for that environment; may be repeated.",
 )
 @click.option(
-    *both("--virtual-env-find-link"),
+    "--virtual-env-find-link",
     "virtual_env_find_links",
     multiple=True,
     metavar="FOLDER",
@@ -81,7 +78,7 @@ class LaunchCommand(click.Command):
 @click.option(
     "-ev", "--env", "envs", nargs=2, multiple=True, metavar="NAME VALUE", help="Environment of the engine's process."
 )
-@click.option(*both("--context-length"), type=int, help="Tokens of prompt and answer.")
+@click.option("--context-length", type=int, help="Tokens of prompt and answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @with_client
 def command(client: Client, as_json: bool, **options: Any) -> None:
@@ -113,6 +110,7 @@ def _split(args: list[str], words: dict[str, int]) -> tuple[list[str], dict[str,
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
         if not word.startswith("-"):
             raise click.UsageError(
                 "You must specify extra kwargs with `--` prefix. "

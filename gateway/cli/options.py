@@ -46,12 +46,6 @@ def saved_token(endpoint: str) -> str | None:
         return None
 
 
-def both(*names: str) -> tuple[str, ...]:
-    """The options' names, the long ones also with underscores in place of dashes."""
-    spelt = [name.replace("-", "_").replace("__", "--", 1) for name in names if name.startswith("--")]
-    return (*names, *(name for name in spelt if name not in names))
-
-
 def uid_of(positional: str | None, option: str | None) -> str:
     """The uid, which may be given either way."""
     if positional and option and positional != option:
@@ -61,11 +55,9 @@ def uid_of(positional: str | None, option: str | None) -> str:
     return uid
 
 
-model_uid_option = click.option(
-    *both("--model-uid"), "model_uid", metavar="UID", help="The model; may stand alone too."
-)
+model_uid_option = click.option("--model-uid", "model_uid", metavar="UID", help="The model; may stand alone too.")
 model_type_option = click.option(
-    *both("-t", "--model-type"), default="LLM", show_default=True, help="LLM, embedding, rerank, image, audio, ..."
+    "-t", "--model-type", default="LLM", show_default=True, help="LLM, embedding, rerank, image, audio, ..."
 )
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from gateway.cli.options import as_json_option, both, model_type_option, print_json, with_client
+from gateway.cli.options import as_json_option, model_type_option, print_json, with_client
 from gateway.client import Client
 
 
@@ -15,7 +14,7 @@ from gateway.client import Client
 @click.argument("path", required=False, metavar="FILE", type=click.Path(path_type=Path))
 @model_type_option
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="The model's JSON; may stand alone too.")
-@click.option(*both("-w", "--worker-ip"), help="The machine that has the files.")
+@click.option("-w", "--worker-ip", help="The machine that has the files.")
 @click.option("-p", "--persist", is_flag=True, help="Keep it over restarts of the gateway.")
 @as_json_option
 @with_client
@@ -31,14 +30,14 @@ def command(
     """Add a model of your own, so that it can be launched by its name."""
     if (path is None) == (file is None):
         raise click.UsageError("Give one file with the model's JSON, such as `--file model.json`.")
-    answer = client.register(read(file or path or Path()), model_type, persist=persist, worker_ip=worker_ip)
+    notes = client.register(read(file or path or Path()), model_type, persist=persist, worker_ip=worker_ip)
     if as_json:
-        print_json(answer)
+        print_json({"notes": notes})
         return
     kept = "" if persist else " until the gateway ends; --persist keeps it"
     click.echo(f"It is registered{kept}.")
-    for sentence in said(answer):
-        click.echo(f"  {sentence}")
+    if notes:
+        click.echo(notes)
 
 
 def read(file: Path) -> str:
@@ -47,10 +46,3 @@ def read(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise click.ClickException(f"{file} cannot be read: {exc}") from exc
-
-
-def said(answer: Any) -> list[str]:
-    """The sentences in an answer, if there are any: what was lifted, or deserves a look."""
-    if not isinstance(answer, dict):
-        return []
-    return [str(item) for value in answer.values() if isinstance(value, list) for item in value]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from gateway.cli.options import both, with_client
+from gateway.cli.options import with_client
 from gateway.client import Client
 
 
 @click.command("remove-cache")
-@click.option(*both("-n", "--model-version"), required=True, help="As `hostler cached` shows it.")
-@click.option(*both("--worker-ip"), help="Only on this machine.")
+@click.option("-n", "--model-version", required=True, help="As `hostler cached` shows it.")
+@click.option("--worker-ip", help="Only on this machine.")
 @click.option("--check", "-y", is_flag=True, help="Do not ask.")
 @with_client
 def command(client: Client, model_version: str, worker_ip: str | None, check: bool) -> None:

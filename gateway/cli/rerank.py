@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import click
 
-from gateway.cli.options import as_json_option, both, model_uid_option, print_json, print_table, with_client
+from gateway.cli.options import as_json_option, model_uid_option, print_json, print_table, with_client
 from gateway.client import Client
 
 
 @click.command("rerank")
 @click.argument("words", nargs=-1, required=True, metavar="UID QUERY DOCUMENT...")
 @model_uid_option
-@click.option(*both("--top-n"), type=click.IntRange(1), help="Only so many, the best.")
+@click.option("--top-n", type=click.IntRange(1), help="Only so many, the best.")
 @as_json_option
 @with_client
 def command(client: Client, words: tuple[str, ...], model_uid: str | None, top_n: int | None, as_json: bool) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import click
 
-from gateway.cli.options import both, model_type_option, with_client
+from gateway.cli.options import model_type_option, with_client
 from gateway.client import Client
 
 
 @click.command("unregister")
 @click.argument("name", required=False)
 @model_type_option
-@click.option(*both("-n", "--model-name"), help="Its name; may stand alone too.")
+@click.option("-n", "--model-name", help="Its name; may stand alone too.")
 @with_client
 def command(client: Client, name: str | None, model_type: str, model_name: str | None) -> None:
     """Forget a model of your own. What runs of it stays up, and its files stay."""
