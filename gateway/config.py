@@ -56,6 +56,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     preferred_hubs: Annotated[
         tuple[str, ...], Meta(description="hubs to take files from where several have them, best first")
     ] = ()
+    catalogue_files: Annotated[
+        tuple[str, ...], Meta(description="catalogues of the site, over the built-in one; in the form of the built-in")
+    ] = ()
     engines: Annotated[dict[str, EngineSettings], Meta(description="settings of engines, by engine name")] = {}
     models: Annotated[dict[str, LaunchRequest], Meta(description="models to serve, by uid")] = {}
 

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from functools import partial
+from pathlib import Path
 
 import msgspec
 
@@ -212,6 +213,19 @@ def plan_declared(settings: Settings, registry: Registry, known_engines: tuple[E
     return launches
 
 
+def open_registry(settings: Settings) -> Registry:
+    """The catalogue, a site's own over it, and the registrations.
+
+    Raises:
+        SettingsError: one of the site's catalogues is wrong.
+    """
+    files = [Path(file).expanduser().absolute() for file in settings.catalogue_files]
+    try:
+        return Registry.open(settings.home_path / "registrations", extra_files=files)
+    except (OSError, ValueError) as exc:
+        raise SettingsError(f"$.catalogue_files: {exc}") from exc
+
+
 def available_engines(settings: Settings) -> tuple[Engine, ...]:
     """The engines there are, with the site's settings.
 
@@ -231,7 +245,7 @@ async def open_fleet(settings: Settings) -> AsyncIterator[Fleet]:
     Raises:
         SettingsError: the settings declare what cannot be served.
     """
-    registry, known_engines = Registry.open(settings.home_path / "registrations"), available_engines(settings)
+    registry, known_engines = open_registry(settings), available_engines(settings)
     declared = plan_declared(settings, registry, known_engines)
     try:
         store = Store(settings.home_path / "launches")

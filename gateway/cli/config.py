@@ -29,12 +29,11 @@ def check(file: str) -> None:
     """Say whether a settings file is right, and what each of its models would be run by. Starts nothing."""
     from gateway.config import load
     from gateway.errors import SettingsError
-    from gateway.fleet import available_engines, plan_declared
-    from registry.registry import Registry
+    from gateway.fleet import available_engines, open_registry, plan_declared
 
     try:
         settings = load(file, {})
-        launches = plan_declared(settings, Registry.builtin(), available_engines(settings))
+        launches = plan_declared(settings, open_registry(settings), available_engines(settings))
     except SettingsError as exc:
         click.echo(str(exc), err=True)
         sys.exit(1)

@@ -341,6 +341,7 @@ EVERY_FIELD: dict[str, tuple[str, Any]] = {
     "keepalive_interval_s": ("0.5", 0.5),
     "drain_timeout_s": ("0", 0.0),
     "restart_limit": ("2", 2),
+    "catalogue_files": ("/a.json, /b.json", ("/a.json", "/b.json")),
     "preferred_hubs": ("pypi, huggingface", ("pypi", "huggingface")),
     "download_stall_s": ("7", 7.0),
     "engines": ("{llama.cpp: {binary: /x}}", {"llama.cpp": EngineSettings(binary="/x")}),
