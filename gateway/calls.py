@@ -73,7 +73,7 @@ class Step(NamedTuple):
     progress: float
     stage: str
     download_files: list[Any] = []
-    replicas: list[Any] = []
+    replicas: list[Json] = []
     is_ready: bool = False
 
 

@@ -160,6 +160,8 @@ def _wish(options: dict[str, Any]) -> dict[str, Any]:
         given["gpu_idx"] = _gpus(given["gpu_idx"])
     if "n_gpu" in given:
         given["n_gpu"] = _n_gpu(given["n_gpu"])
+        if given["n_gpu"] is None:
+            given["device"] = "cpu"  # says the same to a gateway that takes null for nothing said
     if "replica_config" in given:
         given["replica_config"] = _json(given["replica_config"], "--replica-config")
     return given | ({"peft_model_config": adapters} if adapters else {})
@@ -202,7 +204,7 @@ def _json(text: str, option: str) -> Any:
 
 def _follow(client: Client, uid: str) -> None:
     """Show how far the launch is, until it is ready."""
-    steps = client.launch_progress(uid, PROGRESS_PAUSE_S)
+    steps = _telling_failures(client.launch_progress(uid, PROGRESS_PAUSE_S))
     if sys.stderr.isatty():
         _draw(client, uid, steps)
         return
@@ -211,6 +213,18 @@ def _follow(client: Client, uid: str) -> None:
         if step.stage != told:
             click.echo(f"{uid}: {step.stage}", err=True)
         told = step.stage
+
+
+def _telling_failures(steps: Iterator[Step]) -> Iterator[Step]:
+    """The steps; a copy that failed and is tried again is told of meanwhile."""
+    told = set()
+    for step in steps:
+        for replica in step.replicas:
+            reason = replica.get("error_message")
+            if reason and reason not in told:
+                click.echo(reason, err=True)
+                told.add(reason)
+        yield step
 
 
 def _draw(client: Client, uid: str, steps: Iterator[Step]) -> None:

@@ -105,6 +105,7 @@ async def test_every_option_of_a_launch(run: Shell, stand_in: StandIn) -> None:
         "replica": 2,
         "n_worker": 1,
         "n_gpu": None,
+        "device": "cpu",
         "gpu_idx": [0, 1],
         "worker_ip": "10.0.0.1",
         "context_length": 4096,
@@ -190,12 +191,16 @@ async def test_a_launch_shows_how_far_it_is_and_why_it_failed(run: Shell, stand_
     failed = [{**LAUNCHED, "status": "ERROR", "replica_statuses": [{"error_message": "There is no room."}]}]
     stand_in.answers["GET", "/v1/models/instances"] = Turns([LOADING, LOADING, failed])
     stand_in.answers["GET", "/v1/models/m/progress"] = Turns(
-        [{"progress": 0.5, "stage": "downloading"}, {"progress": 0.9, "stage": "loading"}]
+        [
+            {"progress": 0.5, "stage": "downloading"},
+            {"progress": 0.9, "stage": "loading", "replicas": [{"error_message": "It exited with 1."}]},
+        ]
     )
     done = await run("launch", "-n", "m")
     assert done.code == 1
     assert done.err.splitlines() == [
         "m: downloading",
+        "It exited with 1.",
         "m: loading",
         "hostler: m was not launched: There is no room.",
     ]
