@@ -111,6 +111,9 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
         program = (binary,) if binary else worker_argv("engines.workers.llama_cpp")
         listen = ("--host", endpoint.socket or endpoint.host, "--port", str(endpoint.port))
         options = decode(launch.options, LlamaCppOptions, "options", strict=False)
+        projector: tuple[str, ...] = ()
+        if launch.artifact.projector:
+            projector = ("--mmproj", str(model_path.parent / Path(launch.artifact.projector).name))
         env = {"LLAMA_API_KEY": endpoint.api_key}
         if placement.gpu_uuids is not None:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(placement.gpu_uuids)
@@ -122,6 +125,7 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
                 "--alias",
                 launch.uid,
                 *listen,
+                *projector,
                 *_flags(options, launch),
             ),
             env=env | launch.envs,
@@ -148,7 +152,7 @@ def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
         "--cache-type-k": options.cache_type_k,
         "--cache-type-v": options.cache_type_v,
         "--cache-ram": options.cache_ram_mib,
-        "--chat-template": options.chat_template,
+        "--chat-template": options.chat_template or getattr(launch.artifact.family, "chat_template", None),
         "--chat-template-kwargs": _template_kwargs(options),
         "--reasoning-format": options.reasoning_format or REASONING_FORMATS[options.reasoning_content],
         "--pooling": options.pooling,

@@ -84,6 +84,7 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/cache/models", cached.list_all),
         Route("/v1/cache/models", cached.remove, methods=["DELETE"]),
         Route("/v1/cache/models/files", cached.files),
+        Route("/v1/cache/leftovers", cached.remove_leftovers, methods=["DELETE"]),
         Route("/v1/virtualenvs", cached.list_virtualenvs),
         Route("/v1/virtualenvs", cached.remove_virtualenv, methods=["DELETE"]),
         #
@@ -119,7 +120,7 @@ def create_app(fleet: Fleet) -> Starlette:
         allow_origin_regex=LOOPBACK_ORIGIN,
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=[HEADER.decode()],
+        expose_headers=[HEADER.decode(), "x-hostler-notes"],
     )
     return Starlette(
         routes=routes,

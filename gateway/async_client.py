@@ -169,6 +169,11 @@ class AsyncClient:
             calls.cached("DELETE", model_version=model_version, worker_ip=worker_ip), bool, "result"
         )
 
+    async def remove_leftovers(self) -> int:
+        """Delete what downloads that are no more have left half-done; the bytes that are free now."""
+        answer = await self._json(Call("DELETE", "/v1/cache/leftovers", limit_s=None))
+        return int(answer["freed_bytes"])
+
     async def vllm_models(self) -> Json:
         """The families that vLLM runs, by what they can do."""
         return await self._read(Call("GET", "/v1/models/vllm-supported"), dict)

@@ -171,6 +171,11 @@ class Client:
         """Delete the files of a model; whether they are gone."""
         return self._read(calls.cached("DELETE", model_version=model_version, worker_ip=worker_ip), bool, "result")
 
+    def remove_leftovers(self) -> int:
+        """Delete what downloads that are no more have left half-done; the bytes that are free now."""
+        answer = self._json(Call("DELETE", "/v1/cache/leftovers", limit_s=None))
+        return int(answer["freed_bytes"])
+
     def vllm_models(self) -> Json:
         """The families that vLLM runs, by what they can do."""
         return self._read(Call("GET", "/v1/models/vllm-supported"), dict)

@@ -20,7 +20,8 @@ from gateway.addresses import is_loopback
 from gateway.client import ENDPOINT_VARIABLE, KEY_VARIABLE
 from gateway.errors import SettingsError
 from gateway.launch import LaunchRequest, Seconds
-from registry.decode import DecodeError, Secret, decode
+from registry.decode import DecodeError, Secret, decode, did_you_mean
+from registry.hubs import HUBS
 
 ENV_PREFIX = "HOSTLER_"
 XINFERENCE_HUB_VARIABLE = "XINFERENCE_MODEL_SRC"
@@ -98,6 +99,9 @@ def load(file: str | None, flags: Mapping[str, Any], environment: Mapping[str, s
         settings = msgspec.structs.replace(settings, api_keys=settings.api_keys + keys)
     if (hub := environment.get(XINFERENCE_HUB_VARIABLE)) and not settings.preferred_hubs and hub != "auto":
         settings = msgspec.structs.replace(settings, preferred_hubs=(hub,))
+    for hub in settings.preferred_hubs:
+        if hub not in HUBS:
+            raise SettingsError(f"$.preferred_hubs: there is no hub {hub!r}. {did_you_mean(hub, HUBS)}")
     if key := environment.get(KEY_VARIABLE):
         settings = msgspec.structs.replace(settings, api_keys=(*settings.api_keys, Secret(key)))
     if not all(settings.api_keys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engines.base import Engine, Launch
 from gateway.errors import ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
@@ -42,9 +42,7 @@ class Deployment:
         Raises:
             TooManyRequests: all that are ready are as busy as the launch allows.
         """
-        if self._stopping:
-            return None
-        ready = [replica for replica in self.replicas if replica.state is State.READY]
+        ready = self._ready()
         limit = self.launch.request_limits
         if ready and limit is not None and all(replica.in_flight >= limit for replica in ready):
             raise TooManyRequests(
@@ -62,12 +60,24 @@ class Deployment:
             ModelStopped: somebody stopped it meanwhile. Who comes after that waits for the next start.
             ShuttingDown: the deployment is ending.
         """
+        return self.take(await self._once_there_is(lambda: self.pick(avoid)))
+
+    async def until_ready(self) -> None:
+        """Start the model, and wait until a replica is ready; takes no place of a request.
+
+        Raises:
+            As `acquire`, but TooManyRequests.
+        """
+        await self._once_there_is(lambda: next(iter(self._ready()), None))
+
+    async def _once_there_is(self, look: Callable[[], Replica | None]) -> Replica:
+        """What `look` finds, once it finds something; counted as waiting until then, so that the model starts."""
         stops = self.stops
         self.waiting += 1
         if self.waiting == 1:
             self.notify()
         try:
-            while (replica := self.pick(avoid)) is None:
+            while (replica := look()) is None:
                 self.check_still_wanted(stops)
                 if self.has_failed and not self._stopping:
                     raise ModelFailed(self.failure_text())
@@ -76,7 +86,12 @@ class Deployment:
             self.waiting -= 1
             if not self.waiting:
                 self.notify()
-        return self.take(replica)
+        return replica
+
+    def _ready(self) -> list[Replica]:
+        if self._stopping:
+            return []
+        return [replica for replica in self.replicas if replica.state is State.READY]
 
     def take(self, replica: Replica) -> Replica:
         """Count the replica as in use until `release`."""
@@ -138,13 +153,15 @@ class Deployment:
             return f"{self.launch.uid} is loading: {stage}, {time.monotonic() - replica.state_since:.0f} s{again}"
         return f"{self.launch.uid} is {self.state}"
 
+    def reason_text(self) -> str:
+        """Why it does not serve."""
+        failure = next((replica.failure for replica in self.replicas if replica.failure), None)
+        return f"The model {self.launch.uid!r} does not start: {failure}"
+
     def failure_text(self) -> str:
         """Why it does not serve, and what to do."""
-        failure = next((replica.failure for replica in self.replicas if replica.failure), None)
-        return (
-            f"The model {self.launch.uid!r} does not start: {failure} "
-            f"It is not tried again by itself; after mending it, say `hostler start {self.launch.uid}`."
-        )
+        remedy = f"after mending it, say `hostler start {self.launch.uid}`."
+        return f"{self.reason_text()} It is not tried again by itself; {remedy}"
 
     # --- what changes it
 
@@ -195,7 +212,7 @@ class Deployment:
         while True:
             while self.is_closed or not (self._start_wanted or self.waiting):
                 await self.changed()
-            self._is_running = True
+            self._is_running, self.is_cancelled = True, False
             lives = [asyncio.create_task(replica.run(), name=str(replica)) for replica in self.replicas]
             try:
                 await self._until_stopping()

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -99,9 +99,11 @@ class Fleet:
         """All deployments, in the order in which they came."""
         return list(self._deployments.values())
 
-    def launch(self, uid: str, request: LaunchRequest) -> Deployment:
+    def launch(self, uid: str, request: LaunchRequest, hubs: Sequence[str] = ()) -> Deployment:
         """Plan, keep on disk, and deploy a model that a user asks for.
 
+        Args:
+            hubs: those to prefer, best first; else those of the settings.
         Raises:
             BadRequest: it cannot be done, or the uid is taken; nothing is kept then.
             CannotKeep: the data folder cannot be written.
@@ -113,7 +115,7 @@ class Fleet:
         if uid in self._deployments:
             raise BadRequest(f"Model is already in the model list, uid: {uid}. Choose another uid.", param="model_uid")
         try:
-            launch = plan(uid, request, self.registry, self.engines, self.settings.preferred_hubs)
+            launch = plan(uid, request, self.registry, self.engines, hubs or self.settings.preferred_hubs)
         except ValueError as exc:
             raise BadRequest(str(exc)) from exc
         path = launch.artifact.local_path

@@ -21,6 +21,7 @@ RESERVED_UIDS = frozenset(
 )
 
 RESERVED_ENDINGS = frozenset(["start", "stop", "logs", "progress", "cancel", "events", "replicas", "versions"])
+REPLICA_NAME = re.compile(r"-rep\d+$")
 FILE_NAME_BYTES = 200  # most file systems take 255; ours get endings
 
 Seconds = Annotated[float, Meta(gt=0)]
@@ -88,6 +89,8 @@ def check_uid(uid: str) -> None:
     """Raises ValueError unless the text can stand for a model in a path and in a request."""
     if uid in RESERVED_UIDS:
         raise ValueError(f"{uid!r} cannot name a model: the API uses that path. Choose another name.")
+    if REPLICA_NAME.search(uid):
+        raise ValueError(f"{uid!r} cannot name a model: replicas are named so. Choose another name.")
     parts = uid.split("/")
     if parts[1:] and parts[-1] in RESERVED_ENDINGS:
         raise ValueError(f"{uid!r} cannot name a model: the API uses paths that end so. Choose another name.")

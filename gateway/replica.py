@@ -215,7 +215,9 @@ class Replica:
             )
         except DownloadFailed as exc:
             advice = "Correct the model's source." if exc.permanent else "It is tried again."
-            raise ReplicaFailed(_failure(f"its files cannot be had: {str(exc).rstrip('.')}", advice, final=exc.permanent)) from exc
+            raise ReplicaFailed(
+                _failure(f"its files cannot be had: {str(exc).rstrip('.')}", advice, final=exc.permanent)
+            ) from exc
         finally:
             self.progress = None
 

@@ -127,7 +127,7 @@ class Registry:
         if family := registered.get(model_name) or self._catalogue.find(of_type, model_name):
             return family
         wanted = model_name.casefold()
-        found = next((family for name, family in registered.items() if name.casefold() == wanted), None)
+        found = next((family for name, family in tuple(registered.items()) if name.casefold() == wanted), None)
         return found or self._catalogue.find_folded(of_type, model_name)
 
     def names(self, model_type: str = "LLM") -> tuple[str, ...]:

@@ -82,6 +82,7 @@ ANSWERS: dict[tuple[str, str], Any] = {
     },
     ("GET", "/v1/cache/models/files"): {"model_version": "v", "worker_ip": None, "paths": ["/cache/qwen3/a.gguf"]},
     ("DELETE", "/v1/cache/models"): {"result": True},
+    ("DELETE", "/v1/cache/leftovers"): {"freed_bytes": 0},
     ("GET", "/v1/models/vllm-supported"): {"chat": ["qwen3"], "generate": ["opt"]},
     ("POST", "/v1/rerank"): {
         "id": "1",

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, type=int)
     for flag in ("--flash-attn", "--cache-type-k", "--cache-type-v", "--chat-template"):
         parser.add_argument(flag)
-    for flag in ("--reasoning-format", "--pooling", "--chat-template-kwargs"):
+    for flag in ("--reasoning-format", "--pooling", "--chat-template-kwargs", "--mmproj"):
         parser.add_argument(flag)
     for flag in ("--metrics", "--jinja", "--embedding", "--no-warmup"):
         parser.add_argument(flag, action="store_true")
@@ -76,6 +76,8 @@ def _params(xllamacpp: Any, arguments: argparse.Namespace) -> Any:
     params.model_alias = {arguments.alias} if arguments.alias else set()
     params.api_keys = [key for key in [os.environ.get("LLAMA_API_KEY")] if key]
     params.ui = False
+    if arguments.mmproj:
+        params.mmproj.path = arguments.mmproj
     if arguments.chat_template_kwargs:
         values = json.loads(arguments.chat_template_kwargs)
         params.default_template_kwargs = {name: json.dumps(value) for name, value in values.items()}

@@ -52,6 +52,11 @@ class CachedFiles:
             raise InUse(str(exc)) from exc
         return json_answer({"result": bool(found)})
 
+    async def remove_leftovers(self, request: Request) -> Response:
+        """Delete what fetches that are no more have left half-done."""
+        freed = await asyncio.to_thread(cache.remove_leftovers, self._fleet.settings.cache_path)
+        return json_answer({"freed_bytes": freed})
+
     async def list_virtualenvs(self, request: Request) -> Response:
         """None: no engine here has an environment of a model's own yet."""
         return json_answer({"list": []})

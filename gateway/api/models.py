@@ -39,6 +39,7 @@ from gateway.errors import (
 )
 from gateway.fleet import Fleet
 from gateway.process import tail
+from registry.hubs.choose import AUTO, choose_hub
 
 FOLLOW_PAUSE_S = 0.25
 START_LOOK_S = 0.2
@@ -70,12 +71,16 @@ class Models:
         """
         try:
             content = await read_body(request.scope, request.receive, self._fleet.settings.max_body_bytes)
-            uid, wish = read_launch(msgspec.json.decode(content, type=dict[str, Any]))
+            body = msgspec.json.decode(content, type=dict[str, Any])
+            uid, wish = read_launch(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise BadRequest(f"The launch cannot be read: {exc}.") from exc
         except ValueError as exc:
             raise BadRequest(str(exc)) from exc
-        deployment = self._fleet.launch(uid or self._free_uid(wish.model_name), wish)
+        hubs: tuple[str, ...] = ()
+        if str(body.get("download_hub")).lower() == AUTO:
+            hubs = (await asyncio.to_thread(choose_hub, None, os.environ),)
+        deployment = self._fleet.launch(uid or self._free_uid(wish.model_name), wish, hubs)
         if request.query_params.get("wait_ready", "true").lower() not in ("false", "0", "no"):
             await self._until_ready(deployment)
         return json_answer({"model_uid": deployment.launch.uid})
@@ -83,10 +88,11 @@ class Models:
     async def _until_ready(self, deployment: Deployment) -> None:
         """A launch that fails while its client waits is forgotten."""
         try:
-            deployment.release(await deployment.acquire(), was_served=False)
-        except ModelFailed:
+            await deployment.until_ready()
+        except ModelFailed as exc:
+            reason = deployment.reason_text()
             await self._fleet.terminate(deployment.launch.uid)
-            raise
+            raise ModelFailed(f"{reason} The launch was taken back: mend the cause and launch again.") from exc
         except (ModelStopped, ShuttingDown) as exc:
             if deployment.is_cancelled:
                 raise LaunchCancelled("Launch cancelled") from exc
@@ -134,7 +140,8 @@ class Models:
 
     async def abort_request(self, request: Request) -> Response:
         """Requests end when their client leaves; there is no other way to name one."""
-        return json_answer({"msg": "NO_OP" if self._known(request) else "NOT_FOUND"})
+        self._known(request)
+        return json_answer({"msg": "NO_OP"})
 
     async def request_progress(self, request: Request) -> Response:
         """No engine here tells of the progress within a request."""

@@ -16,14 +16,15 @@ from gateway.api.body import read_body
 from gateway.api.wire import json_answer, version_of
 from gateway.errors import BadRequest, CannotKeep
 from gateway.fleet import Fleet
+from registry import cache
 from registry.decode import did_you_mean
-from registry.hubs import find_cached
 from registry.registry import RegistrationRefused
 from registry.resolve import Artifact, NotResolved, Selection, candidates
-from registry.schema import FAMILIES, LLMFamily, ModelFamily, ModelSpec, encode_family
+from registry.schema import FAMILIES, LLMFamily, ModelFamily, ModelSpec, Source, encode_family
 
 logger = logging.getLogger("hostler.registrations")
 
+FROM_THE_FILES = ("stop", "stop_token_ids", "reasoning_start_tag", "reasoning_end_tag", "tool_parser")
 ABILITIES_TOLD = ("chat", "generate", "tools", "vision", "reasoning", "audio", "omni", "hybrid")
 
 
@@ -60,7 +61,7 @@ class Registrations:
             raise BadRequest(str(exc)) from exc
         except OSError as exc:
             raise CannotKeep(f"The registration cannot be kept: {exc}. Mend that first.") from exc
-        notes = " ".join(registered.lifted)
+        notes = " ".join([*registered.lifted, *_without_effect(registered.family)])
         if notes:
             logger.info("%s was registered. %s", registered.family.model_name, notes)
         answer = json_answer(None)
@@ -85,7 +86,11 @@ class Registrations:
         model_type = self._known_type(request.path_params["model_type"])
         families = sorted(self._registry.list(model_type), key=lambda family: family.model_name.lower())
         if request.query_params.get("detailed", "").lower() in ("true", "1", "yes"):
-            return json_answer(await asyncio.to_thread(lambda: [self._detailed(family) for family in families]))
+            here = await asyncio.to_thread(self._here)
+            details = []
+            for family in families:  # in small steps, so that streams go on meanwhile
+                details.append(await asyncio.to_thread(self._detailed, family, here))
+            return json_answer(details)
         return json_answer([{"model_name": f.model_name, "is_builtin": self._registry.is_builtin(f)} for f in families])
 
     async def get(self, request: Request) -> Response:
@@ -95,7 +100,7 @@ class Registrations:
     async def versions(self, request: Request) -> Response:
         """The specs of a family as versions; none for an unknown name."""
         family = self._registry.find(request.path_params["model_name"], request.path_params["model_type"])
-        return json_answer([self._version(family, spec) for spec in family.specs] if family else [])
+        return json_answer(await asyncio.to_thread(self._versions, family) if family else [])
 
     async def engines(self, request: Request) -> Response:
         """For each engine what it could run of a family, or why it can not; null for an unknown name."""
@@ -108,7 +113,7 @@ class Registrations:
         return json_answer({engine.name: _offers(engine, artifacts) for engine in known})
 
     async def families(self, request: Request) -> Response:
-        """Ability -> the names of the language models of the catalogue that have it."""
+        """Ability -> the names of the language models that have it."""
         return json_answer({ability: self._names_with(ability) for ability in ABILITIES_TOLD})
 
     async def vllm_supported(self, request: Request) -> Response:
@@ -157,26 +162,35 @@ class Registrations:
     def _encoded(self, family: ModelFamily) -> dict[str, Any]:
         return encode_family(family) | {"is_builtin": self._registry.is_builtin(family)}
 
-    def _detailed(self, family: ModelFamily) -> dict[str, Any]:
-        specs = [msgspec.to_builtins(spec) | {"cache_status": self._is_cached(family, spec)} for spec in family.specs]
+    def _detailed(self, family: ModelFamily, here: set[Source]) -> dict[str, Any]:
+        sources = self._sources(family)
+        specs = [
+            msgspec.to_builtins(spec) | {"cache_status": _source_of(spec, sources) in here} for spec in family.specs
+        ]
         hubs = sorted({spec.model_hub for spec in family.specs if spec.model_id})
         return self._encoded(family) | {"model_specs": specs, "download_hubs": hubs}
 
-    def _version(self, family: ModelFamily, spec: ModelSpec) -> dict[str, Any]:
-        return {
-            "model_version": version_of(family, spec),
-            "model_file_location": None,
-            "cache_status": self._is_cached(family, spec),
-            "quantization": spec.quantization,
-            "model_format": spec.model_format,
-            "model_size_in_billions": spec.model_size_in_billions,
-            "multimodal_projector": None,
-        }
+    def _versions(self, family: ModelFamily) -> list[dict[str, Any]]:
+        here, sources = self._here(), self._sources(family)
+        return [
+            {
+                "model_version": version_of(family, spec),
+                "model_file_location": None,
+                "cache_status": _source_of(spec, sources) in here,
+                "quantization": spec.quantization,
+                "model_format": spec.model_format,
+                "model_size_in_billions": spec.model_size_in_billions,
+                "multimodal_projector": None,
+            }
+            for spec in family.specs
+        ]
 
-    def _is_cached(self, family: ModelFamily, spec: ModelSpec) -> bool:
-        artifact = next((a for a in self._artifacts(family) if a.spec == spec), None)
-        cache = self._fleet.settings.cache_path
-        return artifact is not None and find_cached(artifact.source, cache, is_use=False) is not None
+    def _here(self) -> set[Source]:
+        """The sources whose files are in the cache, whole."""
+        return {cached.source for cached in cache.list_cached(self._fleet.settings.cache_path)}
+
+    def _sources(self, family: ModelFamily) -> list[tuple[ModelSpec, Source]]:
+        return [(artifact.spec, artifact.source) for artifact in self._artifacts(family)]
 
     def _artifacts(self, family: ModelFamily) -> list[Artifact]:
         wish = Selection(model_name=family.model_name, model_type=family.model_type)
@@ -187,6 +201,18 @@ class Registrations:
 
     def _names_with(self, ability: str) -> list[str]:
         return sorted(f.model_name for f in self._registry.list("LLM") if ability in f.abilities)
+
+
+def _without_effect(family: ModelFamily) -> list[str]:
+    """What is kept of a registration and changes nothing yet: engines take it from the model's own files."""
+    fields = [name for name in FROM_THE_FILES if getattr(family, name, None)]
+    if family.virtualenv and family.virtualenv.packages:
+        fields.append("virtualenv")
+    return [f"{', '.join(fields)}: kept; no engine here uses it yet."] if fields else []
+
+
+def _source_of(spec: ModelSpec, sources: list[tuple[ModelSpec, Source]]) -> Source | None:
+    return next((source for known, source in sources if known == spec), None)
 
 
 def _offers(engine: Engine, artifacts: list[Artifact]) -> list[dict[str, Any]] | str:

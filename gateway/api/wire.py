@@ -132,7 +132,11 @@ def description(deployment: Deployment) -> dict[str, Any]:
         "accelerators": [uuid for placement in placements for uuid in (placement.gpu_uuids or ())],
     }
     if family.model_type == "LLM":
-        facts |= {"revision": source.model_revision, "multimodal_projector": None, "strict_system_first": False}
+        facts |= {
+            "revision": source.model_revision,
+            "multimodal_projector": launch.artifact.projector,
+            "strict_system_first": False,
+        }
         told["model_family"] = told.get("model_family") or family.model_name
     return facts | told | {"model_ability": list(family.abilities)}
 
@@ -215,7 +219,7 @@ def progress_card(deployment: Deployment | None) -> dict[str, Any]:
                 "eta_s": downloading.eta_s,
             }
         ]
-    if deployment.is_cancelled:
+    if deployment.is_cancelled and deployment.state is not State.READY:
         stage = "cancelled"
     cards = [instance_replica(replica) for replica in deployment.replicas]
     return {"progress": progress, "stage": stage, "download_files": files, "replicas": cards}
@@ -266,6 +270,10 @@ def read_launch(body: dict[str, Any]) -> tuple[str | None, LaunchRequest]:
         given |= {} if str(hub).lower() == "auto" else {"model_hub": hub}
     known = set(LaunchRequest.__struct_encode_fields__)
     options = {key: given.pop(key) for key in list(given) if key not in known}
+    if not isinstance(given.get("options", {}), dict):
+        raise ValueError(f"`options` is an object of the engine's options, not {given['options']!r}.")
+    if not isinstance(uid, str | int | None):
+        raise ValueError(f"`model_uid` is a text, not {uid!r}.")
     if options:
         given["options"] = options | given.get("options", {})
     return None if uid is None else str(uid), decode(given, LaunchRequest, "$", strict=False)
@@ -291,6 +299,8 @@ def _read_gpus(given: dict[str, Any]) -> None:
         given["gpu_idx"] = [gpu_idx] if isinstance(gpu_idx, int) else gpu_idx
         if isinstance(gpu_idx, str):
             given["gpu_idx"] = [part.strip() for part in gpu_idx.split(",") if part.strip()]
+        if not isinstance(given["gpu_idx"], list):
+            raise ValueError(f"`gpu_idx` is the number of a GPU, or a list of such, not {gpu_idx!r}.")
         if len(given["gpu_idx"]) % given["replica"]:
             raise ValueError("Invalid input. Allocated gpu must be a multiple of replica.")
         return

@@ -32,7 +32,10 @@ def remove_one(client: Client, version: str, check: bool) -> None:
 @click.option("--check", "-y", is_flag=True, help="Do not ask.")
 @with_client
 def prune(client: Client, check: bool) -> None:
-    """Delete the files of all that no model of `hostler list` is made of."""
+    """Delete the files of all that no model of `hostler list` is made of, and what broken downloads have left."""
+    left = client.remove_leftovers()
+    if left:
+        click.echo(f"{megabytes(left)} of broken downloads are free.")
     in_use = {model.get("model_name") for model in client.list_models()}
     idle = [one for one in client.cached_models() if one["model_name"] not in in_use]
     if not idle:

@@ -324,6 +324,7 @@ def test_the_workers_parser_takes_every_flag_that_the_engine_can_emit(worker: Ll
         "cache_type_v": "f16",
         "cache_ram": -1,
         "chat_template": "chatml",
+        "mmproj": None,
         "chat_template_kwargs": '{"enable_thinking": false}',
         "reasoning_format": "deepseek-legacy",
         "pooling": "mean",

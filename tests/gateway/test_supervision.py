@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -472,8 +473,11 @@ async def test_a_watchdog_that_is_killed_is_started_again(start_gateway: StartGa
     replica = await gateway.until(state="ready")
 
     def watchdogs() -> list[psutil.Process]:
-        children = psutil.Process(gateway.process.pid).children()
-        return [child for child in children if "gateway.watchdog" in child.cmdline()]
+        found = []
+        for child in psutil.Process(gateway.process.pid).children():
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                found += [child] if "gateway.watchdog" in child.cmdline() else []
+        return found
 
     (first,) = watchdogs()
     first.kill()
@@ -523,3 +527,63 @@ async def test_ctrl_c_ends_a_log_that_is_followed(start_gateway: StartGateway) -
         async with asyncio.timeout(2):
             assert await gateway.process.wait() == 0
     assert "Traceback" not in gateway.log.read_text()
+
+
+async def test_a_launch_takes_no_place_of_a_request_and_its_failure_can_be_followed(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    gateway = await start_gateway(restart_limit=1)
+    (tmp_path / "fake.gguf").write_bytes(b"GGUF")
+    body = {"model_uid": "none", "request_limits": 0} | fake_model(tmp_path / "fake.gguf", {})
+    assert (await gateway.post("/v1/models", body)).status == 200
+    assert (await gateway.complete("none")).status == 429
+    body = {"model_uid": "bad"} | fake_model(tmp_path / "fake.gguf", {"exit_at_start": 1})
+    refused = await gateway.post("/v1/models", body)
+    assert "launch again" in refused.error["message"]
+    assert "hostler start" not in refused.error["message"]
+    for bad in (
+        {"gpu_idx": 1.5},
+        {"options": [1], "foo": 1},
+        {"options": "x"},
+        {"model_uid": ["a"]},
+        {"model_uid": "a-rep0"},
+    ):
+        assert (await gateway.post("/v1/models", body | bad)).status == 400, bad
+
+
+async def test_a_registered_template_and_projector_reach_the_engine(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    events = tmp_path / "events"
+    gateway = await start_gateway()
+    for name in ("m.gguf", "mmproj-f16.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    model = {
+        "version": 2,
+        "model_name": "seer",
+        "model_family": "any",
+        "model_lang": ["en"],
+        "model_ability": ["chat"],
+        "chat_template": "{{ messages }}",
+        "stop": ["<END>"],
+        "model_specs": [
+            {
+                "model_format": "ggufv2",
+                "model_size_in_billions": 1,
+                "quantization": "q4",
+                "model_file_name_template": "m.gguf",
+                "model_uri": str(tmp_path),
+            }
+        ],
+    }
+    registered = await gateway.post("/v1/model_registrations/LLM", {"model": json.dumps(model), "persist": True})
+    assert registered.body == b"null"
+    assert "stop: kept; no engine here uses it yet" in registered.headers["x-hostler-notes"]
+    launch = {"model_name": "seer", "multimodal_projector": "mmproj-f16.gguf"}
+    launch["envs"] = {"FAKE_ENGINE": json.dumps({"events_file": str(events)})}
+    answer = await gateway.post("/v1/models", launch)
+    assert answer.status == 200, answer.body
+    argv = events_in(events, "start")[0]["argv"]
+    assert argv[argv.index("--mmproj") + 1] == str(tmp_path / "mmproj-f16.gguf")
+    assert argv[argv.index("--chat-template") + 1] == "{{ messages }}"
+    assert (await gateway.get("/v1/models/seer")).json["multimodal_projector"] == "mmproj-f16.gguf"
