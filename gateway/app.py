@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -9,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.auth import Guard
 from gateway.api.cached import CachedFiles
@@ -42,6 +45,19 @@ WITHOUT_ENGINE = (
 
 # Pages that this machine itself serves; see Guard for the others.
 LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+
+
+class CrossOrigin:
+    """CORS for the requests that have an origin; the others take no detour."""
+
+    def __init__(self, app: ASGIApp, /, **options: Any) -> None:
+        self._app = app
+        self._cors = CORSMiddleware(app, **options)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, one way or the other."""
+        has_origin = scope["type"] == "http" and any(name == b"origin" for name, _ in scope["headers"])
+        await (self._cors if has_origin else self._app)(scope, receive, send)
 
 
 def create_app(fleet: Fleet) -> Starlette:
@@ -115,7 +131,7 @@ def create_app(fleet: Fleet) -> Starlette:
     routes += [Route(path, _has_no_engine, methods=["POST"]) for path in WITHOUT_ENGINE]
     settings = fleet.settings
     cross_origin = Middleware(
-        CORSMiddleware,
+        CrossOrigin,
         allow_origins=settings.allowed_origins,
         allow_origin_regex=LOOPBACK_ORIGIN,
         allow_methods=["*"],

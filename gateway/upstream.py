@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from types import SimpleNamespace
 
 import aiohttp
 from aiohttp import ClientConnectionError, ClientError, ClientResponse, ClientTimeout, DummyCookieJar
@@ -70,22 +69,21 @@ class Upstream:
     ) -> Reply:
         """Send a request and wait for the head of the reply; the caller reads and closes it.
 
-        An engine may close an idle connection just when we use it again. That says nothing of the engine, so the
-        request then goes out once more, on a new connection.
+        An engine may close an idle connection just when we use it again. That says nothing of the engine, so a
+        request that is lost goes out once more, on a new connection.
 
         Raises:
             UpstreamLost: no head arrived.
         """
         sent = [*headers, self._authorization]
-        reused: list[bool] = []
         try:
-            return await self._send(self._session, method, path, sent, body, reused)
+            return await self._send(self._session, method, path, sent, body)
         except UpstreamLost:
-            if not reused or self._session.closed:
+            if self._session.closed:
                 raise
         if self._fresh is None:
             self._fresh = _session(self._endpoint, force_close=True)
-        return await self._send(self._fresh, method, path, sent, body, reused)
+        return await self._send(self._fresh, method, path, sent, body)
 
     async def _send(
         self,
@@ -94,16 +92,10 @@ class Upstream:
         path: str,
         headers: list[tuple[str, str]],
         body: bytes | None,
-        reused: list[bool],
     ) -> Reply:
         try:
             response = await session.request(
-                method,
-                self._base + path,
-                headers=headers,
-                data=body,
-                allow_redirects=False,
-                trace_request_ctx=reused,
+                method, self._base + path, headers=headers, data=body, allow_redirects=False
             )
         except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
             raise UpstreamLost(str(exc) or type(exc).__name__) from exc
@@ -129,8 +121,6 @@ class Upstream:
 
 
 def _session(endpoint: Endpoint, *, force_close: bool = False) -> aiohttp.ClientSession:
-    tracing = aiohttp.TraceConfig()
-    tracing.on_connection_reuseconn.append(_note_reuse)
     keepalive_s = None if force_close else KEEPALIVE_S
     connector: aiohttp.BaseConnector
     if endpoint.socket:
@@ -141,14 +131,9 @@ def _session(endpoint: Endpoint, *, force_close: bool = False) -> aiohttp.Client
         connector = aiohttp.TCPConnector(limit=0, force_close=force_close, keepalive_timeout=keepalive_s)
     return aiohttp.ClientSession(
         connector=connector,
-        trace_configs=[tracing],
         auto_decompress=False,
         cookie_jar=DummyCookieJar(),
         timeout=ClientTimeout(total=None, sock_connect=CONNECT_LIMIT_S),
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         read_bufsize=2**18,
     )
-
-
-async def _note_reuse(session: aiohttp.ClientSession, context: SimpleNamespace, _: object) -> None:
-    context.trace_request_ctx.append(True)

@@ -31,7 +31,7 @@ from gateway.errors import (
     envelope,
 )
 from gateway.fleet import Fleet
-from gateway.replica import Replica
+from gateway.replica import Replica, State
 from gateway.upstream import Reply, UpstreamLost
 
 logger = logging.getLogger("hostler.inference")
@@ -161,13 +161,17 @@ class Exchange:
             except UpstreamLost as exc:
                 await replica.confirm()
                 self.deployment.check_still_wanted(self.stops)
-                if attempt == ATTEMPTS or self.phase == "answering":
+                if attempt == ATTEMPTS or self.phase == "answering" or self._has_nobody_but(replica):
                     raise EngineDied(self._death(replica, exc)) from exc
                 logger.warning("%s died before it answered; the request is sent again", replica)
                 metrics.RETRIES.labels(self.deployment.launch.uid).inc()
                 lost = replica
             finally:
                 self.deployment.release(replica, was_served=was_served)
+
+    def _has_nobody_but(self, replica: Replica) -> bool:
+        """Whether the replica lives on and is alone: what it has dropped twice, it would drop again."""
+        return all((other is replica) == (other.state is State.READY) for other in self.deployment.replicas)
 
     def _death(self, replica: Replica, exc: UpstreamLost) -> str:
         failure = replica.failure
