@@ -65,7 +65,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     permanent: bool = False
 
     def __str__(self) -> str:
-        tail = " Its last words: " + " | ".join(self.log_tail[-4:]) if self.log_tail else ""
+        tail = f" Its last words: {' | '.join(self.log_tail[-4:])}." if self.log_tail else ""
         return f"{self.reason}.{tail} {self.advice}"
 
 
