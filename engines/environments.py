@@ -6,7 +6,12 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engines.base import EngineSettings
 
 
 def find_binary(name: str, configured: str | None) -> str | None:
@@ -21,9 +26,14 @@ def absolute_program(program: str | None) -> str | None:
     return os.path.abspath(os.path.expanduser(program))
 
 
-def worker_argv(module: str) -> tuple[str, ...]:
-    """How to start a worker of ours. -P keeps the working folder off the import path."""
+def module_argv(module: str) -> tuple[str, ...]:
+    """How to start a module of ours under our own Python. -P keeps the working folder off the import path."""
     return (sys.executable, "-P", "-m", module)
+
+
+def worker_argv(name: str, python: str | None = None) -> tuple[str, ...]:
+    """How to start a worker of ours, under another Python if one is given; see `engines/workers/__main__.py`."""
+    return (python or sys.executable, "-P", str(Path(__file__).with_name("workers") / "__main__.py"), name)
 
 
 def has_package(name: str) -> bool:
@@ -42,3 +52,10 @@ def child_environment(added: Mapping[str, str]) -> dict[str, str]:
         if not name.startswith("HOSTLER_") and name != "PYTHONDONTWRITEBYTECODE"
     }
     return kept | dict(added)
+
+
+def find_python(name: str, modules: Sequence[str], settings: EngineSettings, environments: Path | None) -> str | None:
+    """The Python that runs an engine: the site's own, else ours if it has all the modules; None if there is none."""
+    if settings.python:
+        return shutil.which(settings.python)
+    return sys.executable if all(has_package(module) for module in modules) else None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from engines.environments import worker_argv
+from engines.environments import module_argv
 from gateway.process import start
 from registry import hubs
 from registry.hubs.choose import is_offline
@@ -72,7 +72,7 @@ async def fetch(
         return path
     order = msgspec.json.encode({"source": source, "cache": str(cache), "offline": is_offline(os.environ)}).decode()
     process = await start(
-        (*worker_argv("registry.hubs.fetch"), order),
+        (*module_argv("registry.hubs.fetch"), order),
         {},
         folder=folder,
         grace_s=GRACE_S,

@@ -18,6 +18,7 @@ from engines.base import Engine, Launch, Placement
 from gateway.config import Settings
 from gateway.deployment import Deployment
 from gateway.errors import BadRequest, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
+from gateway.files import Files
 from gateway.launch import LaunchRequest, file_name, plan
 from gateway.nodes.local import LocalNode, open_node
 from gateway.replica import Replica
@@ -77,6 +78,7 @@ class Fleet:
         self.store = store
         self.is_closing = False
         self.events = EventLog()
+        self.files = Files(settings.home_path / "files")
         self._deployments: dict[str, Deployment] = {}
         self._tasks = tasks
 
@@ -235,7 +237,7 @@ def available_engines(settings: Settings) -> tuple[Engine, ...]:
         SettingsError: the settings name an engine that there is not.
     """
     try:
-        return engines.available(settings.engines)
+        return engines.available(settings.engines, settings.home_path / "environments")
     except ValueError as exc:
         raise SettingsError(f"$.engines: {exc}") from exc
 

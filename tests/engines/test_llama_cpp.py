@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from engines.base import Endpoint as EngineEndpoint
-from engines.base import Engine, EngineSettings, Launch, Needs, Placement
+from engines.base import EngineSettings, Launch, Needs, Placement
+from engines.environments import worker_argv
 from engines.llama_cpp import LlamaCpp, LlamaCppOptions
 from engines.workers.llama_cpp import _parser
 from registry.decode import DecodeError
@@ -95,7 +96,6 @@ def flags_of(argv: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def test_it_is_an_engine() -> None:
-    assert isinstance(LlamaCpp(), Engine)
     assert (LlamaCpp().name, LlamaCpp().model_types, LlamaCpp().unix_socket) == (
         "llama.cpp",
         ("LLM", "embedding"),
@@ -195,7 +195,7 @@ def test_the_whole_command_by_a_binary(binary: LlamaCpp) -> None:
 def test_the_worker_gets_the_same_flags_under_our_python(binary: LlamaCpp, worker: LlamaCpp) -> None:
     by_binary = binary.command(a_launch(ALL_OPTIONS), MODEL, ANYWHERE, SOCKET)
     by_worker = worker.command(a_launch(ALL_OPTIONS), MODEL, ANYWHERE, SOCKET)
-    assert by_worker.argv[:4] == (sys.executable, "-P", "-m", "engines.workers.llama_cpp")
+    assert by_worker.argv[:4] == worker_argv("llama_cpp")
     assert by_worker.argv[4:] == by_binary.argv[1:]
     assert by_worker.env == by_binary.env
 
@@ -342,7 +342,7 @@ def test_the_worker_takes_a_chat_template_that_begins_with_dashes(worker: LlamaC
 
 
 def run_worker(*flags: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-P", "-m", "engines.workers.llama_cpp", *flags]
+    argv = [*worker_argv("llama_cpp"), *flags]
     env = {name: value for name, value in os.environ.items() if name != "LLAMA_API_KEY"}
     return subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
 
