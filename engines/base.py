@@ -12,6 +12,7 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 import msgspec
 from msgspec import Meta
 
+from engines.environments import Environment
 from registry.resolve import Artifact
 
 START_TIMEOUT_S = 600.0
@@ -34,6 +35,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     idle_timeout_s: float | None = None
     start_timeout_s: float = START_TIMEOUT_S
     load_timeout_s: float = LOAD_TIMEOUT_S
+    environment: Environment | None = None
 
 
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,9 +82,14 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a site says of one engine: the program to run."""
+    """What a site says of one engine: the program or the Python to run."""
 
     binary: Annotated[str, Meta(description="the engine's program, by its path or its name on PATH")] | None = None
+    python: Annotated[str, Meta(description="the Python that has the engine's library")] | None = None
+    version: (
+        Annotated[str, Meta(description="of an environment installed by `hostler engines install NAME --version`")]
+        | None
+    ) = None
 
 
 @runtime_checkable
@@ -121,5 +128,11 @@ class Engine(Protocol):
     def needs(self, launch: Launch) -> Needs:
         """What one replica asks of the machine."""
 
-    def command(self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint) -> Command:
-        """What to run. The uid is passed as served name, so that request bodies go through untouched."""
+    def command(
+        self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None
+    ) -> Command:
+        """What to run. The uid is passed as served name, so that request bodies go through untouched.
+
+        Args:
+            python: the model's own interpreter; None leaves it to the engine.
+        """

@@ -105,7 +105,9 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
         """What the launch says; it takes what GPUs it sees otherwise."""
         return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu)
 
-    def command(self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint) -> Command:
+    def command(
+        self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None
+    ) -> Command:
         """The flags of llama-server; the key travels in the environment, where `ps` does not show it."""
         binary = self.settings.binary or find_binary("llama-server", None)
         program = (binary,) if binary else worker_argv("engines.workers.llama_cpp")

@@ -165,7 +165,7 @@ class Replica:
         self._enter(State.STARTING)
         self.starts += 1
         endpoint = self._node.new_endpoint(unix_socket=self._engine.unix_socket)
-        command = self._engine.command(self.launch, model_path, placement, endpoint)
+        command = self._engine.command(self.launch, model_path, placement, endpoint, None)
         upstream = Upstream(endpoint)
         try:
             async with self._node.run(command, self.log) as process:

@@ -47,7 +47,9 @@ class Kiln(msgspec.Struct, frozen=True, kw_only=True):
     def needs(self, launch: Launch) -> Needs:
         return Needs()
 
-    def command(self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint) -> Command:
+    def command(
+        self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None
+    ) -> Command:
         return Command(argv=("true",))
 
 
