@@ -163,8 +163,13 @@ def engine_environment(name: str, version: str | None = None) -> Environment:
 
 def library_version(pins: Pins) -> str:
     """The version of the engine's library that is pinned."""
-    pinned = dict(one.split("==") for one in pins.packages if "==" in one)
-    return pinned[pins.library]
+    return _pinned(pins.packages)[pins.library]
+
+
+def version_in(engine: str, packages: Sequence[str]) -> str | None:
+    """The version of an engine's library among pinned packages."""
+    pins = PINS.get(engine)
+    return None if pins is None else _pinned(packages).get(pins.library)
 
 
 def find_python(
@@ -178,7 +183,7 @@ def find_python(
         settings: `python` names the interpreter; `version` the one of several environments.
     """
     if settings.python:
-        return shutil.which(settings.python)
+        return find_binary("python3", absolute_program(settings.python))
     for alternative in ALTERNATIVES.get(same_name(name), (same_name(name),)):
         try:
             environment = engine_environment(alternative, settings.version)
@@ -205,12 +210,16 @@ def _at(version: str, pins: Pins) -> tuple[str, ...]:
     return tuple(f"{pins.library}=={version}" if _name(one) == pins.library else _loose(one) for one in pins.packages)
 
 
+def _pinned(packages: Sequence[str]) -> dict[str, str]:
+    return {name: version for name, _, version in (one.partition("==") for one in packages) if version}
+
+
 def _loose(requirement: str) -> str:
     return requirement if _name(requirement) in KEPT_AS_PINNED else requirement.split("==")[0]
 
 
 def _name(requirement: str) -> str:
-    return re.split(r"[<>=!~\[ ]", requirement, maxsplit=1)[0]
+    return re.split(r"[<>=!~\[;@ ]", requirement, maxsplit=1)[0]
 
 
 # --- models
@@ -224,6 +233,7 @@ def model_environment(
     *,
     packages: Sequence[str] = (),
     find_links: Sequence[str] = (),
+    is_wished: bool = False,
 ) -> Environment | None:
     """The environment that a model wants for itself, on top of what runs its engine; None if it wants none.
 
@@ -232,6 +242,7 @@ def model_environment(
     Args:
         packages, find_links: of the launch.
         facts: of the Python that runs the engine, or else of ours.
+        is_wished: have one, though only for the engine's own packages where nothing here has them.
     Raises:
         ValueError: it cannot be had; with a sentence.
     """
@@ -244,7 +255,7 @@ def model_environment(
             f"Listed: {', '.join(sorted(named))}."
         )
     wanted = (*block.packages, *packages)
-    if name in WITHOUT_PYTHON or not wanted:
+    if name in WITHOUT_PYTHON or not (wanted or is_wished):
         return None
     needed = _missing(name, facts)
     resolved = resolve((*needed, *wanted), engine, facts, {name: needed})
@@ -264,6 +275,13 @@ def model_environment(
         index_strategy=block.index_strategy,
         no_build_isolation=bool(block.no_build_isolation),
     )
+
+
+def asks_for(engine: str, entries: Sequence[str]) -> bool:
+    """Whether packages name an engine: by a marker, or by its library."""
+    name = same_name(engine)
+    libraries = {PINS[one].library for one in ALTERNATIVES.get(name, (name,)) if one in PINS}
+    return name in engines_named(entries) or any(same_name(_name(one.strip())) in libraries for one in entries)
 
 
 def _missing(name: str, facts: Facts) -> tuple[str, ...]:
@@ -352,6 +370,11 @@ def python_of(stamp: Stamp, place: Path) -> str | None:
     base = stamp.environment.python
     is_there = os.access(python, os.X_OK) and (base is None or os.access(base, os.X_OK))
     return str(python) if is_there else None
+
+
+def is_ours(python: str) -> bool:
+    """Whether a path is that of our own Python."""
+    return os.path.abspath(python) == os.path.abspath(sys.executable)
 
 
 def read_stamp(place: Path) -> Stamp | None:

@@ -83,7 +83,7 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
 
     def configured(self, settings: EngineSettings) -> LlamaCpp:
         """This engine with a site's settings."""
-        return LlamaCpp(settings=EngineSettings(binary=absolute_program(settings.binary)))
+        return LlamaCpp(settings=msgspec.structs.replace(settings, binary=absolute_program(settings.binary)))
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""

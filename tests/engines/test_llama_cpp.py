@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import packaging
 import pytest
 
 from engines.base import Endpoint as EngineEndpoint
@@ -158,11 +159,12 @@ def test_a_binary_on_the_path_is_installed(tmp_path: Path, monkeypatch: pytest.M
 
 def test_without_a_binary_and_a_package_it_says_what_to_install(tmp_path: Path) -> None:
     code = "from engines.llama_cpp import LlamaCpp; print(LlamaCpp().installed())"
-    # No site-packages: an interpreter that has our code and nothing else but msgspec.
+    # No site-packages: an interpreter that has our code and nothing else but what that imports.
     path = tmp_path / "only"
     path.mkdir()
     root = Path(__file__).parents[2]
-    for package in (root / "engines", root / "registry", Path(msgspec.__file__).parent):
+    libraries = (Path(msgspec.__file__).parent, Path(packaging.__file__).parent)
+    for package in (root / "engines", root / "registry", *libraries):
         (path / package.name).symlink_to(package)
     env = {"PATH": "/nowhere", "PYTHONPATH": str(path)}
     done = subprocess.run([sys.executable, "-S", "-c", code], env=env, capture_output=True, text=True, timeout=60)
