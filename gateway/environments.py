@@ -54,6 +54,8 @@ CONFIG_LIMIT_S = 30.0
 MAY_PASS = re.compile(
     r"Retrying|[Cc]onnection|timed out|Temporary failure|No space left|error sending request|Failed to (fetch|download)"
 )
+# Lines of an installer that say what it is at; its warnings are for the log.
+STEP = re.compile(r"\s*(Collecting|Downloading|Processing|Using cached|Building|Installing|Resolved|Prepared) ")
 
 Builder = Literal["auto", "pip", "uv"]
 Report = Callable[[str], None]
@@ -101,6 +103,9 @@ class Listed(msgspec.Struct, frozen=True, kw_only=True):
         return ", ".join(dict.fromkeys(names)) or "-"
 
 
+_users = msgspec.json.Decoder(tuple[str, str | None])
+
+
 class CannotBuild(Exception):
     """An environment could not be built; `permanent` if trying again cannot help."""
 
@@ -135,7 +140,7 @@ async def prepare(environment: Environment, folder: Path, *, recipe: Recipe, run
     """
     if (python := _ready(environment, folder)) is not None:
         return python
-    async with _locked(environment.folder_name, folder, lambda: report(f"waiting for a build of {environment.name}")):
+    async with _locked(environment, folder, lambda: report(f"waiting for a build of {environment.name}")):
         place = folder / environment.folder_name
         if (python := find_built(environment, folder)) is None:
             python = await _build(environment, place, recipe, run_folder, report)
@@ -229,8 +234,8 @@ class _Runner:
         try:
             ended = asyncio.ensure_future(process.wait())
             while not (await asyncio.wait((ended,), timeout=REPORT_PAUSE_S))[0]:
-                if said := tail(self._log, 1, start=begin):
-                    report(_short(said[-1]))
+                if steps := [line for line in tail(self._log, TAIL_LINES, start=begin) if STEP.match(line)]:
+                    report(_short(steps[-1]))
         finally:
             await process.end()
             exit = await ended
@@ -413,13 +418,16 @@ def _clear(place: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _locked(name: str, folder: Path, on_wait: Callable[[], None]) -> AsyncIterator[None]:
-    """Hold the lock of an environment, after waiting for whoever has it."""
-    with _lock_file(name, folder) as file:
+async def _locked(environment: Environment, folder: Path, on_wait: Callable[[], None]) -> AsyncIterator[None]:
+    """Hold the lock of an environment, after waiting for whoever has it; it says whom the environment is for."""
+    with _lock_file(environment.folder_name, folder) as file:
         if not _try_lock(file):
             on_wait()
             while not _try_lock(file):
                 await asyncio.sleep(LOCK_PAUSE_S)
+        file.truncate(0)
+        file.write(msgspec.json.encode(_user(environment)))
+        file.flush()
         yield
 
 
@@ -431,9 +439,9 @@ def _lock_file(name: str, folder: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _try_lock(file: IO[bytes]) -> bool:
+def _try_lock(file: IO[bytes], kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -495,11 +503,17 @@ def remove_for(user: tuple[str, str | None], name: str, folder: Path) -> int:
 def _look_at(place: Path) -> Listed | None:
     stamp = read_stamp(place)
     with _lock_file(place.name, place.parent) as file:
-        is_building = not _try_lock(file)
+        is_building = not _try_lock(file, fcntl.LOCK_SH)
     if stamp is None:
         if not is_building and not any(place.glob("build-*")):
             return None  # the log of a build that failed
-        return Listed(fingerprint=place.name, path=place, size_bytes=_size_of(place), is_building=is_building)
+        return Listed(
+            fingerprint=place.name,
+            path=place,
+            users=_users_in_lock(place),
+            size_bytes=_size_of(place),
+            is_building=is_building,
+        )
     python = python_of(stamp, place)
     return Listed(
         fingerprint=place.name,
@@ -514,6 +528,14 @@ def _look_at(place: Path) -> Listed | None:
         is_building=is_building,
         last_used=(place / STAMP).stat().st_mtime,
     )
+
+
+def _users_in_lock(place: Path) -> tuple[tuple[str, str | None], ...]:
+    """Whom the last build was for."""
+    try:
+        return (_users.decode((place.parent / "locks" / f"{place.name}.lock").read_bytes()),)
+    except (OSError, msgspec.MsgspecError):
+        return ()
 
 
 def _running_in(place: Path) -> list[int]:
