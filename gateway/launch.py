@@ -187,7 +187,10 @@ def _environment(request: LaunchRequest, artifact: Artifact, engine: Engine, sit
     is_on = site.model_environments if request.enable_virtual_env is None else request.enable_virtual_env
     if not is_on:
         if request.virtual_env_packages:
-            raise ValueError("virtual_env_packages are given, and environments of models are off here.")
+            raise ValueError(
+                "virtual_env_packages are given, and environments of models are off. Say enable_virtual_env=true, or "
+                "leave the packages out."
+            )
         return None
     block = artifact.family.virtualenv
     is_wished = request.enable_virtual_env is True
