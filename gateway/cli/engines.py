@@ -122,7 +122,10 @@ def upgrade(settings: Settings, names: tuple[str, ...], offline: bool) -> None:
         for listed in list_environments(folder):
             is_older = (name, None) in listed.users and listed.fingerprint != environment.folder_name
             if is_older and (kept.get(name) is None or _version(name, listed) != kept[name]):
-                _remove(name, listed, folder)
+                try:
+                    _remove(name, listed, folder)
+                except click.ClickException as exc:
+                    click.echo(f"{listed.fingerprint} stays: {exc.message}", err=True)
 
 
 @command.command("remove")

@@ -189,6 +189,7 @@ A = Environment(engine="kiln", packages=("a", "b"))
         ({"trusted_host": ("x.example",)}, False),
         ({"index_strategy": "first-index"}, False),
         ({"no_build_isolation": True}, False),
+        ({"skip_installed": False}, False),
     ],
     ids=str,
 )

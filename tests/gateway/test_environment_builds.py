@@ -170,6 +170,14 @@ async def test_what_the_base_has_is_not_installed_again_and_its_own_goes_before(
     assert (version, Path(file).is_relative_to(Path(other).parents[1])) == ("1.0", True)
 
 
+@pytest.mark.parametrize("builder", ["pip", *(["uv"] if environments.find_uv() else [])])
+async def test_what_the_base_has_is_installed_again_where_the_site_says_so(build: Build, builder: str) -> None:
+    base = await build("tinyclay==2.0")
+    python = await build("tinyclay", python=base, inherit_packages=True, skip_installed=False, builder=builder)
+    file = says(python, "import tinyclay; print(tinyclay.__file__)")
+    assert Path(file).is_relative_to(Path(python).parents[1])
+
+
 async def test_equal_ones_are_built_once_and_shared(build: Build, folder: Path) -> None:
     first = await build("tinyclay", "tinykiln", engine="one")
     steps: list[str] = []
@@ -368,7 +376,7 @@ def test_pip_gets_every_field_and_reads_its_own_configuration() -> None:
         *(sys.executable, "-P", "-m", "pip", "--python", "/venv/bin/python", "install"),
         *("--no-input", "--disable-pip-version-check", "--progress-bar", "off", *FLAGS, "--", "a", "b==1"),
     )
-    assert env == {}
+    assert env == {"PIP_USER": "0"}
 
 
 def test_pip_that_is_not_to_inherit_its_configuration_keeps_only_the_way_to_the_network() -> None:
@@ -376,7 +384,7 @@ def test_pip_that_is_not_to_inherit_its_configuration_keeps_only_the_way_to_the_
     argv, env = pip_argv(environment, "/p", Recipe(), {"cert": "/ca"})
     assert "--isolated" in argv
     assert argv[argv.index("--cert") + 1] == "/ca"
-    assert env == {"PIP_CONFIG_FILE": os.devnull}
+    assert env["PIP_CONFIG_FILE"] == os.devnull
 
 
 def test_uv_gets_every_field_and_pips_configuration(tmp_path: Path) -> None:
@@ -565,6 +573,7 @@ async def test_a_gateway_that_is_killed_in_a_build_leaves_no_installer(
     registered = {
         "version": 2,
         "model_name": "mine",
+        "model_family": "other",
         "model_lang": ["en"],
         "model_ability": ["generate"],
         "model_specs": [
@@ -580,7 +589,8 @@ async def test_a_gateway_that_is_killed_in_a_build_leaves_no_installer(
     }
     gateway = await start_gateway(env=with_kiln, environment_builder="pip", models={})
     body = {"model": json.dumps(registered), "persist": False}
-    assert (await gateway.post("/v1/model_registrations/LLM", body)).status == 200
+    registration = await gateway.post("/v1/model_registrations/LLM", body)
+    assert registration.status == 200, registration.body
     launch = {"model_uid": "mine", "model_name": "mine", "model_engine": "kiln"}
     assert (await gateway.post("/v1/models?wait_ready=false", launch)).status == 200
     await until(marker.exists)
