@@ -139,20 +139,19 @@ def _choose_engine(name: str | None, artifact: Artifact, known: Sequence[Engine]
     what = f"{artifact.family.model_name} ({artifact.spec.model_format})"
     if name is not None:
         engine = engines.find(name, tuple(known))
-        if reason := why_not(engine, artifact):
+        if reason := _why_not(engine, artifact):
             raise ValueError(f"{what} cannot run on {engine.name}: {reason}.")
         return engine
     refusals = []
     for engine in known:
-        reason = why_not(engine, artifact)
+        reason = _why_not(engine, artifact)
         if reason is None:
             return engine
         refusals.append(f"{engine.name}: {reason}")
     raise ValueError(f"No engine here can run {what}. " + "; ".join(refusals) + ".")
 
 
-def why_not(engine: Engine, artifact: Artifact) -> str | None:
-    """Why the engine cannot run the artifact here, or None."""
+def _why_not(engine: Engine, artifact: Artifact) -> str | None:
     if artifact.family.model_type not in engine.model_types:
         return f"it serves {', '.join(engine.model_types)} models, not {artifact.family.model_type}"
     return engine.accepts(artifact) or engine.installed()

@@ -1,4 +1,4 @@
-"""Looks at a registration as a whole: all that is wrong, defaulted, lent, and told by the model's own files. Pure reads.
+"""Looks at a registration as a whole: all that is wrong, defaulted, lent, and told by the model's files.
 
 It judges by the same code that registers; what it adds is that it goes on after the first fault, and looks into files.
 """
@@ -54,8 +54,8 @@ METHODS = {
 SIZE_TOLERANCE = 0.35  # what a name rounds, and embeddings that are counted or not
 
 # Abilities that say a type by themselves.
-TELLING = {ability: "image" for ability in ("text2image", "image2image", "inpainting", "ocr")}
-TELLING |= {ability: "audio" for ability in ("audio2text", "text2audio", "text2music")}
+TELLING = dict.fromkeys(("text2image", "image2image", "inpainting", "ocr"), "image")
+TELLING |= dict.fromkeys(("audio2text", "text2audio", "text2music"), "audio")
 TELLING |= {"rerank": "rerank", "embed": "embedding"}
 
 
@@ -262,7 +262,12 @@ def _told(facts: Facts) -> list[tuple[str, Any]]:
     n_files = len(facts.files)
     return [
         ("architecture", " ".join(dict.fromkeys((facts.architecture or "", *facts.architectures))).strip()),
-        ("weights", f"{facts.weight_bytes:,} bytes in {n_files} {facts.kind} file{'s' * (n_files != 1)}" if facts.weight_bytes else None),
+        (
+            "weights",
+            f"{facts.weight_bytes:,} bytes in {n_files} {facts.kind} file{'s' * (n_files != 1)}"
+            if facts.weight_bytes
+            else None,
+        ),
         ("parameters", size),
         ("types", ", ".join(sorted(facts.elements)) or facts.dtype),
         ("quantization", facts.quantization),
@@ -310,7 +315,9 @@ def _format_contradictions(spec: ModelSpec, facts: Facts) -> list[str]:
     if wanted is None and method is not None:
         right = next((name for name, methods in METHODS.items() if method in methods), None)
         if right and spec.model_format != right:
-            return [f"model_format says {spec.model_format}, and config.json names {method}. Give model_format {right}."]
+            return [
+                f"model_format says {spec.model_format}, and config.json names {method}. Give model_format {right}."
+            ]
     return []
 
 
@@ -321,7 +328,9 @@ def _size_contradictions(spec: ModelSpec, facts: Facts) -> list[str]:
     own = facts.parameters / 1e9
     if abs(own - declared) <= SIZE_TOLERANCE * max(own, declared) or abs(own - declared) < 0.1:
         return []
-    return [f"model_size_in_billions says {spec.model_size_in_billions}, and the files have {own:.3g} billion parameters."]
+    return [
+        f"model_size_in_billions says {spec.model_size_in_billions}, and the files have {own:.3g} billion parameters."
+    ]
 
 
 def _llm_contradictions(family: LLMFamily, facts: Facts) -> list[str]:

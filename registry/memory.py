@@ -32,9 +32,22 @@ UNQUANTIZED_BITS = 16.0
 
 # Bits of one number in the cache, with its scales, by the engines' names for its type.
 CACHE_BITS = {
-    **{"f32": 32.0, "float32": 32.0, "f16": 16.0, "float16": 16.0, "bf16": 16.0, "bfloat16": 16.0, "auto": 16.0},
-    **{"fp8": 8.0, "fp8_e4m3": 8.0, "fp8_e5m2": 8.0, "q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0},
-    **{"q4_0": 4.5, "iq4_nl": 4.5},
+    "f32": 32.0,
+    "float32": 32.0,
+    "f16": 16.0,
+    "float16": 16.0,
+    "bf16": 16.0,
+    "bfloat16": 16.0,
+    "auto": 16.0,
+    "fp8": 8.0,
+    "fp8_e4m3": 8.0,
+    "fp8_e5m2": 8.0,
+    "q8_0": 8.5,
+    "q5_1": 6.0,
+    "q5_0": 5.5,
+    "q4_1": 5.0,
+    "q4_0": 4.5,
+    "iq4_nl": 4.5,
 }
 
 ACTIVATION_TOKENS = 2048  # computed at once

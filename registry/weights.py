@@ -30,14 +30,39 @@ SANE = 2**40
 
 # Architectures that read a whole text at once and keep no cache of it, by `model_type` and by GGUF's name.
 ENCODERS = frozenset(
-    ["albert", "bert", "camembert", "clip", "deberta", "deberta-v2", "distilbert", "electra", "jina-bert-v2", "modernbert"]
-    + ["modern-bert", "mpnet", "new", "nomic-bert", "nomic_bert", "roberta", "siglip", "whisper", "xlm-roberta"]
+    [
+        "albert",
+        "bert",
+        "camembert",
+        "clip",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "jina-bert-v2",
+        "modern-bert",
+        "modernbert",
+        "mpnet",
+        "new",
+        "nomic-bert",
+        "nomic_bert",
+        "roberta",
+        "siglip",
+        "whisper",
+        "xlm-roberta",
+    ]
 )
 
 # Architectures with a sliding window whose files need not say which layers have it: every so manieth is without.
 WITHOUT_WINDOW_EVERY = {
-    **{"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "gpt-oss": 2, "gpt_oss": 2},
-    **{"mistral": 0, "mixtral": 0},  # 0: none is without
+    "gemma2": 2,
+    "gemma3": 6,
+    "gemma3_text": 6,
+    "cohere2": 4,
+    "gpt-oss": 2,
+    "gpt_oss": 2,
+    "mistral": 0,
+    "mixtral": 0,  # 0: none is without
 }
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)", re.IGNORECASE)
@@ -200,7 +225,9 @@ def _gguf_attention(own: Any, architecture: str | None, layers: int | None) -> t
     if every:  # the others are recurrent: what they keep does not grow
         kv_heads = tuple(n if (layer + 1) % every == 0 else 0 for layer, n in enumerate(kv_heads))
     is_windowed = _windowed(window, pattern, architecture, layers)
-    return _grouped((n * key, n * value, window if slides else None) for n, slides in zip(kv_heads, is_windowed, strict=True))
+    return _grouped(
+        (n * key, n * value, window if slides else None) for n, slides in zip(kv_heads, is_windowed, strict=True)
+    )
 
 
 # -- folders
@@ -219,7 +246,9 @@ def _of_folder(path: Path, problems: list[str]) -> dict[str, Any]:
         if len({_PART.sub("", name) for name in ggufs}) == 1:
             return _of_gguf(path / ggufs[0], problems)
         files = {name: sizes[name] for name in ggufs}
-        problems.append(f"The folder has {len(ggufs)} GGUF files; which is meant is not known: {', '.join(ggufs[:10])}.")
+        problems.append(
+            f"The folder has {len(ggufs)} GGUF files; which is meant is not known: {', '.join(ggufs[:10])}."
+        )
         return {"kind": GGUF_FILES, "files": files}
     if not weights:
         problems.append(f"No file of weights is in {path}.")

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 @click.command("validate")
 @click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
-@click.option("-t", "--model-type", help="LLM, embedding, rerank, image, audio, flexible; told from the file if it can be.")
+@click.option(
+    "-t", "--model-type", help="LLM, embedding, rerank, image, audio, flexible; told from the file if it can be."
+)
 @click.option("-c", "--config", "file", type=click.Path(), help="A settings file, for its engines and catalogues.")
 @as_json_option
 def command(path: Path, model_type: str | None, file: str | None, as_json: bool) -> None:
@@ -78,26 +80,26 @@ def _known(model_type: str) -> str:
 
 def _answers(inspection: Inspection, registry: Registry, engines: Sequence[Engine]) -> dict[str, list[str]]:
     """For each engine and each spec: could run it, or why not."""
-    from gateway.launch import why_not
-    from registry.resolve import NotResolved, Selection, candidates
+    from gateway.choice import engine_answers
+    from gateway.launch import LaunchRequest, plan
 
     family = inspection.family
     if family is None:
         return {}
-    wish = Selection(model_name=family.model_name, model_type=inspection.model_type)
-    try:
-        artifacts = candidates(registry.including(family), wish)
-    except NotResolved as exc:
-        return {engine.name: [f"cannot run it: {exc}"] for engine in engines}
-    found: dict[str, list[str]] = {}
-    for engine in engines:
-        said = []
-        for artifact in artifacts:
-            what = f"{artifact.spec.model_format} {artifact.spec.quantization}"
-            reason = why_not(engine, artifact)
-            said.append(f"cannot run {what}: {reason}" if reason else f"could run {what}")
-        found[engine.name] = list(dict.fromkeys(said))
-    return found
+    including = registry.including(family)
+    found: dict[str, list[str]] = {engine.name: [] for engine in engines}
+    for spec in family.specs:
+        wish = LaunchRequest(
+            model_name=family.model_name,
+            model_type=inspection.model_type,
+            model_format=spec.model_format,
+            model_size_in_billions=spec.model_size_in_billions,
+            quantization=spec.quantization,
+        )
+        for name, reason in engine_answers(engines, wish, lambda one: plan("a", one, including, engines)).items():
+            what = f"{spec.model_format} {spec.quantization}"
+            found[name].append(f"cannot run {what}: {reason}" if reason else f"could run {what}")
+    return {name: list(dict.fromkeys(said)) for name, said in found.items()}
 
 
 # --- how it is told

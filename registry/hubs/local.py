@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from registry.decode import did_you_mean
-from registry.hubs.base import Fetched, HubError, Report, choose, choose_or_explain
+from registry.hubs.base import Fetched, HubError, Report, choose, choose_or_explain, what_engines_need
 from registry.schema import Source
 
 
@@ -21,6 +21,20 @@ def find(source: Source) -> Fetched | None:
     except OSError:
         return None
     return Fetched(path=path / matching[0], files=tuple(path / name for name in matching)) if matching else None
+
+
+def list_files(source: Source) -> dict[str, int]:
+    """The files of the source, and the bytes of each; of a whole folder those that an engine could need.
+
+    Raises:
+        HubError: there is no such file or folder, or nothing in it matches.
+    """
+    fetched = find(source)
+    if fetched is None or fetched.files:
+        found = fetched or fetch(source, Path(), Report(lambda _: None))
+        return {path.name: path.stat().st_size for path in found.files}
+    sizes = sizes_in(fetched.path)
+    return {name: sizes[name] for name in what_engines_need(sizes, f"folder {fetched.path}")}
 
 
 def fetch(source: Source, cache: Path, report: Report) -> Fetched:
