@@ -8,12 +8,10 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-import psutil
 
 import engines
 from engines.base import Launch, Needs, Placement
@@ -24,31 +22,21 @@ from gateway.fleet import Fleet
 from gateway.gpus import Gpu
 from gateway.launch import LaunchRequest
 from gateway.placement import place
-from gateway.process import CannotStart, memory_bytes
+from gateway.process import CannotStart
+from gateway.room import Device, Ram, Room, advice, megabytes, observe_devices, observe_ram, verdict
+from gateway.sizing import Memory, Sizing, size_up, told
 from registry import weights
 from registry.cache import LIBRARIES
 from registry.hubs import find_cached, local
-from registry.hubs.base import PICKLES, SAFETENSORS, HubError
+from registry.hubs.base import HubError
 from registry.hubs.cache import digest, marker_path, read_marker
 from registry.inspection import contradictions
-from registry.memory import (
-    Attention,
-    Cache,
-    Estimate,
-    billions_of,
-    estimate,
-    most_tokens,
-    usual_shape,
-    usual_weight_bytes,
-)
+from registry.memory import billions_of, usual_weight_bytes
 from registry.resolve import Artifact, NotResolved, candidates
-from registry.schema import ModelSpec
-from registry.sources import is_gguf
 from registry.weights import Facts
 
 ANY_UID = "a-model-that-is-checked"
 LIST_LIMIT_S = 20.0
-USUAL_TOKENS = 4096  # of a cache, where nobody says
 SHOWN = 10
 
 
@@ -61,49 +49,6 @@ class Files(msgspec.Struct, frozen=True, kw_only=True):
     total_bytes: int | None
     folder: str | None = None
     free_bytes: int | None = None
-
-
-class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """What each copy takes, in bytes, and what that is told from. `tokens` are those of one of `sequences`."""
-
-    weights_bytes: int
-    kv_cache_bytes: int
-    activations_bytes: int
-    engine_bytes: int
-    total_bytes: int
-    tokens: int
-    sequences: int
-    replicas: int
-    basis: str
-
-
-class Holder(msgspec.Struct, frozen=True, kw_only=True):
-    """A process that holds memory; `model` if it is one of ours."""
-
-    pid: int
-    used_bytes: int | None
-    name: str | None = None
-    model: str | None = None
-
-
-class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """A GPU as it is now; `is_wanted` if the launch would use it."""
-
-    index: int
-    name: str
-    total_bytes: int
-    used_bytes: int
-    free_bytes: int
-    is_wanted: bool
-    holders: tuple[Holder, ...]
-
-
-class Ram(msgspec.Struct, frozen=True, kw_only=True):
-    """The machine's memory; `holders` are the engines that run here."""
-
-    total_bytes: int
-    free_bytes: int
-    holders: tuple[Holder, ...]
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,22 +81,13 @@ async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[s
     """The report on a launch that somebody might ask for."""
     gpus = await asyncio.to_thread(fleet.node.list_gpus, with_processes=True)
     owners = _owners(fleet)
-    ram = await asyncio.to_thread(_ram, owners)
+    ram = await asyncio.to_thread(observe_ram, owners)
     try:
         launch = fleet.try_launch(uid, request, hubs)
     except RequestRefused as exc:
-        answers = engine_answers(fleet.engines, request, lambda wish: fleet.try_launch(uid, wish, hubs))
-        is_about_engines = any(reason != exc.message for reason in answers.values())
-        return Report(
-            verdict=f"It cannot be launched: {exc.message}",
-            can_launch=False,
-            problems=(exc.message,),
-            engines=answers if is_about_engines else {},
-            model_name=request.model_name,
-            model_type=request.model_type,
-            gpus=await asyncio.to_thread(_devices, gpus, owners, set()),
-            ram=ram,
-        )
+        refused = _refused(fleet, uid, request, hubs, exc.message)
+        devices = await asyncio.to_thread(observe_devices, gpus, owners, set())
+        return msgspec.structs.replace(refused, gpus=devices, ram=ram)
     artifact = launch.artifact
     answers = engine_answers(fleet.engines, request, lambda wish: fleet.try_launch(uid, wish, hubs))
     spec_reason, passed_over = await asyncio.to_thread(_about_specs, fleet, request, artifact, hubs)
@@ -160,35 +96,22 @@ async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[s
     files = await _files(fleet, artifact, problems, unknown)
     facts = await asyncio.to_thread(_facts, files, unknown)
     needs = engines.find(launch.engine, fleet.engines).needs(launch)
-    placements = _placements(fleet, needs, gpus, launch.replica, problems)
-    is_on_gpu = bool(gpus) and any(one.gpu_uuids != () for one in placements)
-    if is_on_gpu and any(one.gpu_uuids is None for one in placements):
-        unknown.append(
-            f"How {launch.engine} spreads it over the GPUs: the launch names none, so it uses what it can. "
-            "Here all of them are taken, evenly."
-        )
-    sizing = _sizing(launch, needs, files, facts, unknown, is_on_gpu=is_on_gpu)
-    room = _Room(gpus, placements, ram) if is_on_gpu else _Room((), (), ram)
-    smaller = await asyncio.to_thread(_smaller_specs, fleet, request, artifact, sizing, room)
+    room = _room(fleet, launch, needs, gpus, ram, problems, unknown)
+    sizing = size_up(launch, needs, files.files, facts, unknown, is_on_gpu=room.is_gpu)
+    _check_disk(files, sizing, problems)
     fits = room.fits(sizing.estimate.total, launch.replica) if sizing else None
-    if (
-        not files.are_here
-        and files.total_bytes
-        and files.free_bytes is not None
-        and files.free_bytes < files.total_bytes
-    ):
-        problems.append(
-            f"The disk of {files.folder} is too small: {megabytes(files.total_bytes)} are to be fetched, and "
-            f"{megabytes(files.free_bytes)} are free."
-        )
-    devices = await asyncio.to_thread(_devices, gpus, owners, room.uuids)
+    devices = await asyncio.to_thread(observe_devices, gpus, owners, room.uuids)
+    remedies: list[str] = []
+    if sizing and fits is False:
+        smaller = await asyncio.to_thread(_smaller_specs, fleet, request, artifact, sizing, room)
+        remedies = advice(sizing, room, smaller, devices, ram, launch.replica)
     return Report(
-        verdict=_verdict(problems, fits, sizing, room, launch.replica),
+        verdict=verdict(problems, fits, sizing, room, launch.replica),
         can_launch=not problems,
         fits=fits,
         problems=tuple(problems),
         unknown=tuple(unknown),
-        advice=tuple(_advice(sizing, room, smaller, devices, ram, launch.replica)) if fits is False else (),
+        advice=tuple(remedies),
         model_name=artifact.family.model_name,
         model_type=artifact.family.model_type,
         spec=_spec_told(artifact),
@@ -200,11 +123,36 @@ async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[s
         files=files,
         facts=facts,
         contradictions=tuple(_contradictions(launch, needs, facts)) if facts else (),
-        memory=_memory(sizing, launch.replica) if sizing else None,
+        memory=told(sizing, launch.replica) if sizing else None,
         where=room.name,
         gpus=devices,
         ram=ram,
     )
+
+
+def _refused(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[str], reason: str) -> Report:
+    """The report on a launch that nothing can come of; with each engine's word if that is why."""
+    answers = engine_answers(fleet.engines, request, lambda wish: fleet.try_launch(uid, wish, hubs))
+    is_about_engines = any(answer != reason for answer in answers.values())
+    return Report(
+        verdict=f"It cannot be launched: {reason}",
+        can_launch=False,
+        problems=(reason,),
+        engines=answers if is_about_engines else {},
+        model_name=request.model_name,
+        model_type=request.model_type,
+    )
+
+
+def _check_disk(files: Files, sizing: Sizing | None, problems: list[str]) -> None:
+    """Whether what is to be fetched has room; where the hub does not tell how much it is, its weights at least."""
+    needed_bytes = files.total_bytes or (sizing.estimate.weights if sizing else 0)
+    if files.free_bytes is not None and files.free_bytes < needed_bytes:
+        about = "" if files.total_bytes else "about "
+        problems.append(
+            f"The disk of {files.folder} is too small: {about}{megabytes(needed_bytes)} are to be fetched, and "
+            f"{megabytes(files.free_bytes)} are free."
+        )
 
 
 # --- which spec
@@ -222,10 +170,10 @@ def _about_specs(fleet: Fleet, request: LaunchRequest, chosen: Artifact, hubs: S
         return "it is the only one that fits what was asked for.", []
     at = next((i for i, one in enumerate(found) if (one.spec, one.source) == (chosen.spec, chosen.source)), 0)
     reason = f"of {len(found)} that fit what was asked for it is the first that an engine runs here."
-    return reason, [*_refused(fleet, request, found[:at], hubs), *_later(found[at + 1 :])]
+    return reason, [*_not_run(fleet, request, found[:at], hubs), *_later(found[at + 1 :])]
 
 
-def _refused(fleet: Fleet, request: LaunchRequest, artifacts: Sequence[Artifact], hubs: Sequence[str]) -> list[str]:
+def _not_run(fleet: Fleet, request: LaunchRequest, artifacts: Sequence[Artifact], hubs: Sequence[str]) -> list[str]:
     """Why no engine here runs these, by format."""
     by_format: dict[str, list[Artifact]] = {}
     for artifact in artifacts:
@@ -343,174 +291,41 @@ def _contradictions(launch: Launch, needs: Needs, facts: Facts) -> list[str]:
     return said
 
 
-# --- memory
-
-
-class _Sizing(msgspec.Struct, frozen=True):
-    """An estimate, what it is of, and what it is told from."""
-
-    estimate: Estimate
-    attention: tuple[Attention, ...]
-    cache: Cache
-    basis: str
-
-
-def _sizing(
-    launch: Launch, needs: Needs, files: Files, facts: Facts | None, unknown: list[str], *, is_on_gpu: bool
-) -> _Sizing | None:
-    """What one copy takes; None, which is told, if nobody knows."""
-    spec = launch.artifact.spec
-    billions = billions_of(spec.model_size_in_billions) if spec.model_size_in_billions is not None else None
-    weight_bytes, basis = _weight_bytes(files, facts, spec, billions)
-    if weight_bytes is None:
-        unknown.append("How much memory it takes: neither its files nor a size in billions are known.")
-        return None
-    if facts and facts.is_attention_known and facts.width:
-        attention, width = facts.attention, facts.width
-        basis += ", and the cache from them too"
-    else:
-        params = billions or (facts and facts.parameters and facts.parameters / 1e9) or _billions(weight_bytes, spec)
-        attention, width = usual_shape(params)
-        if launch.artifact.family.model_type != "LLM":
-            attention = ()
-        basis += ", and the cache as usual models of that size have it: an estimate"
-    cache = needs.cache or Cache(tokens=_tokens(launch, facts))
-    if launch.artifact.projector and files.files:
-        weight_bytes += sum(
-            size
-            for name, size in files.files.items()
-            if "mmproj" in name.lower() and (facts is None or name not in facts.files)
-        )
-    sized = estimate(weight_bytes, attention, width, cache, on_gpu=is_on_gpu)
-    return _Sizing(sized, attention, cache, basis)
-
-
-def _weight_bytes(files: Files, facts: Facts | None, spec: ModelSpec, billions: float | None) -> tuple[int | None, str]:
-    if facts and facts.weight_bytes:
-        headers = "the headers of its files" if facts.elements else "the size of its files"
-        return facts.weight_bytes, f"weights from {headers}"
-    if files.files and (listed := _listed_weights(files.files)):
-        return listed, "weights from the sizes that the hub tells"
-    if billions:
-        return (
-            usual_weight_bytes(billions, spec.model_format, spec.quantization),
-            f"weights from {billions:g} billion parameters and the format, an estimate",
-        )
-    return None, ""
-
-
-def _listed_weights(sizes: dict[str, int]) -> int:
-    return sum(
-        size
-        for name, size in sizes.items()
-        if not name.lower().endswith(".json")
-        and ((is_gguf(name) and "mmproj" not in name.lower()) or SAFETENSORS.search(name) or PICKLES.search(name))
-    )
-
-
-def _billions(weight_bytes: int, spec: ModelSpec) -> float:
-    """How many parameters so many bytes are, roughly."""
-    per_billion = usual_weight_bytes(1, spec.model_format, spec.quantization)
-    return min(max(weight_bytes / per_billion, 0.001), 9e4)
-
-
-def _tokens(launch: Launch, facts: Facts | None) -> int:
-    """Of a cache whose engine does not say how large it makes it."""
-    family = launch.artifact.family
-    for key in ("context_length", "max_model_len", "context_size", "n_ctx"):
-        if isinstance(said := launch.options.get(key), int) and said > 0:
-            return said
-    known = (facts.context_length if facts else None, getattr(family, "context_length", None))
-    return next(filter(None, (*known, getattr(family, "max_tokens", None))), USUAL_TOKENS)
-
-
-def _memory(sizing: _Sizing, replicas: int) -> Memory:
-    parts = sizing.estimate
-    return Memory(
-        weights_bytes=parts.weights,
-        kv_cache_bytes=parts.kv_cache,
-        activations_bytes=parts.activations,
-        engine_bytes=parts.engine,
-        total_bytes=parts.total,
-        tokens=sizing.cache.tokens,
-        sequences=sizing.cache.sequences,
-        replicas=replicas,
-        basis=f"{sizing.basis}; activations and the engine's own are always an estimate.",
-    )
-
-
 # --- where
 
 
-class _Room:
-    """What a launch may use: its GPUs, or the machine's memory."""
-
-    def __init__(self, gpus: Sequence[Gpu], placements: Sequence[Placement], ram: Ram) -> None:
-        self._gpus = {gpu.uuid: gpu for gpu in gpus}
-        self._groups = [placement.gpu_uuids or tuple(self._gpus) for placement in placements]
-        self._ram = ram
-        self.is_gpu = bool(self._gpus)
-        self.uuids = {uuid for group in self._groups for uuid in group} if self.is_gpu else set()
-        self.is_measured = all(self._gpus[uuid].total_bytes for uuid in self.uuids)
-
-    @property
-    def name(self) -> str:
-        """What it is."""
-        if not self.is_gpu:
-            return "the machine's memory"
-        indexes = sorted(self._gpus[uuid].index for uuid in self.uuids)
-        return f"GPU {', '.join(map(str, indexes))}"
-
-    @property
-    def free_bytes(self) -> int:
-        """Of all of it."""
-        if not self.is_gpu:
-            return self._ram.free_bytes
-        return sum(free_of(self._gpus[uuid]) for uuid in self.uuids)
-
-    def for_one(self, replicas: int) -> int:
-        """What the copy with the least room has, if all take the same."""
-        if not self.is_gpu:
-            return self._ram.free_bytes // replicas
-        users = Counter(uuid for group in self._groups for uuid in group)
-        return min(
-            min(free_of(self._gpus[uuid]) // users[uuid] for uuid in group) * len(group) for group in self._groups
-        )
-
-    def fits(self, total_bytes: int, replicas: int) -> bool | None:
-        """Whether each copy has room; None if the devices do not tell."""
-        return total_bytes <= self.for_one(replicas) if self.is_measured else None
-
-    def gpus_enough(self, total_bytes: int) -> int | None:
-        """How many GPUs would hold one copy, evenly; None if all would not."""
-        free = sorted((free_of(gpu) for gpu in self._gpus.values()), reverse=True)
-        return next((n for n in range(1, len(free) + 1) if free[n - 1] * n >= total_bytes), None)
-
-
-def free_of(gpu: Gpu) -> int:
-    """Bytes that nobody holds."""
-    return max(0, gpu.total_bytes - gpu.used_bytes)
-
-
-def _placements(fleet: Fleet, needs: Needs, gpus: Sequence[Gpu], replicas: int, problems: list[str]) -> list[Placement]:
-    """The GPUs of each copy, as its start would choose them now."""
+def _room(
+    fleet: Fleet,
+    launch: Launch,
+    needs: Needs,
+    gpus: Sequence[Gpu],
+    ram: Ram,
+    problems: list[str],
+    unknown: list[str],
+) -> Room:
+    """The GPUs of each copy, as its start would choose them now; without any the machine's memory."""
     taken = [r.placement for d in fleet.deployments() for r in d.replicas if r.placement]
     placements: list[Placement] = []
-    for _ in range(replicas):
+    for _ in range(launch.replica):
         placement = place(needs, gpus, [*taken, *placements])
         if isinstance(placement, str):
             problems.append(f"It cannot be placed: {placement}. Change gpu_idx or n_gpu.")
-            return []
+            return Room((), (), ram)
         placements.append(placement)
-    return placements
+    if not gpus or all(placement.gpu_uuids == () for placement in placements):
+        return Room((), (), ram)
+    if any(placement.gpu_uuids is None for placement in placements):
+        unknown.append(
+            f"How {launch.engine} spreads it over the GPUs: the launch names none, so it uses what it can. "
+            "Here all of them are taken, evenly."
+        )
+    return Room(gpus, placements, ram)
 
 
-def _smaller_specs(
-    fleet: Fleet, request: LaunchRequest, chosen: Artifact, sizing: _Sizing | None, room: _Room
-) -> list[str]:
+def _smaller_specs(fleet: Fleet, request: LaunchRequest, chosen: Artifact, sizing: Sizing, room: Room) -> list[str]:
     """Other quantizations and sizes of the family whose weights are likely to fit, the largest first."""
     family = fleet.registry.find(chosen.family.model_name, chosen.family.model_type)
-    if family is None or sizing is None or request.model_path:
+    if family is None or request.model_path:
         return []
     rest = sizing.estimate.total - sizing.estimate.weights
     room_bytes = room.for_one(request.replica) if room.is_measured else 0
@@ -525,103 +340,7 @@ def _smaller_specs(
     return sorted(found, key=lambda name: -found[name])[:3]
 
 
-# --- who holds the rest
-
-
 def _owners(fleet: Fleet) -> dict[int, str]:
     """Leader of each engine's process group -> the copy that it is."""
     replicas = [replica for deployment in fleet.deployments() for replica in deployment.replicas]
     return {replica.process.pid: replica.name for replica in replicas if replica.process}
-
-
-def _devices(gpus: Sequence[Gpu], owners: dict[int, str], wanted: set[str]) -> tuple[Device, ...]:
-    return tuple(
-        Device(
-            index=gpu.index,
-            name=gpu.name,
-            total_bytes=gpu.total_bytes,
-            used_bytes=gpu.used_bytes,
-            free_bytes=free_of(gpu),
-            is_wanted=gpu.uuid in wanted,
-            holders=tuple(_holder(one.pid, one.used_bytes, owners) for one in gpu.processes),
-        )
-        for gpu in gpus
-    )
-
-
-def _holder(pid: int, used_bytes: int | None, owners: dict[int, str]) -> Holder:
-    try:
-        name = psutil.Process(pid).name()
-        leader = os.getpgid(pid)
-    except (psutil.Error, OSError):  # gone, or of another container
-        return Holder(pid=pid, used_bytes=used_bytes)
-    return Holder(pid=pid, used_bytes=used_bytes, name=name, model=owners.get(leader))
-
-
-def _ram(owners: dict[int, str]) -> Ram:
-    memory = psutil.virtual_memory()
-    holders = [Holder(pid=pid, used_bytes=memory_bytes(pid), model=name) for pid, name in owners.items()]
-    return Ram(total_bytes=memory.total, free_bytes=memory.available, holders=tuple(holders))
-
-
-# --- the verdict
-
-
-def _verdict(problems: list[str], fits: bool | None, sizing: _Sizing | None, room: _Room, replicas: int) -> str:
-    if problems:
-        return f"It cannot be launched: {problems[0]}"
-    if sizing is None or fits is None:
-        return "It can be launched; whether its memory suffices is not known."
-    each = " each" if replicas > 1 else ""
-    copies = f"{replicas} copies take" if replicas > 1 else "It takes"
-    needed = f"{copies} about {megabytes(sizing.estimate.total)}{each}, and {room.name} has {megabytes(room.free_bytes)} free"
-    return f"It fits. {needed}." if fits else f"It does not fit. {needed}."
-
-
-def _advice(
-    sizing: _Sizing | None,
-    room: _Room,
-    smaller: list[str],
-    devices: Sequence[Device],
-    ram: Ram,
-    replicas: int,
-) -> list[str]:
-    """What would make it fit."""
-    if sizing is None:
-        return []
-    parts = sizing.estimate
-    rest = room.for_one(replicas) - (parts.total - parts.kv_cache)
-    said = []
-    tokens = most_tokens(sizing.attention, sizing.cache, rest) if rest > 0 and parts.kv_cache else 0
-    if tokens:
-        said.append(f"A smaller context: up to {tokens} tokens of each request (context_length) fit.")
-    else:
-        said.append("A smaller context alone does not help.")
-    if smaller:
-        said.append(f"Another spec of the family: {', '.join(smaller)}.")
-    if replicas > 1:
-        said.append(f"Fewer copies than {replicas}.")
-    if room.is_gpu and (n_gpu := room.gpus_enough(parts.total)):
-        said.append(f"n_gpu {n_gpu}: the emptiest {n_gpu} GPUs have room for one copy.")
-    holders = [holder for device in devices if device.is_wanted for holder in device.holders]
-    said += _who_could_go(holders if room.is_gpu else ram.holders, lambda one: one.used_bytes or 0)
-    return said
-
-
-def _who_could_go(holders: Sequence[Holder], size: Callable[[Holder], int]) -> list[str]:
-    largest = sorted(holders, key=size, reverse=True)[:3]
-    return [f"The end of {holder_name(one)}, which holds {_amount(one.used_bytes)}." for one in largest]
-
-
-def holder_name(holder: Holder) -> str:
-    """A process as people know it."""
-    return holder.model or f"process {holder.pid} ({holder.name or 'of another container or user'})"
-
-
-def _amount(size_bytes: int | None) -> str:
-    return "an unknown amount" if size_bytes is None else megabytes(size_bytes)
-
-
-def megabytes(size_bytes: int) -> str:
-    """A size, in the unit that all sizes have here."""
-    return f"{size_bytes / 1e6:,.0f} MB"

@@ -42,6 +42,8 @@ GATEWAY_LAYERS = (
     ("replica",),
     ("deployment",),
     ("fleet",),
+    ("sizing",),
+    ("room",),
     ("check",),
     ("api",),
     ("app",),
