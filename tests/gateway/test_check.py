@@ -391,3 +391,22 @@ def test_what_a_built_in_model_lends_is_told(tmp_path: Path) -> None:
     done = validate(written(tmp_path, an_llm(model_family="qwen2.5-instruct")))
     assert done.exit_code == 0
     assert "lent by the built-in model that it names, qwen2.5-instruct." in done.output
+
+
+# --- what it says, and what the engine then takes
+
+
+@pytest.mark.engine
+async def test_a_real_engine_takes_what_was_said(start_gateway: StartGateway, smollm2_gguf: Path) -> None:
+    gateway = await start_gateway(engines={})
+    said, taken = {}, {}
+    for uid, tokens in (("small", 1024), ("large", 8192)):
+        wish = {"model_name": uid, "model_path": str(smollm2_gguf), "device": "cpu", "context_length": tokens}
+        wish |= {"n_parallel": 1, "n_threads": 1, "warmup": False}
+        said[uid] = (await checked(gateway, **wish))["memory"]
+        assert (await gateway.post("/v1/models", wish)).status == 200
+        taken[uid] = (await gateway.until(uid, state="ready"))["memory_bytes"]
+    grown = said["large"]["kv_cache_bytes"] - said["small"]["kv_cache_bytes"]
+    assert grown == 7168 * 30 * 3 * 64 * 2 * 2
+    assert taken["large"] - taken["small"] == pytest.approx(grown, rel=0.1)
+    assert taken["large"] < said["large"]["total_bytes"]
