@@ -123,8 +123,8 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/models/{uid:path}/cancel", models.cancel, methods=["POST"]),
         Route("/v1/models/{uid:path}/events", models.events),
         Route("/v1/models/{uid:path}/replicas", models.model_replicas),
-        Route("/v1/models/{uid:path}/replicas", models.change_replicas, methods=["POST"]),
-        Route("/v1/models/{uid:path}/replicas/{replica:int}", models.change_replicas, methods=["DELETE"]),
+        Route("/v1/models/{uid:path}/replicas", models.add_replicas, methods=["POST"]),
+        Route("/v1/models/{uid:path}/replicas/{replica:int}", models.remove_replica, methods=["DELETE"]),
         Route("/v1/models/{uid:path}", models.get_model),
         Route("/v1/models/{uid:path}", models.terminate, methods=["DELETE"]),
     ]

@@ -96,6 +96,17 @@ def instances(model_name: str | None = None, model_uid: str | None = None) -> Ca
     return Call("GET", "/v1/models/instances", {"model_name": model_name, "model_uid": model_uid})
 
 
+def add_replicas(uid: str, count: int, wait: bool) -> Call:
+    """More copies of a model."""
+    path = model_path(uid, "/replicas")
+    return Call("POST", path, {"wait_ready": wait}, {"replica": count}, limit_s=None if wait else LIMIT_S)
+
+
+def replicas_of(answer: Json) -> list[Json]:
+    """The copies that were added: the answer has one, or a list of them."""
+    return read(answer, list, "replicas") if "replicas" in answer else [answer]
+
+
 def logs(uid: str, lines: int, replica: int, follow: bool) -> Call:
     """What an engine wrote."""
     query = {"lines": lines, "replica": replica, "follow": follow}

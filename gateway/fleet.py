@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -18,7 +19,7 @@ from engines.base import Engine, Launch, Placement
 from gateway.config import Settings
 from gateway.deployment import Deployment
 from gateway.errors import BadRequest, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
-from gateway.launch import LaunchRequest, file_name, plan
+from gateway.launch import REPLICA_LIMIT, LaunchRequest, file_name, plan
 from gateway.nodes.local import LocalNode, open_node
 from gateway.replica import Replica
 from gateway.store import Store
@@ -123,13 +124,76 @@ class Fleet:
             raise BadRequest(
                 f"Invalid input. `model_path`: {path} File or directory does not exist.", param="model_path"
             )
+        self._keep(launch)
+        return self._deploy(launch)
+
+    def _keep(self, launch: Launch) -> None:
         try:
             self.store.write(launch)
         except OSError as exc:
             raise CannotKeep(
                 f"The launch cannot be kept in {self.store.folder}: {exc.strerror}. Mend that first."
             ) from exc
-        return self._deploy(launch)
+
+    def add_replicas(self, uid: str, count: int = 1) -> list[Replica]:
+        """More copies of a model from now on; they start now if the model is loaded.
+
+        Raises:
+            ModelNotFound: there is none of that uid.
+            BadRequest: the settings file declares it, or there would be too many.
+            CannotKeep: the data folder cannot be written; nothing has changed then.
+        """
+        deployment = self._changeable(uid, "`replica`")
+        wished = len(deployment.staying) + count
+        if wished > REPLICA_LIMIT:
+            raise BadRequest(f"{uid} would have {wished} replicas; {REPLICA_LIMIT} are the most.", param="replica")
+        self._wish(deployment, replica=wished)
+        added = []
+        for _ in range(count):
+            taken = {replica.index for replica in deployment.replicas}
+            index = next(index for index in range(len(taken) + 1) if index not in taken)
+            added.append(self._replica(deployment, index))
+            deployment.add(added[-1])
+        self.events.add(uid, "INFO", f"Add {', '.join(replica.name for replica in added)}")
+        return added
+
+    async def remove_replica(self, uid: str, index: int) -> int:
+        """End one copy of a model after its requests in flight; the last one's end is the model's.
+
+        Returns:
+            how many remain.
+        Raises:
+            ModelNotFound, CannotKeep: as `add_replicas`.
+            BadRequest: the settings file declares the model, or it has no such replica.
+        """
+        deployment = self._changeable(uid, "`replica`")
+        staying = {replica.index: replica for replica in deployment.staying}
+        if index not in staying:
+            there = ", ".join(map(str, sorted(staying)))
+            raise BadRequest(f"{uid} has no replica {index}; it has {there}.", param="replica_id")
+        if len(staying) == 1:
+            await self.terminate(uid)
+            return 0
+        self._wish(deployment, replica=len(staying) - 1)
+        self.events.add(uid, "INFO", f"Remove {staying[index].name}")
+        await deployment.remove(staying[index])
+        return len(deployment.staying)
+
+    def _changeable(self, uid: str, field: str) -> Deployment:
+        """The deployment, if its wish is ours to change."""
+        deployment = self.find(uid)
+        if uid in self.settings.models:
+            raise BadRequest(
+                f"{uid!r} is declared in the settings, so a change would be undone by the next start. Change {field} "
+                "there and restart the gateway."
+            )
+        return deployment
+
+    def _wish(self, deployment: Deployment, **changes: Any) -> None:
+        """Change what is wished for, on disk first."""
+        launch = msgspec.structs.replace(deployment.launch, **changes)
+        self._keep(launch)
+        deployment.launch = launch
 
     async def terminate(self, uid: str, *, force: bool = False) -> None:
         """Stop a launched model and forget it.
@@ -178,26 +242,27 @@ class Fleet:
     def _deploy(self, launch: Launch) -> Deployment:
         engine = engines.find(launch.engine, self.engines)
         deployment = Deployment(launch, engine, drain_timeout_s=self.settings.drain_timeout_s)
-        deployment.replicas = tuple(
-            Replica(
-                launch,
-                index,
-                engine,
-                self.node,
-                cache=self.settings.cache_path,
-                log=self.settings.home_path / "logs" / file_name(launch.uid) / f"{index}.log",
-                restart_limit=self.settings.restart_limit,
-                download_stall_s=self.settings.download_stall_s,
-                changed=deployment.notify,
-                placements=self._placements,
-                tell=partial(self.events.add, launch.uid),
-            )
-            for index in range(launch.replica)
-        )
+        deployment.replicas = tuple(self._replica(deployment, index) for index in range(launch.replica))
         self._deployments[launch.uid] = deployment
         self.events.add(launch.uid, "INFO", "Launch model")
         deployment.begin(self._tasks)
         return deployment
+
+    def _replica(self, deployment: Deployment, index: int) -> Replica:
+        launch = deployment.launch
+        return Replica(
+            launch,
+            index,
+            deployment.engine,
+            self.node,
+            cache=self.settings.cache_path,
+            log=self.settings.home_path / "logs" / file_name(launch.uid) / f"{index}.log",
+            restart_limit=self.settings.restart_limit,
+            download_stall_s=self.settings.download_stall_s,
+            changed=deployment.notify,
+            placements=self._placements,
+            tell=partial(self.events.add, launch.uid),
+        )
 
 
 def plan_declared(settings: Settings, registry: Registry, known_engines: tuple[Engine, ...]) -> list[Launch]:

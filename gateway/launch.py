@@ -22,6 +22,7 @@ RESERVED_UIDS = frozenset(
 
 RESERVED_ENDINGS = frozenset(["start", "stop", "logs", "progress", "cancel", "events", "replicas", "versions"])
 REPLICA_NAME = re.compile(r"-rep\d+$")
+REPLICA_LIMIT = 64
 FILE_NAME_BYTES = 200  # most file systems take 255; ours get endings
 
 Seconds = Annotated[float, Meta(gt=0)]
@@ -31,7 +32,7 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
     """A model that somebody wants served: which one, by which engine, how, and when."""
 
     model_engine: Annotated[str, Meta(description="engine; chosen if not given")] | None = None
-    replica: Annotated[int, Meta(ge=1, le=64, description="copies to run")] = 1
+    replica: Annotated[int, Meta(ge=1, le=REPLICA_LIMIT, description="copies to run")] = 1
     gpu_idx: Annotated[tuple[int, ...], Meta(description="these GPUs and no others")] | None = None
     n_gpu: Annotated[int, Meta(ge=0, description="how many GPUs; 0: the CPU alone")] | None = None
     options: Annotated[dict[str, Any], Meta(description="options of the engine, by its own names")] = {}

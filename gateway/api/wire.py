@@ -9,12 +9,15 @@ import msgspec
 from msgspec import Meta
 from starlette.responses import Response
 
+from engines.base import Launch
 from gateway.deployment import Deployment
+from gateway.errors import BadRequest
 from gateway.launch import LaunchRequest
 from gateway.process import memory_bytes
 from gateway.replica import Failure, Replica, State
-from registry.decode import decode
-from registry.schema import EmbeddingFamily, ModelFamily, ModelSpec
+from registry.decode import decode, did_you_mean
+from registry.registry import Registry
+from registry.schema import FAMILIES, EmbeddingFamily, ModelFamily, ModelSpec
 
 ModelName = Annotated[str, Meta(max_length=200)]
 
@@ -153,6 +156,34 @@ def version_of(family: ModelFamily, spec: ModelSpec) -> str:
     return family.model_name
 
 
+def find_version(registry: Registry, model_type: str, version: str) -> dict[str, Any]:
+    """The fields of a launch that choose the spec of that version. Reads the whole type: not for the event loop.
+
+    Raises:
+        ValueError: there is none; the text names the nearest.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(f"Unsupported model type: {model_type}. {did_you_mean(model_type, FAMILIES)}")
+    versions: list[str] = []
+    for family in registry.list(model_type):
+        if not version.startswith(family.model_name):
+            continue
+        for spec in family.specs:
+            versions.append(version_of(family, spec))
+            if versions[-1] == version:
+                return {"model_type": model_type, "model_name": family.model_name} | _choice(family, spec)
+    hint = did_you_mean(version, versions or registry.names(model_type), what="Versions" if versions else "Models")
+    raise ValueError(f"There is no version {version!r} of any {model_type} model. {hint}")
+
+
+def _choice(family: ModelFamily, spec: ModelSpec) -> dict[str, Any]:
+    """What a version says of its spec; those of flat families say nothing."""
+    if version_of(family, spec) == family.model_name:
+        return {}
+    fields = ("model_format", "quantization", "model_size_in_billions")
+    return {field: getattr(spec, field) for field in fields if getattr(spec, field) is not None}
+
+
 def instance_card(deployment: Deployment) -> dict[str, Any]:
     """A launch and how far it is, as Xinference's command line polls it."""
     launch = deployment.launch
@@ -277,6 +308,30 @@ def read_launch(body: dict[str, Any]) -> tuple[str | None, LaunchRequest]:
     if options:
         given["options"] = options | given.get("options", {})
     return None if uid is None else str(uid), decode(given, LaunchRequest, "$", strict=False)
+
+
+def read_more_replicas(body: dict[str, Any], launch: Launch) -> int:
+    """How many copies a body wants to be added to a launch.
+
+    Raises:
+        BadRequest: it wants copies that differ from those there are.
+    """
+    given = {key: value for key, value in body.items() if value is not None}
+    if given.get("replica_config"):
+        raise BadRequest(f"`replica_config` cannot be used here: {REFUSED['replica_config']}", param="replica_config")
+    engine, n_gpu = given.get("model_engine", launch.engine), given.get("n_gpu", "auto")
+    for field, wished, there in (("model_engine", engine, launch.engine), ("n_gpu", n_gpu, launch.n_gpu)):
+        if wished != "auto" and str(wished).casefold() != str(there).casefold():
+            raise BadRequest(
+                f"Replicas of a model are alike: {launch.uid} has {field} {'auto' if there is None else there}, so "
+                f"none can have {wished}. Launch that one under another uid.",
+                param=field,
+            )
+    try:
+        _read_replica(given, given)
+    except ValueError as exc:
+        raise BadRequest(str(exc), param="replica") from exc
+    return int(given["replica"])
 
 
 def _read_replica(given: dict[str, Any], body: dict[str, Any]) -> None:

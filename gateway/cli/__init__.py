@@ -12,6 +12,7 @@ VERBS = {
     "serve": "Serve models until Ctrl-C.",
     "launch": "Serve a model from now on.",
     "terminate": "Stop a launched model and forget it.",
+    "scale": "Have more or fewer copies of a launched model.",
     "list": "List the models that can be asked for.",
     "ps": "Show what runs: state, process, memory, requests, failures.",
     "start": "Load a model now.",
