@@ -14,6 +14,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.auth import Guard
+from gateway.api.autostart import Autostart
 from gateway.api.cached import CachedFiles
 from gateway.api.cluster import Cluster
 from gateway.api.inference import Inference
@@ -63,7 +64,7 @@ class CrossOrigin:
 def create_app(fleet: Fleet) -> Starlette:
     """The door in front of a fleet, as an ASGI app."""
     system, cluster, models = System(fleet), Cluster(fleet), Models(fleet)
-    registrations, cached = Registrations(fleet), CachedFiles(fleet)
+    registrations, cached, autostart = Registrations(fleet), CachedFiles(fleet), Autostart(fleet)
     routes = [
         Route("/", system.root),
         Route("/health", system.health),
@@ -103,6 +104,11 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/cache/leftovers", cached.remove_leftovers, methods=["DELETE"]),
         Route("/v1/virtualenvs", cached.list_virtualenvs),
         Route("/v1/virtualenvs", cached.remove_virtualenv, methods=["DELETE"]),
+        #
+        Route("/v1/autostart/models", autostart.get),
+        Route("/v1/autostart/models", autostart.upsert, methods=["POST"]),
+        Route("/v1/autostart/models/summary", autostart.summary),
+        Route("/v1/autostart/models/{uid:path}", autostart.remove, methods=["DELETE"]),
         #
         Route("/v1/replicas", models.list_replicas),
         Route("/v1/models", models.list_models),

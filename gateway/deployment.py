@@ -17,14 +17,17 @@ logger = logging.getLogger("hostler.deployment")
 class Deployment:
     """A Launch and its Replicas. `run` drives it; requests come through `acquire` and `release`."""
 
-    def __init__(self, launch: Launch, engine: Engine, *, drain_timeout_s: float) -> None:
+    def __init__(
+        self, launch: Launch, engine: Engine, *, drain_timeout_s: float, should_start: bool | None = None
+    ) -> None:
+        """`should_start` says whether it is loaded at once; else the launch does."""
         self.launch = launch
         self.engine = engine
         self.replicas: Sequence[Replica] = ()
         self._leaving: set[Replica] = set()  # those that are to end; they take no new requests
         self.waiting = 0  # requests that wait for a replica
         self._drain_timeout_s = drain_timeout_s
-        self._start_wanted = launch.preload
+        self._start_wanted = launch.preload if should_start is None else should_start
         self._is_running = False  # from the decision to start until all replicas have stopped
         self._stopping = False  # from the decision to stop until then
         self._is_forced = False

@@ -109,12 +109,52 @@ class Fleet:
             BadRequest: it cannot be done, or the uid is taken; nothing is kept then.
             CannotKeep: the data folder cannot be written.
         """
+        self._check_open(uid)
+        if uid in self._deployments:
+            raise BadRequest(f"Model is already in the model list, uid: {uid}. Choose another uid.", param="model_uid")
+        launch = self._plan(uid, request, hubs)
+        self._keep(launch)
+        return self._deploy(launch)
+
+    def keep(self, uid: str, request: LaunchRequest) -> Deployment:
+        """As `launch`, but nothing is loaded now; a model of that uid that is not loaded becomes this one.
+
+        Raises:
+            BadRequest: also if the model is loaded, or the settings file declares it.
+        """
+        self._check_open(uid)
+        known = self._changeable(uid, "it") if uid in self._deployments else None
+        launch = self._plan(uid, request)
+        if known is None:
+            self._keep(launch)
+            return self._deploy(launch, is_wanted=False)
+        if known.is_loaded:
+            raise BadRequest(
+                f"{uid} is loaded as something else. Say `hostler stop {uid}` first, or choose another uid.",
+                param="model_uid",
+            )
+        self._keep(launch)
+        known.launch, known.engine = launch, engines.find(launch.engine, self.engines)
+        known.replicas = [self._replica(known, index) for index in range(launch.replica)]
+        return known
+
+    def change_preload(self, uid: str, *, preload: bool) -> None:
+        """Whether a launch is loaded at the next start; now nothing changes.
+
+        Raises:
+            As `add_replicas`.
+        """
+        deployment = self.find(uid)
+        if deployment.launch.preload != preload:
+            self._wish(self._changeable(uid, "`preload`"), preload=preload)
+
+    def _check_open(self, uid: str) -> None:
         if self.is_closing:
             raise ShuttingDown("The gateway is shutting down.")
         if uid in self._deployments and self._deployments[uid].is_closed:
             raise BadRequest(f"{uid} is still being stopped. Try again in a moment.", param="model_uid")
-        if uid in self._deployments:
-            raise BadRequest(f"Model is already in the model list, uid: {uid}. Choose another uid.", param="model_uid")
+
+    def _plan(self, uid: str, request: LaunchRequest, hubs: Sequence[str] = ()) -> Launch:
         try:
             launch = plan(uid, request, self.registry, self.engines, hubs or self.settings.preferred_hubs)
         except ValueError as exc:
@@ -124,8 +164,7 @@ class Fleet:
             raise BadRequest(
                 f"Invalid input. `model_path`: {path} File or directory does not exist.", param="model_path"
             )
-        self._keep(launch)
-        return self._deploy(launch)
+        return launch
 
     def _keep(self, launch: Launch) -> None:
         try:
@@ -239,10 +278,12 @@ class Fleet:
             except ValueError as exc:
                 logger.error("%s was launched before and cannot be served now: %s", launch.uid, exc)
 
-    def _deploy(self, launch: Launch) -> Deployment:
+    def _deploy(self, launch: Launch, *, is_wanted: bool = True) -> Deployment:
         engine = engines.find(launch.engine, self.engines)
-        deployment = Deployment(launch, engine, drain_timeout_s=self.settings.drain_timeout_s)
-        deployment.replicas = tuple(self._replica(deployment, index) for index in range(launch.replica))
+        deployment = Deployment(
+            launch, engine, drain_timeout_s=self.settings.drain_timeout_s, should_start=launch.preload and is_wanted
+        )
+        deployment.replicas = [self._replica(deployment, index) for index in range(launch.replica)]
         self._deployments[launch.uid] = deployment
         self.events.add(launch.uid, "INFO", "Launch model")
         deployment.begin(self._tasks)

@@ -15,7 +15,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from gateway.api.body import read_body
+from gateway.api.body import read_object
 from gateway.api.wire import (
     find_version,
     instance_card,
@@ -73,11 +73,11 @@ class Models:
 
         A launch that fails while somebody waits for it is forgotten.
         """
-        return await self._launch(request, await self._read_object(request))
+        return await self._launch(request, await self._body(request))
 
     async def launch_version(self, request: Request) -> Response:
         """As `launch`, but `model_version` says which spec, in the words of a list of versions."""
-        body = await self._read_object(request)
+        body = await self._body(request)
         try:
             version = msgspec.convert(body.pop("model_version", None), str)
             model_type = msgspec.convert(body.get("model_type") or "LLM", str)
@@ -165,7 +165,7 @@ class Models:
         Copies that fail while somebody waits for them are taken back.
         """
         deployment = self._known(request)
-        count = read_more_replicas(await self._read_object(request), deployment.launch)
+        count = read_more_replicas(await self._body(request), deployment.launch)
         added = self._fleet.add_replicas(deployment.launch.uid, count)
         if deployment.is_loaded and _is_waiting(request):
             await self._until_replicas_ready(deployment, added)
@@ -193,13 +193,8 @@ class Models:
             {"remaining_replicas": await self._fleet.remove_replica(uid, request.path_params["replica"])}
         )
 
-    async def _read_object(self, request: Request) -> dict[str, Any]:
-        """The body, a JSON object; no body is an empty one."""
-        content = await read_body(request.scope, request.receive, self._fleet.settings.max_body_bytes)
-        try:
-            return msgspec.json.decode(content or b"{}", type=dict[str, Any])
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            raise BadRequest(f"The body is no JSON object: {exc}.") from exc
+    async def _body(self, request: Request) -> dict[str, Any]:
+        return await read_object(request, self._fleet.settings.max_body_bytes)
 
     def _free_uid(self, model_name: str | None) -> str:
         if not model_name:

@@ -57,6 +57,7 @@ DESCRIBED: dict[str, tuple[str, ...]] = {
     "flexible": ("launcher", "launcher_args"),
 }
 LOCAL_WORKER = "127.0.0.1"
+MASK = "******"
 
 # Launch fields that mean something elsewhere, and why they are refused here.
 REFUSED = {
@@ -276,6 +277,29 @@ def replica_card(deployment: Deployment, replica: Replica, now: float) -> Replic
         log=str(replica.log),
         failure=replica.failure,
     )
+
+
+def launch_body(launch: Launch) -> dict[str, Any]:
+    """A launch as the body that would make it; the values of `envs`, which may be secret, are masked."""
+    artifact = launch.artifact
+    spec, path = artifact.spec, artifact.local_path
+    body = {
+        "model_uid": launch.uid,
+        "model_name": artifact.family.model_name,
+        "model_type": artifact.family.model_type,
+        "model_engine": launch.engine,
+        "model_format": spec.model_format,
+        "model_size_in_billions": spec.model_size_in_billions,
+        "quantization": spec.quantization,
+        "model_path": str(path) if path else None,
+        "replica": launch.replica,
+        "n_gpu": "auto" if launch.n_gpu is None else launch.n_gpu,
+        "gpu_idx": list(launch.gpu_idx) if launch.gpu_idx else None,
+        "request_limits": launch.request_limits,
+        "idle_timeout_s": launch.idle_timeout_s,
+        "envs": dict.fromkeys(launch.envs, MASK) or None,
+    }
+    return {key: value for key, value in body.items() if value is not None} | launch.options
 
 
 def read_launch(body: dict[str, Any]) -> tuple[str | None, LaunchRequest]:

@@ -62,7 +62,12 @@ async def test_every_version_that_is_listed_can_be_launched(start_gateway: Start
 async def test_it_need_not_be_waited_for(start_gateway: StartGateway, tmp_path: Path, wait_ready: str) -> None:
     gateway = await start_gateway()
     (version,) = await registered(gateway, family("mine", tmp_path, "q4_0"))
-    body = {"model_uid": "m", "model_type": "LLM", "model_version": version, "envs": {"FAKE_ENGINE": '{"never_ready": true}'}}
+    body = {
+        "model_uid": "m",
+        "model_type": "LLM",
+        "model_version": version,
+        "envs": {"FAKE_ENGINE": '{"never_ready": true}'},
+    }
     answer = await gateway.post(f"/v1/models/instance?wait_ready={wait_ready}", body)
     assert (answer.status, answer.json) == (200, {"model_uid": "m"})
 
