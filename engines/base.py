@@ -28,6 +28,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     gpu_idx: tuple[int, ...] | None = None
     n_gpu: int | None = None
     options: dict[str, Any] = {}
+    forced_options: dict[str, Any] = {}
     envs: dict[str, str] = {}
     preload: bool = False
     request_limits: int | None = None
@@ -83,6 +84,27 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """What a site says of one engine: the program to run."""
 
     binary: Annotated[str, Meta(description="the engine's program, by its path or its name on PATH")] | None = None
+
+
+def takes_flags(engine: Engine) -> bool:
+    """Whether it says, by `takes_flags`, that its program gets a launch's `forced_options` as flags."""
+    return bool(getattr(engine, "takes_flags", False))
+
+
+def forced_flags(launch: Launch) -> list[str]:
+    """The options that we do not know as flags: `--key value`, or `--key` alone for true; false and null are left out.
+
+    A list repeats the flag, an object is written as JSON.
+    """
+    flags: list[str] = []
+    for key, given in launch.forced_options.items():
+        flag = f"--{key.replace('_', '-')}"
+        for value in given if isinstance(given, list | tuple) else (given,):
+            if value is None or value is False:
+                continue
+            text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+            flags += [flag] if value is True else [flag, text]
+    return flags
 
 
 @runtime_checkable

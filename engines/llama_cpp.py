@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.base import Command, Endpoint, EngineSettings, Launch, Needs, Placement
+from engines.base import Command, Endpoint, EngineSettings, Launch, Needs, Placement, forced_flags
 from engines.environments import absolute_program, find_binary, has_package, worker_argv
 from registry.decode import decode
 from registry.resolve import Artifact
@@ -69,6 +69,11 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def unix_socket(self) -> bool:
         """It listens on a path that ends in .sock."""
+        return True
+
+    @property
+    def takes_flags(self) -> bool:
+        """Options that are not in the Struct reach its program too, if they are forced."""
         return True
 
     @property
@@ -127,6 +132,7 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
                 *listen,
                 *projector,
                 *_flags(options, launch),
+                *forced_flags(launch),
             ),
             env=env | launch.envs,
         )

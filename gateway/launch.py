@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 import engines
-from engines.base import LOAD_TIMEOUT_S, START_TIMEOUT_S, Engine, Launch
+from engines.base import LOAD_TIMEOUT_S, START_TIMEOUT_S, Engine, Launch, takes_flags
 from registry.decode import decode
 from registry.registry import Registry
 from registry.resolve import Artifact, Selection, candidates
@@ -21,6 +21,8 @@ RESERVED_UIDS = frozenset(
 )
 
 RESERVED_ENDINGS = frozenset(["start", "stop", "logs", "progress", "cancel", "events", "replicas", "versions"])
+FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+OURS_TO_SAY = frozenset(["model", "host", "port", "alias", "api_key", "api_key_file", "served_model_name", "uds"])
 REPLICA_NAME = re.compile(r"-rep\d+$")
 REPLICA_LIMIT = 64
 FILE_NAME_BYTES = 200  # most file systems take 255; ours get endings
@@ -36,6 +38,9 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
     gpu_idx: Annotated[tuple[int, ...], Meta(description="these GPUs and no others")] | None = None
     n_gpu: Annotated[int, Meta(ge=0, description="how many GPUs; 0: the CPU alone")] | None = None
     options: Annotated[dict[str, Any], Meta(description="options of the engine, by its own names")] = {}
+    force_options: Annotated[
+        bool, Meta(description="pass options that are not known here to the engine's command line")
+    ] = False
     envs: Annotated[dict[str, str], Meta(description="environment of the engine's process")] = {}
     request_limits: Annotated[int, Meta(ge=0, description="requests of one replica at once; more get 429")] | None = (
         None
@@ -64,7 +69,13 @@ def plan(
     """
     check_uid(uid)
     artifact, engine = _choose(request.model_engine, candidates(registry, request, hubs), known_engines)
-    decode(request.options, engine.options, "options", strict=False)
+    options, forced = _split_options(request, engine)
+    try:
+        decode(options, engine.options, "options", strict=False)
+    except ValueError as exc:
+        if set(options) <= set(engine.options.__struct_fields__) or not takes_flags(engine):
+            raise
+        raise ValueError(f"{exc} `force_options` passes on what is not known here, unchecked.") from exc
     if request.gpu_idx is not None and len(set(request.gpu_idx)) < len(request.gpu_idx):
         raise ValueError(f"gpu_idx {list(request.gpu_idx)} names a GPU twice.")
     if request.gpu_idx is not None and request.n_gpu is not None and len(request.gpu_idx) != request.n_gpu:
@@ -76,7 +87,8 @@ def plan(
         replica=request.replica,
         gpu_idx=request.gpu_idx,
         n_gpu=request.n_gpu,
-        options=request.options,
+        options=options,
+        forced_options=forced,
         envs=request.envs,
         request_limits=request.request_limits,
         preload=request.preload,
@@ -84,6 +96,26 @@ def plan(
         start_timeout_s=request.start_timeout_s,
         load_timeout_s=request.load_timeout_s,
     )
+
+
+def _split_options(request: LaunchRequest, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that the engine has here, and those that are forced on it.
+
+    Raises:
+        ValueError: some are forced, and the engine's program takes none, or they cannot be flags.
+    """
+    if not request.force_options:
+        return request.options, {}
+    known = engine.options.__struct_fields__
+    forced = {key: value for key, value in request.options.items() if key not in known}
+    if forced and not takes_flags(engine):
+        raise ValueError(f"{engine.name} takes no options but its own, so {', '.join(forced)} cannot be forced on it.")
+    for key in forced:
+        if not FLAG.fullmatch(key):
+            raise ValueError(f"{key!r} cannot be a flag of {engine.name}: letters, digits, - and _ make one.")
+        if key.replace("-", "_") in OURS_TO_SAY:
+            raise ValueError(f"{key!r} cannot be forced on {engine.name}: the gateway says it itself.")
+    return {key: value for key, value in request.options.items() if key in known}, forced
 
 
 def check_uid(uid: str) -> None:

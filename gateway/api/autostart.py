@@ -6,7 +6,6 @@ That is the launches that are kept with `preload`; there is no second list of th
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import quote
 
 import msgspec
 from starlette.requests import Request
@@ -14,7 +13,7 @@ from starlette.responses import Response
 
 from engines.base import Launch
 from gateway.api.body import read_object
-from gateway.api.wire import MASK, json_answer, launch_body, read_launch
+from gateway.api.wire import MASK, json_answer, launch_body, note_on, read_launch
 from gateway.deployment import Deployment
 from gateway.errors import BadRequest, ModelNotFound, NotFound
 from gateway.fleet import Fleet
@@ -68,8 +67,9 @@ class Autostart:
             self._keep(given, known, entry)
         answer = json_answer(self._config())
         if ignored := [name for name in WITHOUT_EFFECT if getattr(entry, name) != getattr(DEFAULTS, name)]:
-            notes = f"{', '.join(ignored)}: no effect; all are loaded at once, and tried `restart_limit` times."
-            answer.headers["x-hostler-notes"] = quote(notes, safe=" ,.;:'()/")
+            note_on(
+                answer, f"{', '.join(ignored)}: no effect; all are loaded at once, and tried `restart_limit` times."
+            )
         return answer
 
     def _keep(self, given: dict[str, Any], known: Deployment | None, entry: AutostartEntry) -> None:

@@ -22,6 +22,7 @@ from gateway.api.wire import (
     instance_replica,
     json_answer,
     model_card,
+    note_on,
     progress_card,
     read_launch,
     read_more_replicas,
@@ -99,7 +100,10 @@ class Models:
         deployment = self._fleet.launch(uid or self._free_uid(wish.model_name), wish, hubs)
         if _is_waiting(request):
             await self._until_ready(deployment)
-        return json_answer({"model_uid": deployment.launch.uid})
+        answer = json_answer({"model_uid": deployment.launch.uid})
+        if forced := deployment.launch.forced_options:
+            note_on(answer, f"Passed on to {deployment.launch.engine} unchecked: {', '.join(forced)}.")
+        return answer
 
     async def _until_ready(self, deployment: Deployment) -> None:
         """A launch that fails while its client waits is forgotten."""

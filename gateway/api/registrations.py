@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from typing import Any
-from urllib.parse import quote
 
 import msgspec
 from starlette.requests import Request
@@ -13,7 +12,7 @@ from starlette.responses import Response
 
 from engines.base import Engine
 from gateway.api.body import read_body
-from gateway.api.wire import json_answer, version_of
+from gateway.api.wire import json_answer, note_on, version_of
 from gateway.errors import BadRequest, CannotKeep
 from gateway.fleet import Fleet
 from registry import cache
@@ -66,7 +65,7 @@ class Registrations:
             logger.info("%s was registered. %s", registered.family.model_name, notes)
         answer = json_answer(None)
         if notes:
-            answer.headers["x-hostler-notes"] = quote(notes, safe=" ,.;:'()/")
+            note_on(answer, notes)
         return answer
 
     async def unregister(self, request: Request) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from typing import Annotated, Any, ClassVar
+from urllib.parse import quote
 
 import msgspec
 from msgspec import Meta
@@ -103,6 +104,11 @@ def json_answer(body: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 
+def note_on(answer: Response, notes: str) -> None:
+    """Sentences for people beside an answer."""
+    answer.headers["x-hostler-notes"] = quote(notes, safe=" ,.;:'()/")
+
+
 def model_card(deployment: Deployment, created: int) -> dict[str, Any]:
     """A model for both worlds: OpenAI's fields, Xinference's description, and its state."""
     launch = deployment.launch
@@ -135,6 +141,8 @@ def description(deployment: Deployment) -> dict[str, Any]:
         "address": next((replica.address for replica in deployment.replicas if replica.address), None),
         "accelerators": [uuid for placement in placements for uuid in (placement.gpu_uuids or ())],
     }
+    if launch.forced_options:
+        facts["forced_options"] = launch.forced_options
     if family.model_type == "LLM":
         facts |= {
             "revision": source.model_revision,
@@ -298,8 +306,9 @@ def launch_body(launch: Launch) -> dict[str, Any]:
         "request_limits": launch.request_limits,
         "idle_timeout_s": launch.idle_timeout_s,
         "envs": dict.fromkeys(launch.envs, MASK) or None,
+        "force_options": True if launch.forced_options else None,
     }
-    return {key: value for key, value in body.items() if value is not None} | launch.options
+    return {key: value for key, value in body.items() if value is not None} | launch.options | launch.forced_options
 
 
 def read_launch(body: dict[str, Any]) -> tuple[str | None, LaunchRequest]:
