@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from gateway.cli.options import as_json_option, print_json, with_client
+from gateway.cli.options import as_json_option, tell, with_client
 from gateway.client import Client
 
 
@@ -23,7 +23,9 @@ def command(client: Client, uid: str, n: int, as_json: bool) -> None:
         ids = sorted(ids + [one["replica_id"] for one in client.add_replicas(uid, n - len(ids))])
     while len(ids) > n:
         client.remove_replica(uid, ids.pop())
-    if as_json:
-        print_json({"model_uid": uid, "replica": n, "replica_ids": ids})
-        return
-    click.echo(f"{uid} has {n} {'copy' if n == 1 else 'copies'}: {', '.join(f'{uid}-rep{index}' for index in ids)}.")
+    names = ", ".join(f"{uid}-rep{index}" for index in ids)
+    tell(
+        f"{uid} has {n} {'copy' if n == 1 else 'copies'}: {names}.",
+        {"model_uid": uid, "replica": n, "replica_ids": ids},
+        as_json,
+    )
