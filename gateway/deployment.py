@@ -24,7 +24,7 @@ class Deployment:
         self.launch = launch
         self.engine = engine
         self.replicas: Sequence[Replica] = ()
-        self._leaving: set[Replica] = set()  # those that are to end; they take no new requests
+        self._leaving: dict[Replica, float] = {}  # those that are to end, and how long their requests may go on
         self.waiting = 0  # requests that wait for a replica
         self._drain_timeout_s = drain_timeout_s
         self._start_wanted = launch.preload if should_start is None else should_start
@@ -134,7 +134,7 @@ class Deployment:
         """The state of its best replica."""
         if self._stopping:
             return State.STOPPING
-        states = {replica.state for replica in self.staying}
+        states = {replica.state for replica in self.staying or self.replicas}
         order = (State.READY, State.STARTING, State.DOWNLOADING, State.WAITING, State.BACKOFF, State.STOPPING)
         return next((state for state in (*order, State.FAILED) if state in states), State.STOPPED)
 
@@ -157,7 +157,7 @@ class Deployment:
     def progress_text(self) -> str:
         """What a waiting client is told: the stage, how long it lasts, and the last failure if there is one."""
         if self.state in COMING:
-            replica = next(replica for replica in self.staying if replica.state is self.state)
+            replica = next(replica for replica in self.replicas if replica.state is self.state)
             stage = str(replica.progress or replica.state)
             again = f", after: {replica.failure.reason}" if replica.failure and replica.failures_in_row else ""
             return f"{self.launch.uid} is loading: {stage}, {time.monotonic() - replica.state_since:.0f} s{again}"
@@ -207,9 +207,14 @@ class Deployment:
         self.replicas = sorted((*self.replicas, replica), key=lambda one: one.index)
         self.notify()
 
-    async def remove(self, replica: Replica) -> None:
-        """End one and forget it, after its requests in flight; new ones go to the others from now on."""
-        self._leaving.add(replica)
+    async def remove(self, replica: Replica, drain_timeout_s: float | None = None) -> None:
+        """End one and forget it, after its requests in flight; new ones go to the others from now on.
+
+        Args:
+            drain_timeout_s: how long those in flight may go on, if not as long as the settings say.
+        """
+        if replica in self.replicas:
+            self._leaving[replica] = self._drain_timeout_s if drain_timeout_s is None else drain_timeout_s
         if not self._is_running:
             self._forget_leaving([replica])
         self.notify()
@@ -217,8 +222,9 @@ class Deployment:
             await self.changed()
 
     def _forget_leaving(self, ended: Iterable[Replica]) -> None:
-        gone = self._leaving & set(ended)
-        self._leaving -= gone
+        gone = self._leaving.keys() & set(ended)
+        for replica in gone:
+            del self._leaving[replica]
         self.replicas = [replica for replica in self.replicas if replica not in gone]
         self.notify()
 
@@ -289,7 +295,7 @@ class Deployment:
 
     async def _drain(self, replica: Replica) -> None:
         """Let the replica's requests in flight end, for as long as the settings allow."""
-        deadline = time.monotonic() + self._drain_timeout_s
+        deadline = time.monotonic() + self._leaving.get(replica, self._drain_timeout_s)
         while replica.in_flight and not self._is_forced and (rest_s := deadline - time.monotonic()) > 0:
             await self.changed(limit_s=rest_s)
 

@@ -7,6 +7,7 @@ HostlerError
     BadKey                401: no API key, or a wrong one
     Forbidden             403: a page of another site is calling
     NotFound              404: no such route or thing
+    Busy                  409: a change of the same thing is under way
     ModelNotFound         404: no such model
     BodyTooLarge          413: more bytes than `max_body_bytes`
     UnsupportedBody       415: compressed
@@ -89,6 +90,14 @@ class ModelNotFound(NotFound):
 
     kind = "invalid_request_error"
     code = "model_not_found"
+
+
+class Busy(RequestRefused):
+    """A change of the same thing is under way."""
+
+    status = 409
+    code = "busy"
+    retry_after_s = 5
 
 
 class BodyTooLarge(RequestRefused):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -18,10 +19,11 @@ import engines
 from engines.base import Engine, Launch, Placement
 from gateway.config import Settings
 from gateway.deployment import Deployment
-from gateway.errors import BadRequest, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
-from gateway.launch import REPLICA_LIMIT, LaunchRequest, file_name, plan
+from gateway.errors import BadRequest, Busy, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
+from gateway.launch import OPTION_FIELDS, RELOADABLE, REPLICA_LIMIT, LaunchRequest, changed, file_name, plan
 from gateway.nodes.local import LocalNode, open_node
-from gateway.replica import Replica
+from gateway.reload import Reload
+from gateway.replica import Replica, State
 from gateway.store import Store
 from registry.decode import did_you_mean
 from registry.registry import Registry
@@ -78,6 +80,7 @@ class Fleet:
         self.store = store
         self.is_closing = False
         self.events = EventLog()
+        self.reloads: dict[str, Reload] = {}  # the last one of each uid
         self._deployments: dict[str, Deployment] = {}
         self._tasks = tasks
 
@@ -218,6 +221,80 @@ class Fleet:
         await deployment.remove(staying[index])
         return len(deployment.staying)
 
+    def reload(self, uid: str, changes: dict[str, Any], drain_timeout_s: float) -> Reload:
+        """Change options of a model that is served: its replicas are started anew, one after the other.
+
+        Args:
+            changes: options of the engine, by name, and some fields of a launch (RELOADABLE); None takes one away.
+            drain_timeout_s: how long the requests in flight on a replica may go on.
+        Raises:
+            Busy: a reload of it runs.
+            ModelNotFound, BadRequest, CannotKeep: as `add_replicas`.
+        """
+        deployment = self._changeable(uid, "its options")
+        running = self.reloads.get(uid)
+        if running is not None and not running.is_over:
+            raise Busy(f"{uid} is being reloaded, {running.stage} since {running.started_ts:.0f}. Wait for its end.")
+        try:
+            after = changed(deployment.launch, changes, deployment.engine)
+        except ValueError as exc:
+            raise BadRequest(str(exc), param="model_config") from exc
+        reload = Reload(
+            model_uid=uid,
+            operation_id=secrets.token_hex(8),
+            before=deployment.launch,
+            after=after,
+            replicas=len(deployment.staying),
+        )
+        self._keep(after)
+        deployment.launch = after
+        self.reloads[uid] = reload
+        self.events.add(uid, "INFO", "Reload model")
+        self._tasks.create_task(self._reload(deployment, reload, drain_timeout_s), name=f"reload {uid}")
+        return reload
+
+    async def _reload(self, deployment: Deployment, reload: Reload, drain_timeout_s: float) -> None:
+        """Nothing but cancellation leaves it: an error becomes the end of the reload."""
+        error: str | None = None
+        try:
+            error = await self._renew(deployment, reload, drain_timeout_s)
+            if error and not deployment.is_closed:  # a launch that is forgotten must stay so
+                self.events.add(reload.model_uid, "ERROR", f"Reload model: {error}")
+                self._wish(deployment, **{name: getattr(reload.before, name) for name in (*RELOADABLE, *OPTION_FIELDS)})
+                for replica in [one for one in deployment.staying if one.launch is not reload.before]:
+                    await self._replace(deployment, replica, drain_timeout_s)
+                error += " Its options are what they were."
+        except CannotKeep as exc:
+            error = exc.message
+        except Exception as exc:
+            logger.exception("%s: a reload failed by a fault of the gateway", reload.model_uid)
+            error = f"The gateway failed: {exc!r}. Its own log has the details."
+        reload.end(error)
+
+    async def _renew(self, deployment: Deployment, reload: Reload, drain_timeout_s: float) -> str | None:
+        """Replace one replica after the other; why it was given up, or None."""
+        for replica in deployment.staying:
+            if replica not in deployment.staying:  # somebody has removed it meanwhile
+                continue
+            reload.stage = "draining"
+            new = await self._replace(deployment, replica, drain_timeout_s)
+            reload.stage = "loading"
+            while deployment.is_loaded and new.state is not State.READY and new.failure is None:
+                await deployment.changed()
+            if deployment.is_closed:
+                return f"{reload.model_uid} was terminated meanwhile."
+            if new.failure is not None:
+                return f"{new.name} does not start: {new.failure}"
+            reload.replicas_done += 1
+        return None
+
+    async def _replace(self, deployment: Deployment, replica: Replica, drain_timeout_s: float) -> Replica:
+        """Another one of that number, with the launch as it is now."""
+        await deployment.remove(replica, drain_timeout_s)
+        new = self._replica(deployment, replica.index)
+        deployment.add(new)
+        return new
+
     def _changeable(self, uid: str, field: str) -> Deployment:
         """The deployment, if its wish is ours to change."""
         deployment = self.find(uid)
@@ -253,6 +330,7 @@ class Fleet:
             raise CannotKeep(f"The launch cannot be deleted in {self.store.folder}: {exc.strerror}.") from exc
         self.events.add(uid, "INFO", "Terminate model")
         await deployment.close(force=force)
+        self.reloads.pop(uid, None)
         del self._deployments[uid]  # not before: until then the gateway's end must know of it
         deployment.end()
 

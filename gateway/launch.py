@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta
 
 import engines
@@ -20,11 +21,16 @@ RESERVED_UIDS = frozenset(
     ["prompts", "families", "instances", "instance", "vllm-supported", "update_type", "llm", "recommend", "update_spec"]
 )
 
-RESERVED_ENDINGS = frozenset(["start", "stop", "logs", "progress", "cancel", "events", "replicas", "versions"])
+RESERVED_ENDINGS = frozenset(
+    ["start", "stop", "logs", "progress", "cancel", "events", "replicas", "versions", "reload"]
+)
 FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 OURS_TO_SAY = frozenset(["model", "host", "port", "alias", "api_key", "api_key_file", "served_model_name", "uds"])
 REPLICA_NAME = re.compile(r"-rep\d+$")
 REPLICA_LIMIT = 64
+# Fields of a launch, beside the engine's options, that a model may change while it is served.
+OPTION_FIELDS = ("options", "forced_options")
+RELOADABLE = ("envs", "request_limits", "idle_timeout_s", "start_timeout_s", "load_timeout_s")
 FILE_NAME_BYTES = 200  # most file systems take 255; ours get endings
 
 Seconds = Annotated[float, Meta(gt=0)]
@@ -96,6 +102,30 @@ def plan(
         start_timeout_s=request.start_timeout_s,
         load_timeout_s=request.load_timeout_s,
     )
+
+
+def changed(launch: Launch, changes: Mapping[str, Any], engine: Engine) -> Launch:
+    """The launch with other options, and other values of the fields in RELOADABLE; None takes one away.
+
+    Raises:
+        ValueError: one cannot be changed, or not so; the text says what can be.
+    """
+    options, forced, fields = dict(launch.options), dict(launch.forced_options), dict[str, Any]()
+    for key, value in changes.items():
+        if key in RELOADABLE:
+            fields[key] = value
+        elif key in LaunchRequest.__struct_encode_fields__:
+            raise ValueError(f"{key!r} cannot be changed by a reload: launch the model anew, or under another uid.")
+        else:
+            target = forced if key in forced else options
+            target.pop(key, None)
+            if value is not None:
+                target[key] = value
+    decode(options, engine.options, "options", strict=False)
+    whole = {name: getattr(launch, name) for name in RELOADABLE} | fields
+    wish = decode({name: value for name, value in whole.items() if value is not None}, LaunchRequest, "$", strict=False)
+    fields = {name: getattr(wish, name) for name in RELOADABLE}
+    return msgspec.structs.replace(launch, options=options, forced_options=forced, **fields)
 
 
 def _split_options(request: LaunchRequest, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:

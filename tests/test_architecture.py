@@ -36,7 +36,8 @@ PACKAGE_MAY_IMPORT = {
 GATEWAY_LAYERS = (
     ("addresses", "errors", "gpus", "metrics", "upstream", "watchdog", "launch"),
     ("calls",),
-    ("client", "async_client", "placement", "process", "store"),
+    ("client", "async_client", "placement", "process", "reload", "store"),
+    ("history",),
     ("config", "sdk"),
     ("downloads", "nodes"),
     ("replica",),
