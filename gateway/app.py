@@ -137,6 +137,8 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/models/families", registrations.families),
         Route("/v1/models/prompts", registrations.prompts),
         Route("/v1/models/vllm-supported", registrations.vllm_supported),
+        Route("/v1/models/update_type", registrations.update_type, methods=["POST"]),
+        Route("/v1/models/llm/auto-register", registrations.draft, methods=["POST"]),
         Route("/v1/models/instances", models.instances),
         Route("/v1/models/instance", models.launch_version, methods=["POST"]),
         Route("/v1/models/{model_type}/{model_name}/versions", registrations.versions),

@@ -15,6 +15,7 @@ ENDPOINT_VARIABLE = "HOSTLER_ENDPOINT"
 ENDPOINT_VARIABLES = (ENDPOINT_VARIABLE, "XINFERENCE_ENDPOINT")  # the first that is set
 DEFAULT_ENDPOINT = "http://127.0.0.1:9997"
 LIMIT_S = 30.0
+DRAIN_TIMEOUT_S = 300.0
 PROGRESS_PAUSE_S = 0.5
 NOTES_HEADER = "x-hostler-notes"
 
@@ -105,6 +106,12 @@ def add_replicas(uid: str, count: int, wait: bool) -> Call:
 def replicas_of(answer: Json) -> list[Json]:
     """The copies that were added: the answer has one, or a list of them."""
     return read(answer, list, "replicas") if "replicas" in answer else [answer]
+
+
+def reload(uid: str, changes: Mapping[str, Any], drain_timeout_s: float) -> Call:
+    """Change options of a model that is served."""
+    body = {"model_config": dict(changes), "drain_timeout": drain_timeout_s}
+    return Call("POST", model_path(uid, "/reload"), body=body)
 
 
 def logs(uid: str, lines: int, replica: int, follow: bool) -> Call:

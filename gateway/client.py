@@ -116,6 +116,18 @@ class Client:
         """The copies of one model."""
         return self._read(Call("GET", model_path(uid, "/replicas")), list)
 
+    def reload(self, uid: str, *, drain_timeout_s: float = calls.DRAIN_TIMEOUT_S, **changes: Any) -> Json:
+        """Change options of a model that is served, None taking one away; its copies start anew one after the other.
+
+        Returns:
+            how far it is; see `reload_status`.
+        """
+        return self._read(calls.reload(uid, changes, drain_timeout_s), dict)
+
+    def reload_status(self, uid: str) -> Json:
+        """How far the last reload is: its `status` is reloading, ready or error, and `error` says why."""
+        return self._read(Call("GET", model_path(uid, "/reload")), dict)
+
     def start(self, uid: str) -> Json:
         """Load a model now; one that has failed is tried again."""
         return self._read(Call("POST", model_path(uid, "/start")), dict)

@@ -6,6 +6,7 @@ HostlerError
     BadRequest            400: the body or a parameter is wrong
     BadKey                401: no API key, or a wrong one
     Forbidden             403: a page of another site is calling
+    StrangeHost           403: the gateway is called by a name that it does not have
     NotFound              404: no such route or thing
     Busy                  409: a change of the same thing is under way
     ModelNotFound         404: no such model
@@ -75,6 +76,12 @@ class Forbidden(RequestRefused):
     status = 403
     kind = "permission_error"
     code = "origin_not_allowed"
+
+
+class StrangeHost(Forbidden):
+    """The gateway is called by a name that it does not have, and there is no key to tell friend from foe."""
+
+    code = "host_not_allowed"
 
 
 class NotFound(RequestRefused):

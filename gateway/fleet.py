@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,11 +26,13 @@ from gateway.replica import Replica, State
 from gateway.store import Store
 from registry.decode import did_you_mean
 from registry.registry import Registry
+from registry.remote import catalogue_files
 
 logger = logging.getLogger("hostler.fleet")
 
 EVENTS_PER_MODEL = 100
 MODELS_WITH_EVENTS = 1000
+CATALOGUES_FOLDER = "catalogues"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -405,11 +406,26 @@ def open_registry(settings: Settings) -> Registry:
     Raises:
         SettingsError: one of the site's catalogues is wrong.
     """
-    files = [Path(file).expanduser().absolute() for file in settings.catalogue_files]
     try:
+        files = catalogue_files(settings.catalogue_files, settings.home_path / CATALOGUES_FOLDER)
         return Registry.open(settings.home_path / "registrations", extra_files=files)
     except (OSError, ValueError) as exc:
         raise SettingsError(f"$.catalogue_files: {exc}") from exc
+
+
+def refresh_registry(registry: Registry, settings: Settings) -> int:
+    """Ask for the site's catalogues again; how many there are. Not for the event loop.
+
+    Raises:
+        BadRequest: one cannot be had or is wrong; nothing was changed.
+    """
+    folder = settings.home_path / CATALOGUES_FOLDER
+    try:
+        files = catalogue_files(settings.catalogue_files, folder, must_fetch=True)
+        registry.replace_catalogue(files)
+    except (OSError, ValueError) as exc:
+        raise BadRequest(f"The catalogues stay as they are. {exc}") from exc
+    return len(files)
 
 
 def available_engines(settings: Settings) -> tuple[Engine, ...]:

@@ -11,14 +11,13 @@ from starlette.responses import Response
 
 from gateway.api.body import read_object
 from gateway.api.wire import json_answer
+from gateway.calls import DRAIN_TIMEOUT_S
 from gateway.deployment import Deployment
 from gateway.errors import BadRequest, ModelNotFound, NotFound
 from gateway.fleet import Fleet
 from gateway.launch import RELOADABLE, LaunchRequest
 from gateway.reload import Reload
 from registry.decode import decode, schema
-
-DRAIN_TIMEOUT_S = 300.0
 
 
 class ReloadBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -40,7 +40,9 @@ def prune(client: Client, check: bool, as_json: bool) -> None:
     if left and not as_json:
         click.echo(f"{megabytes(left)} of broken downloads are free.")
     in_use = {model.get("model_name") for model in client.list_models()}
-    idle = [one for one in client.cached_models() if one["model_name"] not in in_use]
+    cached = client.cached_models()
+    shared = {one["path"] for one in cached if one["model_name"] in in_use}  # several versions may have one file
+    idle = [one for one in cached if one["path"] not in shared]
     size_bytes = sum({one["path"]: one.get("size_bytes") or 0 for one in idle}.values())
     total = megabytes(size_bytes)
     report = {"freed_bytes": left + size_bytes, "removed": [], "kept": {}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from harness import Gateway, StartGateway, fake_model
+from hostler import AsyncClient, Client
 from xinference_client import AsyncRESTfulClient, RESTfulClient
 
 
@@ -183,3 +185,31 @@ async def test_xinferences_clients_reload(start_gateway: StartGateway, tmp_path:
         await call(client.relaunch_worker, "127.0.0.1:1")
     with pytest.raises(RuntimeError, match="one process"):
         await call(client.get_api_relaunch, "x")
+
+
+async def test_our_clients_and_our_verb_reload(start_gateway: StartGateway, tmp_path: Path) -> None:
+    gateway = await start_gateway()
+    await launched(gateway, tmp_path, n_threads=1, n_batch=8)
+    client = Client(gateway.address)
+    assert (await call(client.reload, "m", n_threads=2))["status"] == "reloading"
+    await over(gateway)
+    assert (await call(client.reload_status, "m"))["status"] == "ready"
+    async with AsyncClient(gateway.address) as asynchronous:
+        assert (await asynchronous.reload("m", drain_timeout_s=1, n_threads=3))["status"] == "reloading"
+        await over(gateway)
+        assert (await asynchronous.reload_status("m"))["model_config"] == {"n_threads": 3, "n_batch": 8}
+
+    async def reload(*words: str) -> str:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "gateway.cli", "reload", *words, "--endpoint", gateway.address),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await process.communicate()
+        return f"{process.returncode} {output.decode()}"
+
+    assert await reload("--model-uid", "m", "--n-threads", "4", "--n_batch", "none") == "0 m is reloaded.\n"
+    assert await flags(gateway, "--threads") == ["4"]
+    assert "n_threads" in await reload("-u", "m", "--n-thread", "4")
+    kept = json.loads((gateway.home / "launches" / "m.json").read_text())
+    assert kept["options"] == {"n_threads": 4}
