@@ -252,7 +252,8 @@ class Deployment:
             lives: dict[Replica, asyncio.Task[None]] = {}
             try:
                 await self._keep_alive(lives)
-                await asyncio.wait(lives.values())
+                if lives:
+                    await asyncio.wait(lives.values())
             finally:
                 self._stopping = self._is_forced = True
                 self.notify()  # lives are told, not cancelled: a second cancel would leave an engine behind

@@ -22,7 +22,7 @@ from gateway.errors import BadRequest, Busy, CannotKeep, ModelNotFound, Settings
 from gateway.launch import OPTION_FIELDS, RELOADABLE, REPLICA_LIMIT, LaunchRequest, changed, file_name, plan
 from gateway.nodes.local import LocalNode, open_node
 from gateway.reload import Reload
-from gateway.replica import Replica, State
+from gateway.replica import Replica
 from gateway.store import Store
 from registry.decode import did_you_mean
 from registry.registry import Registry
@@ -240,61 +240,27 @@ class Fleet:
             after = changed(deployment.launch, changes, deployment.engine)
         except ValueError as exc:
             raise BadRequest(str(exc), param="model_config") from exc
+        before = deployment.launch
         reload = Reload(
             model_uid=uid,
             operation_id=secrets.token_hex(8),
-            before=deployment.launch,
+            before=before,
             after=after,
             replicas=len(deployment.staying),
+            drain_timeout_s=drain_timeout_s,
         )
         self._keep(after)
         deployment.launch = after
         self.reloads[uid] = reload
         self.events.add(uid, "INFO", "Reload model")
-        self._tasks.create_task(self._reload(deployment, reload, drain_timeout_s), name=f"reload {uid}")
+
+        def take_back() -> None:
+            self.events.add(uid, "ERROR", f"Reload model: {reload.error}")
+            changed_fields = (*RELOADABLE, *OPTION_FIELDS)
+            self._wish(deployment, **{name: getattr(before, name) for name in changed_fields})
+
+        self._tasks.create_task(reload.run(deployment, self._replica, take_back), name=f"reload {uid}")
         return reload
-
-    async def _reload(self, deployment: Deployment, reload: Reload, drain_timeout_s: float) -> None:
-        """Nothing but cancellation leaves it: an error becomes the end of the reload."""
-        error: str | None = None
-        try:
-            error = await self._renew(deployment, reload, drain_timeout_s)
-            if error and not deployment.is_closed:  # a launch that is forgotten must stay so
-                self.events.add(reload.model_uid, "ERROR", f"Reload model: {error}")
-                self._wish(deployment, **{name: getattr(reload.before, name) for name in (*RELOADABLE, *OPTION_FIELDS)})
-                for replica in [one for one in deployment.staying if one.launch is not reload.before]:
-                    await self._replace(deployment, replica, drain_timeout_s)
-                error += " Its options are what they were."
-        except CannotKeep as exc:
-            error = exc.message
-        except Exception as exc:
-            logger.exception("%s: a reload failed by a fault of the gateway", reload.model_uid)
-            error = f"The gateway failed: {exc!r}. Its own log has the details."
-        reload.end(error)
-
-    async def _renew(self, deployment: Deployment, reload: Reload, drain_timeout_s: float) -> str | None:
-        """Replace one replica after the other; why it was given up, or None."""
-        for replica in deployment.staying:
-            if replica not in deployment.staying:  # somebody has removed it meanwhile
-                continue
-            reload.stage = "draining"
-            new = await self._replace(deployment, replica, drain_timeout_s)
-            reload.stage = "loading"
-            while deployment.is_loaded and new.state is not State.READY and new.failure is None:
-                await deployment.changed()
-            if deployment.is_closed:
-                return f"{reload.model_uid} was terminated meanwhile."
-            if new.failure is not None:
-                return f"{new.name} does not start: {new.failure}"
-            reload.replicas_done += 1
-        return None
-
-    async def _replace(self, deployment: Deployment, replica: Replica, drain_timeout_s: float) -> Replica:
-        """Another one of that number, with the launch as it is now."""
-        await deployment.remove(replica, drain_timeout_s)
-        new = self._replica(deployment, replica.index)
-        deployment.add(new)
-        return new
 
     def _changeable(self, uid: str, field: str) -> Deployment:
         """The deployment, if its wish is ours to change."""

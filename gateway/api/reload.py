@@ -81,7 +81,7 @@ class Reloads:
 
 def _card(reload: Reload) -> dict[str, Any]:
     status = reload.stage if reload.is_over else "reloading"
-    hidden = ("before", "after")
+    hidden = ("before", "after", "drain_timeout_s")
     facts = {name: value for name, value in msgspec.structs.asdict(reload).items() if name not in hidden}
     return facts | {"status": status, "model_config": reload.after.options | reload.after.forced_options}
 
