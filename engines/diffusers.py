@@ -174,5 +174,3 @@ def _file(path: str | None, template_field: str, placeholder: str, choice: str |
     if path is None or choice is None or template is None or Path(path).suffix in (".gguf", ".safetensors"):
         return path
     return str(Path(path) / template.replace("{" + placeholder + "}", choice))
-
-

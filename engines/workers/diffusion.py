@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
@@ -40,13 +41,13 @@ WORDS = {
     "inpainting": "change a part of a picture",
 }
 # Arguments of pipelines that are ours to set, or that no JSON can hold.
-OURS = frozenset(
-    "self prompt negative_prompt image images mask_image mask last_image control_image video height width generator "
-    "output_type return_dict callback callback_steps callback_on_step_end callback_on_step_end_tensor_inputs "
-    "num_images_per_prompt num_videos_per_prompt args kwargs".split()
-)
+_OURS = """
+self prompt negative_prompt image images mask_image mask last_image control_image video height width generator
+output_type return_dict callback callback_steps callback_on_step_end callback_on_step_end_tensor_inputs
+num_images_per_prompt num_videos_per_prompt args kwargs
+"""
+OURS = frozenset(_OURS.split())
 NO_JSON = ("latents", "embeds", "embeds_mask", "attention_mask", "ip_adapter_image", "ip_adapter_masks")
-DTYPES = ("float32", "float16", "bfloat16")
 # Few steps of Qwen's pictures want another schedule: that of its lightning weights' authors.
 QWEN_LIGHTNING = {"base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
 
@@ -67,6 +68,8 @@ class Pipelines:
             torch.set_num_threads(int(threads))
         self._device = self._options.get("device") or _best_device()
         self._dtype = _dtype_of(self._options.get("torch_dtype"), self._device)
+        diffusers.utils.logging.disable_progress_bar()  # logs are read by people
+        transformers.utils.logging.disable_progress_bar()
         self._base = self._load()
         self._base.set_progress_bar_config(disable=True)
         self._controlnet = self._load_controlnet()
@@ -146,7 +149,7 @@ class Pipelines:
                 getattr(vae, method)()
 
     def _place(self, pipeline: Any) -> None:
-        """Put its weights where it computes; again when another pipeline takes over, as offloading is each one's own."""
+        """Put its weights where it computes; again when another pipeline takes over, as each offloads for itself."""
         if self._placed is pipeline:
             return
         if self._options.get("attention_slicing"):
@@ -201,15 +204,8 @@ class Pipelines:
         return "image" in known if task == "image2image" else not needs_image
 
     def _abilities_text(self) -> str:
-        can = []
-        for task in TASKS:
-            if task in self._of_task:
-                can.append(WORDS[task])
-                continue
-            auto, kinds = TASKS[task]
-            name = type(self._base).__name__
-            if name in {kind.__name__ for kind in kinds.values()}:
-                can.append(WORDS[task])
+        name = type(self._base).__name__
+        can = [WORDS[task] for task, (_, kinds) in TASKS.items() if name in {kind.__name__ for kind in kinds.values()}]
         return f"It can {' and '.join(can)}." if can else "Choose another model."
 
     @property
@@ -224,7 +220,8 @@ class Pipelines:
 
     def multiple(self) -> int:
         """Widths and heights that the model makes are multiples of it."""
-        factor = int(getattr(self._base, "vae_scale_factor", None) or getattr(self._base, "vae_scale_factor_spatial", 8))
+        names = ("vae_scale_factor", "vae_scale_factor_spatial")
+        factor = int(next((value for name in names if (value := getattr(self._base, name, None))), 8))
         return factor * 2 if hasattr(self._base, "transformer") else factor
 
     # --- running
@@ -287,8 +284,8 @@ class Pipelines:
         for name in wish.arguments:
             if name not in allowed and name not in wish.optional:
                 raise Refused(
-                    f"{type(pipeline).__name__} does not know `{name}`. It takes: {', '.join(allowed)}; and any request "
-                    "takes: prompt, n, size, seed, sampler_name, request_id, output_format.",
+                    f"{type(pipeline).__name__} does not know `{name}`. It takes: {', '.join(allowed)}; and any "
+                    "request takes: prompt, n, size, seed, sampler_name, request_id, output_format.",
                     param=name,
                 )
         found = {name: value for name, value in wish.arguments.items() if name in allowed}
@@ -380,7 +377,7 @@ def _best_device() -> str:
 def _dtype_of(name: str | None, device: str) -> torch.dtype:
     """By name; auto is what the device is best at."""
     if name and name != "auto":
-        return getattr(torch, name)  # type: ignore[no-any-return]
+        return getattr(torch, name)
     if device == "cpu":
         return torch.float32
     if device.startswith("cuda") and torch.cuda.is_bf16_supported():

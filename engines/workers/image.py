@@ -23,8 +23,6 @@ TELL_EVERY_S = 0.5
 # Parts of the names of pipelines that look at several pictures at once.
 SEVERAL = ("EditPlus", "Flux2", "Omni")
 
-Picture = Image.Image
-
 
 class Pictures:
     """The routes over one model's pipelines."""
@@ -158,7 +156,7 @@ class Pictures:
         return "height" in parameters(pipeline)
 
 
-def flattened(picture: Picture) -> Picture:
+def flattened(picture: Image.Image) -> Image.Image:
     """Without transparency, on white."""
     if picture.mode != "RGBA":
         return picture.convert("RGB")
@@ -167,7 +165,7 @@ def flattened(picture: Picture) -> Picture:
     return ground
 
 
-def _sized(picture: Picture, wanted: Size | None) -> Picture:
+def _sized(picture: Image.Image, wanted: Size | None) -> Image.Image:
     return picture if wanted in (None, picture.size) else picture.resize(wanted, Image.Resampling.LANCZOS)
 
 

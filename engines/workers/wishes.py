@@ -1,4 +1,4 @@
-"""What is wished for: a request for pictures or films, read out of JSON or a form, in OpenAI's and Xinference's words."""
+"""Requests for pictures or films, read out of JSON or a form, in the words of OpenAI and of Xinference."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from engines.workers.server import Cancelled, Refused, more_options, number, rea
 SEED_LIMIT = 2**63 - 1
 MOST_AT_ONCE = 10
 # Fields of OpenAI's requests that no pipeline knows, and that harm nobody.
-WITHOUT_EFFECT = frozenset(
-    "background input_fidelity model moderation output_compression partial_images quality response_format stream style "
-    "user".split()
-)
+_WITHOUT_EFFECT = """
+background input_fidelity model moderation output_compression partial_images quality response_format stream style user
+"""
+WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT.split())
 FILES_LIMIT = 16
 
 
@@ -62,6 +62,10 @@ class Form:
     def fields(self, *files: str) -> dict[str, Any]:
         """All but the `files`."""
         return {name: value for name, value in self._form.items() if name not in files and isinstance(value, str)}
+
+    def names(self) -> set[str]:
+        """Of all fields and files that hold something."""
+        return {name for name, value in self._form.multi_items() if value}
 
     async def pictures(self, *names: str, needed: bool = True) -> list[Image.Image]:
         """Those under any of the names, in the order of the form. Raises Refused if one is needed and there is none."""

@@ -30,7 +30,6 @@ LOCAL_WORKER = "127.0.0.1"
 # Launch fields that mean something elsewhere, and why they are refused here.
 REFUSED = {
     "replica_config": "replicas here are alike; use replica and gpu_idx.",
-    "peft_model_config": "no engine here loads LoRA adapters yet; merge the adapter into the model.",
 }
 # Launch fields about a cluster and about Python environments of models: one machine has no use for the former,
 # and engines that come ready have none for the latter.
