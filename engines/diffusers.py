@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
-from engines.environments import find_python
+from engines.environments import find_python, why_no_python
 from registry.decode import decode
 from registry.resolve import Artifact
 from registry.schema import ModelSpec
@@ -94,9 +94,7 @@ class Diffusers(Engine, frozen=True, kw_only=True):
         """Why it cannot run here, or None."""
         if find_python(self.name, MODULES, self.settings, self.environments):
             return None
-        if self.settings.python:
-            return f"`engines.diffusers.python` names {self.settings.python!r}, which is not an executable file"
-        return "no Python here has diffusers, torch and transformers. Say `hostler engines install diffusers`"
+        return why_no_python(self.name, self.settings)
 
     def accepts(self, artifact: Artifact) -> str | None:
         """It loads whole pipelines as diffusers saves them."""

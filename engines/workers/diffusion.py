@@ -276,6 +276,13 @@ class Pipelines:
             if is_out_of_memory(exc):
                 raise
             raise Refused(f"{type(pipeline).__name__} does not take this: {exc}") from exc
+        except (NameError, ImportError) as exc:  # diffusers looks for some libraries only when it needs them
+            raise Refused(
+                f"{type(pipeline).__name__} needs a library that is missing: {exc}. Install it into the engine's "
+                "environment.",
+                status=501,
+                code="missing_library",
+            ) from exc
 
     def arguments(self, pipeline: Any, wish: Wish) -> dict[str, Any]:
         """The wish's own arguments. Raises Refused, naming what the pipeline takes, for one that it does not know."""

@@ -39,6 +39,7 @@ class Pictures:
             "/v1/images/variations": self.vary,
             "/v1/images/inpainting": self.inpaint,
             "/v1/images/edits": self.edit,
+            "/v1/images/ocr": self.read,
         }
         return [Route(path, endpoint, methods=["POST"]) for path, endpoint in paths.items()]
 
@@ -73,6 +74,10 @@ class Pictures:
         masks = await form.pictures("mask", needed=False)
         wish.mask = mask_of(masks[0]) if masks else None
         return await self._answer(request, wish, is_stream=flag(fields.get("stream"), "stream"))
+
+    async def read(self, request: Request) -> Response:
+        """What models of another kind do."""
+        raise Refused(f"The model {self._pipelines.uid!r} makes pictures and reads none.", param="model")
 
     def wish(self, fields: dict[str, Any], *, needs_prompt: bool = True) -> Wish:
         """What a request's fields ask of this model."""

@@ -25,6 +25,7 @@ from engines.workers.server import Cancelled, Order, Refused, more_options, numb
 from engines.workers.wishes import Form
 
 DEFAULT_TOKENS, MOST_TOKENS = 1024, 32768
+MAKING = ("generations", "variations", "inpainting", "edits")
 PROMPT = "Read all the text in this picture."
 
 
@@ -33,7 +34,7 @@ class Reader:
 
     def __init__(self, order: Order, jobs: Jobs) -> None:
         """Load it. Raises Refused if transformers does not know it."""
-        self._jobs = jobs
+        self._jobs, self._uid = jobs, order.uid
         if threads := order.options.get("n_threads"):
             torch.set_num_threads(int(threads))
         self._device = order.options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,7 +54,12 @@ class Reader:
 
     def routes(self) -> list[BaseRoute]:
         """All paths."""
-        return [Route("/v1/images/ocr", self.read, methods=["POST"])]
+        others = [Route(f"/v1/images/{name}", self.make, methods=["POST"]) for name in MAKING]
+        return [Route("/v1/images/ocr", self.read, methods=["POST"]), *others]
+
+    async def make(self, request: Request) -> Response:
+        """What models of another kind do."""
+        raise Refused(f"The model {self._uid!r} reads pictures and makes none.", param="model")
 
     async def read(self, request: Request) -> Response:
         """The text of a picture, as a JSON text."""

@@ -111,21 +111,20 @@ class Films:
         if takes if task == "image2video" else not needs:
             return base
         name = type(base).__name__
-        other = (
-            name.replace("ImageToVideo", "")
-            if task == "text2video"
-            else name.removesuffix("Pipeline") + "ImageToVideoPipeline"
-        )
-        kind = getattr(diffusers, other, None)
-        if kind is not None and kind is not type(base):
-            try:
+        if _shares_weights(base):
+            stem = name.removesuffix("Pipeline").removesuffix("ImageToVideo")
+            kind = getattr(diffusers, stem + ("Pipeline" if task == "text2video" else "ImageToVideoPipeline"), None)
+            if kind not in (None, type(base)):
                 derived = kind.from_pipe(base)
                 derived.set_progress_bar_config(disable=True)
                 return derived
-            except (ValueError, TypeError, AttributeError):
-                pass  # its weights are for the one task alone
         what = "text alone" if task == "text2video" else "pictures"
         raise Refused(f"The model {self._pipelines.uid!r} ({name}) makes no films of {what}.", param="model")
+
+
+def _shares_weights(pipeline: Any) -> bool:
+    """Whether the same weights make films of text and of pictures: elsewhere the two have other inputs."""
+    return type(pipeline).__name__.startswith("LTX") or bool(pipeline.config.get("expand_timesteps"))
 
 
 def _frames(result: Any) -> list[Image.Image]:
