@@ -104,6 +104,8 @@ class Pipelines:
     def _load_controlnet(self) -> Any:
         models = []
         for path in self._options.get("controlnet") or ():
+            if not Path(path).is_dir():
+                raise Refused(f"The controlnet {path!r} is no folder. Give the path of one.")
             try:
                 name = json.loads((Path(path) / "config.json").read_text())["_class_name"]
                 models.append(getattr(diffusers, name).from_pretrained(path, torch_dtype=self._dtype))
@@ -125,14 +127,16 @@ class Pipelines:
             raise Refused(f"{type(self._base).__name__} takes no LoRA. Launch it without.")
         load_kwargs = self._options.get("image_lora_load_kwargs") or {}
         for name, path in adapters:
+            if not Path(path).exists():
+                raise Refused(f"The LoRA {name!r} is not there: {path}.")
             try:
                 where, file_name = (path, None) if Path(path).is_dir() else (str(Path(path).parent), Path(path).name)
                 more = {"weight_name": file_name} if file_name else {}
                 self._base.load_lora_weights(where, adapter_name=name, **more, **load_kwargs)
             except Exception as exc:  # as above
-                advice = " Install peft into the engine's environment." if "PEFT" in str(exc) else ""
+                advice = "Install peft into the engine's environment." if "PEFT" in str(exc) else "Is it whole?"
                 raise Refused(
-                    f"The LoRA {name!r} of {path} cannot be loaded: {type(exc).__name__}: {exc}.{advice}"
+                    f"The LoRA {name!r} of {path} cannot be loaded: {type(exc).__name__}: {exc} {advice}"
                 ) from exc
         try:
             self._base.set_adapters([name for name, _ in adapters])
@@ -197,7 +201,7 @@ class Pipelines:
 
     def _looks_like(self, task: str) -> bool:
         """What a pipeline that diffusers lists nowhere is for, by its arguments."""
-        known = parameters(self._base)
+        known = self.parameters(self._base)
         if task == "inpainting":
             return "mask_image" in known
         needs_image = "image" in known and known["image"].default is inspect.Parameter.empty
@@ -262,7 +266,7 @@ class Pipelines:
     def _call(
         self, pipeline: Any, prompt: str, generator: torch.Generator, arguments: dict[str, Any], steps: _Steps
     ) -> Any:
-        known = parameters(pipeline)
+        known = self.parameters(pipeline)
         more: dict[str, Any] = {"generator": generator} if "generator" in known else {}
         if "callback_on_step_end" in known:
             more["callback_on_step_end"] = steps.on_step_end
@@ -284,9 +288,14 @@ class Pipelines:
                 code="missing_library",
             ) from exc
 
+    @staticmethod
+    def parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
+        """What a pipeline can be called with."""
+        return dict(inspect.signature(type(pipeline).__call__).parameters)
+
     def arguments(self, pipeline: Any, wish: Wish) -> dict[str, Any]:
         """The wish's own arguments. Raises Refused, naming what the pipeline takes, for one that it does not know."""
-        known = parameters(pipeline)
+        known = self.parameters(pipeline)
         allowed = sorted(name for name in known if name not in OURS and not name.endswith(NO_JSON))
         for name in wish.arguments:
             if name not in allowed and name not in wish.optional:
@@ -345,11 +354,6 @@ class _Steps:
     def on_step(self, step: int, timestep: Any, latents: Any) -> None:
         """As `callback`, which older pipelines have."""
         self._job.step(step + 1, self._steps, self._share, self._begin)
-
-
-def parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
-    """What a pipeline can be called with."""
-    return dict(inspect.signature(type(pipeline).__call__).parameters)
 
 
 def gguf_transformer(folder: Path, file: Path, dtype: torch.dtype) -> Any:

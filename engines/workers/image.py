@@ -150,15 +150,12 @@ class Pictures:
             inputs["image"] = flat if several else flat[0].resize(made, Image.Resampling.LANCZOS)
         if wish.mask and made:
             inputs["mask_image"] = wish.mask.resize(made, Image.Resampling.NEAREST)
-        if made and self._takes_size(pipeline):
+        known = self._pipelines.parameters(pipeline)
+        if self._pipelines.is_steered and "control_image" in known:
+            inputs["control_image"] = inputs["image"]
+        if made and "height" in known:
             inputs |= {"width": made[0], "height": made[1]}
         return inputs, wanted
-
-    @staticmethod
-    def _takes_size(pipeline: Any) -> bool:
-        from engines.workers.diffusion import parameters
-
-        return "height" in parameters(pipeline)
 
 
 def flattened(picture: Image.Image) -> Image.Image:

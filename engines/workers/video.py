@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from engines.workers.diffusion import Pipelines, parameters
+from engines.workers.diffusion import Pipelines
 from engines.workers.image import flattened
 from engines.workers.jobs import Job, Jobs
 from engines.workers.pictures import rounded
@@ -74,7 +74,7 @@ class Films:
 
     def _work(self, wish: Wish) -> Callable[[Job], list[dict[str, Any]]]:
         pipeline = self._pipeline("image2video" if wish.pictures else "text2video")
-        known = parameters(pipeline)
+        known = Pipelines.parameters(pipeline)
         self._pipelines.arguments(pipeline, wish)
         inputs: dict[str, Any] = {}
         wanted = wish.size or (wish.pictures[0].size if wish.pictures else None)
@@ -105,7 +105,7 @@ class Films:
 
     def _derive(self, task: str) -> Any:
         base = self._pipelines.base
-        known = parameters(base)
+        known = Pipelines.parameters(base)
         takes = "image" in known
         needs = takes and known["image"].default is known["image"].empty
         if takes if task == "image2video" else not needs:
@@ -115,7 +115,11 @@ class Films:
             stem = name.removesuffix("Pipeline").removesuffix("ImageToVideo")
             kind = getattr(diffusers, stem + ("Pipeline" if task == "text2video" else "ImageToVideoPipeline"), None)
             if kind not in (None, type(base)):
-                derived = kind.from_pipe(base)
+                modules, values = kind._get_signature_keys(kind)  # its from_pipe would make the weights float32
+                derived = kind(
+                    **{one: base.components[one] for one in modules if one in base.components},
+                    **{one: base.config[one] for one in values if one in base.config},
+                )
                 derived.set_progress_bar_config(disable=True)
                 return derived
         what = "text alone" if task == "text2video" else "pictures"
