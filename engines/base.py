@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from engines.environments import Environment, absolute_program, worker_argv
+from registry.memory import Cache
 from registry.resolve import Artifact
 
 START_TIMEOUT_S = 600.0
@@ -41,11 +42,13 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
     """What one replica asks of the machine.
 
-    `gpu_idx` names the GPUs; else `n_gpu` says how many, 0 being the CPU alone and None whatever is there.
+    `gpu_idx` names the GPUs; else `n_gpu` says how many, 0 being the CPU alone and None whatever is there. `cache` is
+    the cache of keys and values that it sets up at its start; None where the engine does not say.
     """
 
     gpu_idx: tuple[int, ...] | None = None
     n_gpu: int | None = None
+    cache: Cache | None = None
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.auth import Guard
 from gateway.api.cached import CachedFiles
+from gateway.api.check import Check
 from gateway.api.cluster import Cluster
 from gateway.api.inference import Inference
 from gateway.api.models import Models
@@ -93,6 +94,7 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/replicas", models.list_replicas),
         Route("/v1/models", models.list_models),
         Route("/v1/models", models.launch, methods=["POST"]),
+        Route("/v1/models/check", Check(fleet).check, methods=["POST"]),
         # Fixed words go before uids, which may not be any of them.
         Route("/v1/models/families", registrations.families),
         Route("/v1/models/prompts", registrations.prompts),

@@ -18,6 +18,7 @@ from engines.environments import worker_argv
 from engines.llama_cpp import LlamaCpp, LlamaCppOptions
 from engines.workers.llama_cpp import _parser
 from registry.decode import DecodeError
+from registry.memory import Cache
 from registry.resolve import Artifact
 from registry.schema import LLMFamily, ModelSpec, Source
 
@@ -130,7 +131,24 @@ def test_it_says_why_it_does_not_accept_another_format(format: str) -> None:
     ],
 )
 def test_it_needs_what_the_launch_says(fields: dict[str, Any], needs: Needs) -> None:
-    assert LlamaCpp().needs(a_launch(**fields)) == needs
+    found = LlamaCpp().needs(a_launch(**fields))
+    assert (found.gpu_idx, found.n_gpu) == (needs.gpu_idx, needs.n_gpu)
+
+
+@pytest.mark.parametrize(
+    ("options", "cache"),
+    [
+        ({}, Cache(tokens=4096, sequences=4)),
+        ({"context_length": 1000, "n_parallel": 2}, Cache(tokens=1000, sequences=2)),
+        ({"n_ctx": 8192, "n_parallel": 2}, Cache(tokens=4096, sequences=2)),
+        (
+            {"cache_type_k": "q8_0", "cache_type_v": "q4_0"},
+            Cache(tokens=4096, sequences=4, key_bits=8.5, value_bits=4.5),
+        ),
+    ],
+)
+def test_its_cache_is_shared_by_the_slots(options: dict[str, Any], cache: Cache) -> None:
+    assert LlamaCpp().needs(a_launch(options=options)).cache == cache
 
 
 # --- whether it can run
