@@ -8,10 +8,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from engines.base import Engine, EngineSettings
+from engines.diffusers import Diffusers
 from engines.llama_cpp import LlamaCpp
 from registry.decode import did_you_mean
 
-ENGINES: tuple[Engine, ...] = (LlamaCpp(),)
+ENGINES: tuple[Engine, ...] = (LlamaCpp(), Diffusers())
 
 logger = logging.getLogger("hostler.engines")
 

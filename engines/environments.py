@@ -53,6 +53,9 @@ TORCH = (
     "gguf==0.19.0",
     "pillow>=11,<14",
     "soundfile==0.14.0",
+    "peft==0.21.2",  # LoRA
+    "ftfy==6.3.1",  # diffusers' pipelines for films want it without saying so
+    "av==18.1.0",  # writes films
     *FRAME,
 )
 

@@ -23,9 +23,11 @@ from gateway.api.inference import Inference
 from gateway.api.models import Models
 from gateway.api.registrations import Registrations
 from gateway.api.reload import Reloads
+from gateway.api.requests import Requests
 from gateway.api.system import System
 from gateway.api.trace import HEADER, Trace
-from gateway.api.ways import WAYS
+from gateway.api.ways import WAYS, WEBUI_WAYS
+from gateway.api.webui import WebUi
 from gateway.errors import BadRequest, HostlerError, NotFound, NotImplementedYet, answer
 from gateway.fleet import Fleet
 
@@ -64,6 +66,7 @@ def create_app(fleet: Fleet) -> Starlette:
     system, cluster, models = System(fleet), Cluster(fleet), Models(fleet)
     registrations, cached = Registrations(fleet), CachedFiles(fleet)
     autostart, history, reloads = Autostart(fleet), History(fleet), Reloads(fleet)
+    requests, webui = Requests(fleet), WebUi(fleet)
     routes = [
         Route("/", system.root),
         Route("/health", system.health),
@@ -73,6 +76,13 @@ def create_app(fleet: Fleet) -> Starlette:
         #
         *[Route(way.path, Inference(fleet, way), methods=["POST"]) for way in WAYS],
         Route("/v1/files/{name}", system.file),
+        *[Route(way.path, Inference(fleet, way, webui.choose), methods=["POST"]) for way in WEBUI_WAYS],
+        Route("/sdapi/v1/options", webui.options),
+        Route("/sdapi/v1/options", webui.set_options, methods=["POST"]),
+        Route("/sdapi/v1/sd-models", webui.models),
+        Route("/sdapi/v1/samplers", webui.samplers),
+        Route("/sdapi/v1/progress", webui.progress),
+        Route("/sdapi/v1/interrupt", webui.interrupt, methods=["POST"]),
         #
         Route("/status", cluster.status),
         Route("/token", cluster.login, methods=["POST"]),
@@ -124,8 +134,8 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/models/{uid:path}/stop", models.stop, methods=["POST"]),
         Route("/v1/models/{uid:path}/logs", models.logs),
         Route("/v1/models/{uid:path}/progress", models.progress),
-        Route("/v1/models/{uid:path}/requests/{request_id}/abort", models.abort_request, methods=["POST"]),
-        Route("/v1/requests/{request_id}/progress", models.request_progress),
+        Route("/v1/models/{uid:path}/requests/{request_id}/abort", requests.abort, methods=["POST"]),
+        Route("/v1/requests/{request_id}/progress", requests.progress),
         Route("/v1/models/{uid:path}/cancel", models.cancel, methods=["POST"]),
         Route("/v1/models/{uid:path}/events", models.events),
         Route("/v1/models/{uid:path}/replicas", models.model_replicas),

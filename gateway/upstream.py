@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from typing import Any
 
 import aiohttp
+import msgspec
 from aiohttp import ClientConnectionError, ClientError, ClientResponse, ClientTimeout, DummyCookieJar
 
 from engines.base import Endpoint
@@ -14,6 +16,7 @@ from engines.base import Endpoint
 KEEPALIVE_S = 4.0
 CONNECT_LIMIT_S = 5.0
 PROBE_LIMIT_S = 3.0
+ASK_LIMIT_S = 5.0
 
 
 class UpstreamLost(Exception):
@@ -110,6 +113,22 @@ class Upstream:
             return None
         reply.close()
         return reply.status
+
+    async def ask(self, method: str, path: str, body: bytes | None = None) -> Any:
+        """The JSON that it answers with soon; None if it refuses, or says nothing that can be read."""
+        headers = [("content-type", "application/json")] if body else []
+        try:
+            async with asyncio.timeout(ASK_LIMIT_S):
+                reply = await self.send(method, path, headers, body)
+                try:
+                    parts = []
+                    while part := await reply.read():
+                        parts.append(part)
+                finally:
+                    reply.close()
+            return msgspec.json.decode(b"".join(parts)) if reply.status == 200 else None
+        except (UpstreamLost, TimeoutError, msgspec.DecodeError, UnicodeDecodeError):
+            return None
 
     async def close(self) -> None:
         """Close all connections; whoever waits for one sees UpstreamLost."""

@@ -68,6 +68,21 @@ def tiny_sd(torch_python: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_controlnet(torch_python: str, tiny_sd: Path) -> Path:
+    return models.made_by(torch_python, "tiny-controlnet", tiny_sd)
+
+
+@pytest.fixture(scope="session")
+def tiny_lora(torch_python: str, tiny_sd: Path) -> Path:
+    return models.made_by(torch_python, "tiny-lora", tiny_sd)
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(torch_python: str) -> Path:
+    return models.made_by(torch_python, "tiny-wan")
+
+
+@pytest.fixture(scope="session")
 def smollm2_hf(torch_python: str, smollm2_gguf: Path) -> Path:
     return models.made_by(torch_python, "smollm2-hf", smollm2_gguf)
 

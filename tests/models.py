@@ -179,6 +179,69 @@ def make_tiny_sd(folder: str) -> None:
     ).save_pretrained(folder)
 
 
+def make_tiny_controlnet(folder: str, sd: str) -> None:
+    """A controlnet for the tiny Stable Diffusion; its output layers are zero, as before any training."""
+    import torch
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(sd, subfolder="unet")
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 16, 32, 32))
+    for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    net.save_pretrained(folder)
+
+
+def make_tiny_lora(folder: str, sd: str) -> None:
+    """A LoRA for the tiny Stable Diffusion, strong enough to be seen."""
+    import torch
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(sd, subfolder="unet")
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_q", "to_v"]))
+    for name, weights in unet.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(weights, std=0.5)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+
+
+def make_tiny_wan(folder: str) -> None:
+    """Wan's pipeline for films with random weights, of the kind that takes text alone as well as a first picture."""
+    import torch
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    letters = [(letter, -3.0) for letter in "\u2581abcdefghijklmnopqrstuvwxyz.,"]
+    tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **sizes)),
+        vae=AutoencoderKLWan(
+            base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        ),
+        scheduler=UniPCMultistepScheduler(flow_shift=3.0, prediction_type="flow_prediction", use_flow_sigmas=True),
+        transformer=WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=16,
+            out_channels=16,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=1,
+            rope_max_seq_len=32,
+        ),
+        expand_timesteps=True,
+    ).save_pretrained(folder)
+
+
 # What a passage is about -> the passage. The last are for nobody to learn.
 PASSAGES = {
     "the capital of France": "Paris is the capital city of France.",
@@ -237,6 +300,9 @@ def make_tiny_reranker(folder: str, minilm: str) -> None:
 MAKERS: dict[str, Callable[..., None]] = {
     "smollm2-hf": make_smollm2_hf,
     "tiny-sd": make_tiny_sd,
+    "tiny-controlnet": make_tiny_controlnet,
+    "tiny-lora": make_tiny_lora,
+    "tiny-wan": make_tiny_wan,
     "tiny-reranker": make_tiny_reranker,
 }
 

@@ -20,7 +20,12 @@ def main() -> None:
         package.__path__ = path
         sys.modules[name] = package
     name = sys.argv.pop(1)
-    runpy.run_module(f"engines.workers.{name}", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(f"engines.workers.{name}", run_name="__main__", alter_sys=True)
+    except ImportError as exc:
+        sys.exit(
+            f"{sys.executable} lacks what the worker {name!r} needs: {exc}. Install it there, or name another Python."
+        )
 
 
 if __name__ == "__main__":

@@ -57,6 +57,18 @@ class RerankHead(Head, frozen=True, kw_only=True):
     return_len: Any = None
 
 
+class WebUiHead(Head, frozen=True, kw_only=True):
+    """Of the SD web UI, which knows models as checkpoints."""
+
+    model: ModelName = ""
+    override_settings: dict[str, Any] | None = None
+
+    @property
+    def named(self) -> str:
+        """The model that the request itself names, or nothing."""
+        return self.model or str((self.override_settings or {}).get("sd_model_checkpoint") or "")
+
+
 class FormHead(msgspec.Struct, frozen=True, kw_only=True):
     """Of a multipart form, which may leave the model to the gateway. Which files it needs is for the engine to say."""
 

@@ -17,6 +17,24 @@ def with_urls(reply: bytes, exchange: Exchange) -> bytes:
     if exchange.head.response_format == "b64_json":
         return reply
     said: dict[str, Any] = msgspec.json.decode(reply)
+    _put_away(said, exchange)
+    return msgspec.json.encode(said)
+
+
+def events_with_urls(events: bytes, exchange: Exchange) -> bytes:
+    """The same for whole events of a stream."""
+    if exchange.head.response_format == "b64_json" or b'"b64_json"' not in events:
+        return events
+    return b"\n".join(_line_with_urls(line, exchange) for line in events.split(b"\n"))
+
+
+def _line_with_urls(line: bytes, exchange: Exchange) -> bytes:
+    if not line.startswith(b"data:") or b'"b64_json"' not in line:
+        return line
+    return b"data: " + with_urls(line[len(b"data:") :], exchange)
+
+
+def _put_away(said: dict[str, Any], exchange: Exchange) -> None:
     for item in said.get("data") or ():
         if not isinstance(item, dict) or not item.get("b64_json"):
             continue
@@ -26,4 +44,3 @@ def with_urls(reply: bytes, exchange: Exchange) -> bytes:
             continue  # not ours to mend
         name = exchange.fleet.files.keep(content)
         item |= {"url": f"{exchange.public_url}/v1/files/{name}", "b64_json": None}
-    return msgspec.json.encode(said)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -54,14 +54,17 @@ SSE_HEADERS = [(b"content-type", SSE), (b"cache-control", b"no-cache"), (b"x-acc
 ATTEMPTS = 2
 ENGINE_ERROR_LIMIT_BYTES = 64 * 1024
 EVENT_LIMIT_BYTES = 2**20
+LARGE_EVENT_LIMIT_BYTES = 2**28  # of events that are changed, which carry pictures
 
 
 class Inference:
     """One public path, as an ASGI app."""
 
-    def __init__(self, fleet: Fleet, way: Way) -> None:
+    def __init__(self, fleet: Fleet, way: Way, choose: Callable[[Any], str] | None = None) -> None:
+        """`choose` finds the model of a head that names it in a way of its own."""
         self._fleet = fleet
         self._way = way
+        self._choose = choose
         self._decoder = msgspec.json.Decoder(way.head)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,7 +72,8 @@ class Inference:
         way = self._way
         body = await read_body(scope, receive, self._fleet.settings.max_body_bytes)
         head = self._read_head(scope, body)
-        deployment = self._fleet.find(head.model or self._model_for(way.abilities))
+        uid = self._choose(head) if self._choose else head.model or self._model_for(way.abilities)
+        deployment = self._fleet.find(uid)
         check_served(way, deployment.launch.uid, deployment.launch.artifact.family.model_type)
         if not isinstance(head, FormHead):
             body = way.adapt(body, head, deployment.defaults)
@@ -273,12 +277,15 @@ class Exchange:
         if not self.status:
             await self._start(reply.status, headers)
         self.phase = "answering"
-        events = Events()  # a break must not leave half an event
+        # A break must not leave half an event.
+        events = Events(LARGE_EVENT_LIMIT_BYTES if self.way.events else EVENT_LIMIT_BYTES)
         while chunk:
             if self.is_sse:
                 chunk = events.whole(chunk)
                 if self.way.chunk:
                     chunk = self.way.chunk(chunk)
+                if chunk and self.way.events:
+                    chunk = await asyncio.to_thread(self._rewritten, self.way.events, chunk)
             if chunk:
                 await self._send_body(chunk)
             chunk = await reply.read()
@@ -292,7 +299,7 @@ class Exchange:
             whole = bytearray(chunk)
             while chunk := await reply.read():
                 whole += chunk
-            chunk = await asyncio.to_thread(self._rewritten, bytes(whole))
+            chunk = await asyncio.to_thread(self._rewritten, self.way.rewrite, bytes(whole))
             length = len(chunk)
         elif self.way.opening and chunk[:2] not in (b"", b"{", b"{}") and chunk[:1] == b"{":
             opening = self.way.opening(self)
@@ -302,10 +309,9 @@ class Exchange:
             headers.append((b"content-length", str(length).encode()))
         return chunk
 
-    def _rewritten(self, reply: bytes) -> bytes:
-        assert self.way.rewrite
+    def _rewritten(self, rewrite: Callable[[bytes, Exchange], bytes], reply: bytes) -> bytes:
         try:
-            return self.way.rewrite(reply, self)
+            return rewrite(reply, self)
         except (msgspec.MsgspecError, KeyError, TypeError, ValueError, IndexError) as exc:
             uid = self.deployment.launch.uid
             raise BadReply(f"The engine of {uid!r} answered what is no {self.way.path} reply: {exc!r}") from exc
@@ -394,8 +400,9 @@ def _is_json(headers: Sequence[tuple[bytes, bytes]]) -> bool:
 class Events:
     """Server-sent events out of chunks: gives what is whole, holds the beginning of the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_bytes: int = EVENT_LIMIT_BYTES) -> None:
         self.held = bytearray()
+        self._limit_bytes = limit_bytes
 
     def whole(self, chunk: bytes) -> bytes:
         """All events that are whole with this chunk; one that grows too large is passed on in parts."""
@@ -404,7 +411,7 @@ class Events:
         searched = max(0, len(self.held) - 3)  # the end of an event may lie across two chunks
         self.held += chunk
         end = max(_end_after(self.held, mark, searched) for mark in (b"\n\n", b"\r\n\r\n"))
-        if not end and len(self.held) > EVENT_LIMIT_BYTES:
+        if not end and len(self.held) > self._limit_bytes:
             end = len(self.held)
         events = bytes(self.held[:end])
         del self.held[:end]

@@ -154,15 +154,6 @@ class Models:
         """The copies of one model."""
         return json_answer([instance_replica(replica) for replica in self._known(request).replicas])
 
-    async def abort_request(self, request: Request) -> Response:
-        """Requests end when their client leaves; there is no other way to name one."""
-        self._known(request)
-        return json_answer({"msg": "NO_OP"})
-
-    async def request_progress(self, request: Request) -> Response:
-        """No engine here tells of the progress within a request."""
-        raise BadRequest(f"No request of the id {request.path_params['request_id']} tells of its progress.")
-
     async def add_replicas(self, request: Request) -> Response:
         """More copies of a model; answers once they are ready, unless wait_ready=false or the model is not loaded.
 

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import UNSET, Raw
 
 from gateway.api import images, rerank
-from gateway.api.heads import ChatHead, Head, InputHead, PromptHead, RerankHead
+from gateway.api.heads import ChatHead, Head, InputHead, PromptHead, RerankHead, WebUiHead
 from gateway.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
 
     `upstream` is the engine's path if it differs for all engines. `adapt` makes the body that the engine gets of the
     client's; `opening` gives what goes behind the first brace of a reply's JSON; `rewrite` makes the client's reply
-    out of the engine's whole one, in a thread; `chunk` changes what is streamed. `ability` chooses a model for a
-    request that names none.
+    out of the engine's whole one, in a thread; `chunk` changes what is streamed, `events` the whole events of a stream
+    that may be large, in a thread. `abilities` choose a model for a request that names none.
     """
 
     path: str
@@ -47,6 +47,7 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
     opening: Callable[[Exchange], bytes] | None = None
     rewrite: Callable[[bytes, Exchange], bytes] | None = None
     chunk: Callable[[bytes], bytes] | None = None
+    events: Callable[[bytes, Exchange], bytes] | None = None
     abilities: tuple[str, ...] = ()
     error_event: bytes = b""
     done: bytes = DONE
@@ -154,7 +155,15 @@ WAYS: tuple[Way, ...] = (
         for path in ("/v1/rerank", "/v2/rerank", "/rerank")
     ],
     Way(path="/v1/score", model_types=(*LLM, "embedding", "rerank")),
-    Way(path="/v1/images/generations", model_types=IMAGE, head=PromptHead, rewrite=images.with_urls),
+    Way(
+        path="/v1/images/generations",
+        model_types=IMAGE,
+        head=PromptHead,
+        rewrite=images.with_urls,
+        events=images.events_with_urls,
+        error_event=b"event: error\n",
+        done=b"",
+    ),
     Way(path="/v1/images/variations", model_types=IMAGE, takes="form", rewrite=images.with_urls),
     Way(path="/v1/images/inpainting", model_types=IMAGE, takes="form", rewrite=images.with_urls),
     Way(
@@ -162,9 +171,12 @@ WAYS: tuple[Way, ...] = (
         model_types=IMAGE,
         takes="form",
         rewrite=images.with_urls,
+        events=images.events_with_urls,
+        error_event=b"event: error\n",
+        done=b"",
         abilities=EDITS,
     ),
-    Way(path="/v1/images/ocr", model_types=IMAGE, takes="form"),
+    Way(path="/v1/images/ocr", model_types=IMAGE, takes="form", abilities=("ocr",)),
     Way(path="/v1/audio/transcriptions", model_types=(*AUDIO, *LLM), takes="form"),
     Way(path="/v1/audio/translations", model_types=(*AUDIO, *LLM), takes="form"),
     Way(path="/v1/audio/speech", model_types=AUDIO, head=InputHead, takes="either"),
@@ -178,6 +190,12 @@ WAYS: tuple[Way, ...] = (
     ),
     Way(path="/v1/video/generations/flf", model_types=VIDEO, takes="form", rewrite=images.with_urls),
     Way(path="/v1/flexible/infers", model_types=("flexible",)),
+)
+
+# Those of the SD web UI, whose requests name their model in ways of their own: see `webui.py`.
+WEBUI_WAYS: tuple[Way, ...] = tuple(
+    Way(path=path, model_types=IMAGE, head=WebUiHead, streams=False)
+    for path in ("/sdapi/v1/txt2img", "/sdapi/v1/img2img")
 )
 
 

@@ -35,7 +35,6 @@ MASK = "******"
 # Launch fields that mean something elsewhere, and why they are refused here.
 REFUSED = {
     "replica_config": "replicas here are alike; use replica and gpu_idx.",
-    "peft_model_config": "no engine here loads LoRA adapters yet; merge the adapter into the model.",
 }
 # Launch fields about a cluster: one machine has no use for them.
 WITHOUT_EFFECT = (

@@ -1,0 +1,174 @@
+"""diffusers: models that make and change pictures and films, by our workers over its pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
+from engines.environments import find_python, why_no_python
+from registry.decode import decode
+from registry.resolve import Artifact
+from registry.schema import ModelSpec
+
+MODULES = ("diffusers", "torch", "transformers")
+FORMATS = ("pytorch", "diffusers")
+MOST_PIXELS = 2048 * 2048
+
+
+class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One LoRA: its name, and its folder or .safetensors file."""
+
+    lora_name: str
+    local_path: str
+
+
+class PeftModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """LoRAs of a launch, as Xinference's clients send them; the kwargs are those of diffusers."""
+
+    lora_list: tuple[Lora, ...] = ()
+    image_lora_load_kwargs: dict[str, Any] | None = None
+    image_lora_fuse_kwargs: dict[str, Any] | None = None
+
+
+class DiffusersOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a launch may say to diffusers."""
+
+    device: Annotated[str, Meta(description="cuda, cuda:1, mps, cpu; chosen if not given")] | None = None
+    torch_dtype: (
+        Annotated[
+            Literal["auto", "float32", "float16", "bfloat16"],
+            Meta(description="of the weights; auto: what the device is best at"),
+        ]
+        | None
+    ) = None
+    dtype: (
+        Annotated[Literal["auto", "float32", "float16", "bfloat16"], Meta(description="the same as torch_dtype")] | None
+    ) = None
+    variant: Annotated[str, Meta(description="of the files, such as fp16")] | None = None
+    cpu_offload: Annotated[bool, Meta(description="keep on the GPU only the part that computes")] = False
+    sequential_cpu_offload: Annotated[bool, Meta(description="layer by layer: least memory, slow")] = False
+    vae_tiling: Annotated[bool, Meta(description="decode large pictures in tiles")] = False
+    vae_slicing: Annotated[bool, Meta(description="decode pictures one by one")] = False
+    attention_slicing: bool = False
+    scheduler: Annotated[str, Meta(description="sampler, such as `DPM++ 2M Karras`, or a scheduler's class")] | None = (
+        None
+    )
+    default_generate_config: Annotated[dict[str, Any], Meta(description="what requests get that do not say it")] = {}
+    controlnet: (
+        Annotated[
+            str | tuple[str, ...],
+            Meta(description="folders of controlnets, or names of the family's that have a model_uri"),
+        ]
+        | None
+    ) = None
+    peft_model_config: Annotated[PeftModelConfig, Meta(description="LoRAs to load and fuse")] | None = None
+    gguf_quantization: Annotated[str, Meta(description="which GGUF file of the gguf_model_path's folder")] | None = None
+    gguf_model_path: Annotated[str, Meta(description="GGUF file of the transformer, or its folder")] | None = None
+    lightning_version: Annotated[str, Meta(description="which file of the lightning_model_path's folder")] | None = None
+    lightning_model_path: Annotated[str, Meta(description="weights for few steps: a file, or its folder")] | None = None
+    max_pixels: Annotated[int, Meta(ge=64, description="width times height that requests may ask for")] = MOST_PIXELS
+    n_threads: Annotated[int, Meta(ge=1, description="of the CPU")] | None = None
+
+    def __post_init__(self) -> None:
+        if self.gguf_quantization and not self.gguf_model_path:
+            raise ValueError("gguf_quantization needs gguf_model_path: the folder that the GGUF files are in")
+        if self.lightning_version and not self.lightning_model_path:
+            raise ValueError("lightning_version needs lightning_model_path: the folder that the weights are in")
+        if self.cpu_offload and self.sequential_cpu_offload:
+            raise ValueError("cpu_offload and sequential_cpu_offload exclude each other")
+
+
+class Diffusers(Engine, frozen=True, kw_only=True):
+    """Folders with a model_index.json; and, by transformers, models that read pictures."""
+
+    name = "diffusers"
+    model_types = ("image", "video")
+    options = DiffusersOptions
+
+    def installed(self) -> str | None:
+        """Why it cannot run here, or None."""
+        if find_python(self.name, MODULES, self.settings, self.environments):
+            return None
+        return why_no_python(self.name, self.settings)
+
+    def accepts(self, artifact: Artifact) -> str | None:
+        """It loads whole pipelines as diffusers saves them."""
+        spec = artifact.spec
+        if spec.engine and spec.engine.lower() != self.name:
+            return f"these files are for {spec.engine}"
+        if spec.model_format not in FORMATS:
+            return f"diffusers loads folders of pipelines (model_format pytorch), not {spec.model_format}"
+        return None
+
+    def command(
+        self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
+    ) -> Command:
+        """A worker of ours; which one, the type of the model says."""
+        options = decode(launch.options, DiffusersOptions, "options", strict=False)
+        python = python or find_python(self.name, MODULES, self.settings, self.environments)
+        if python is None:
+            raise FileNotFoundError(self.installed())
+        worker = "video" if launch.artifact.family.model_type == "video" else "image"
+        return worker_command(
+            worker, python, launch, model_path, placement, endpoint, _worker_options(options, launch, placement)
+        )
+
+
+def _worker_options(options: DiffusersOptions, launch: Launch, placement: Placement) -> Mapping[str, Any]:
+    """As the workers read them; what is not set is left out."""
+    family, spec = launch.artifact.family, launch.artifact.spec
+    lora = options.peft_model_config or PeftModelConfig()
+    has_no_gpu = launch.n_gpu == 0 or placement.gpu_uuids == ()
+    of_family = getattr(family, "default_generate_config", None) or {}
+    values = {
+        "model_family": getattr(family, "model_family", None),
+        "device": options.device or ("cpu" if has_no_gpu else None),
+        "torch_dtype": options.torch_dtype or options.dtype,
+        "variant": options.variant,
+        "cpu_offload": options.cpu_offload,
+        "sequential_cpu_offload": options.sequential_cpu_offload,
+        "vae_tiling": options.vae_tiling,
+        "vae_slicing": options.vae_slicing,
+        "attention_slicing": options.attention_slicing,
+        "scheduler": options.scheduler,
+        "generate_config": {**of_family, **options.default_generate_config},
+        "controlnet": _controlnets(options.controlnet, family),
+        "lora_list": msgspec.to_builtins(lora.lora_list),
+        "image_lora_load_kwargs": lora.image_lora_load_kwargs,
+        "image_lora_fuse_kwargs": lora.image_lora_fuse_kwargs,
+        "gguf_file": _file(
+            options.gguf_model_path, "gguf_model_file_name_template", "quantization", options.gguf_quantization, spec
+        ),
+        "lightning_file": _file(
+            options.lightning_model_path,
+            "lightning_model_file_name_template",
+            "lightning_version",
+            options.lightning_version,
+            spec,
+        ),
+        "max_pixels": options.max_pixels,
+        "n_threads": options.n_threads,
+    }
+    return {name: value for name, value in values.items() if value not in (None, False, {}, [], ())}
+
+
+def _controlnets(wanted: str | tuple[str, ...] | None, family: Any) -> list[str]:
+    """Folders: of a path as it is, of a name the `model_uri` that the family says."""
+    if not wanted:
+        return []
+    names = (wanted,) if isinstance(wanted, str) else wanted
+    known = {str(one.get("model_name")): one.get("model_uri") for one in getattr(family, "controlnet", None) or ()}
+    return [str(known.get(name) or name).removeprefix("file://") for name in names]
+
+
+def _file(path: str | None, template_field: str, placeholder: str, choice: str | None, spec: ModelSpec) -> str | None:
+    """The file of that choice in the folder, by the template of the family; a file as it is."""
+    template = getattr(spec, template_field)
+    if path is None or choice is None or template is None or Path(path).suffix in (".gguf", ".safetensors"):
+        return path
+    return str(Path(path) / template.replace("{" + placeholder + "}", choice))
