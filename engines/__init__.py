@@ -9,9 +9,11 @@ from pathlib import Path
 
 from engines.base import Engine, EngineSettings
 from engines.llama_cpp import LlamaCpp
+from engines.tts import Kokoro, Piper
+from engines.whisper import FasterWhisper, TransformersASR
 from registry.decode import did_you_mean
 
-ENGINES: tuple[Engine, ...] = (LlamaCpp(),)
+ENGINES: tuple[Engine, ...] = (LlamaCpp(), FasterWhisper(), TransformersASR(), Piper(), Kokoro())
 
 logger = logging.getLogger("hostler.engines")
 

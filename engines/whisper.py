@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.audio_families import of_audio, why_elsewhere
+from engines.audio import family_of, local_folder, not_installed, why_elsewhere
 from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
-from engines.environments import find_python, why_no_python
+from engines.environments import find_python
 from registry.decode import decode
 from registry.resolve import Artifact
 
@@ -48,7 +48,7 @@ class FasterWhisper(Engine, frozen=True, kw_only=True):
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""
-        return None if self._python() else why_no_python(self.name, self.settings)
+        return None if self._python() else not_installed(self.name, self.settings)
 
     def accepts(self, artifact: Artifact) -> str | None:
         """It loads the folders that CTranslate2's converter makes, of the whisper family."""
@@ -97,7 +97,7 @@ class TransformersASR(Engine, frozen=True, kw_only=True):
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""
-        return None if self._python() else why_no_python("transformers", self.settings)
+        return None if self._python() else not_installed("transformers", self.settings)
 
     def accepts(self, artifact: Artifact) -> str | None:
         """It loads what has an architecture of the library for speech; a family that is not known may be one."""
@@ -107,7 +107,10 @@ class TransformersASR(Engine, frozen=True, kw_only=True):
             return f"it loads models in the form of transformers (pytorch), not {artifact.spec.model_format}"
         if _is_ct2(artifact):
             return "these files are in CTranslate2's form, which faster-whisper loads"
-        return of_audio(artifact, "audio2text", "config.json")
+        folder = local_folder(artifact)
+        if not family_of(artifact) and folder and not (folder / "config.json").is_file():
+            return f"{folder} has no config.json, as models in the form of transformers have"
+        return None
 
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
@@ -127,7 +130,6 @@ class TransformersASR(Engine, frozen=True, kw_only=True):
 
 
 def _is_ct2(artifact: Artifact) -> bool:
-    if (path := artifact.local_path) is not None:
-        folder = path.parent if path.is_file() else path
+    if folder := local_folder(artifact):
         return (folder / "model.bin").is_file() and not any(folder.glob("*.safetensors"))
     return CT2_NAME.search(artifact.source.model_id) is not None

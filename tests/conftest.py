@@ -62,6 +62,11 @@ def whisper_base() -> Path:
 
 
 @pytest.fixture(scope="session")
+def whisper_hf(torch_python: str, whisper_base: Path) -> Path:
+    return models.made_by(torch_python, "whisper-hf", whisper_base)
+
+
+@pytest.fixture(scope="session")
 def piper_voice() -> Path:
     return models.piper_voice()
 

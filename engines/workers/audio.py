@@ -147,8 +147,9 @@ class _File:
         self._is_without_first = form.container == "MP3" and not is_whole
         self._buffer = _Buffer()
         self._sent = 0
+        constant = {"compression_level": 0.5, "bitrate_mode": "CONSTANT"}  # players count bytes to tell the time
         self._file = soundfile.SoundFile(
-            self._buffer, "w", self._wanted, 1, subtype=form.subtype, format=form.container
+            self._buffer, "w", self._wanted, 1, subtype=form.subtype, format=form.container, **constant if form.container == "MP3" else {}
         )
 
     def add(self, samples: Any) -> bytes:
