@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from registry.resolve import Artifact
-
-if TYPE_CHECKING:
-    from engines.base import EngineSettings
 
 # model_family, in small letters -> what would run it. Such an engine can be added as an entry point `hostler.engines`.
 OWN_PACKAGES = {
@@ -59,10 +55,3 @@ def local_folder(artifact: Artifact) -> Path | None:
     """The folder of files on this machine; None if a hub has them."""
     path = artifact.local_path
     return path.parent if path and path.is_file() else path
-
-
-def not_installed(name: str, settings: EngineSettings) -> str:
-    """What to tell where no Python has the engine's library."""
-    if settings.python:
-        return f"`engines.{name}.python` names {settings.python!r}, which is not an executable file"
-    return f"its library is not installed. Say `hostler engines install {name}`"

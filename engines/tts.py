@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.audio import family_of, local_folder, not_installed, why_elsewhere
+from engines.audio import family_of, local_folder, why_elsewhere
 from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
-from engines.environments import find_python
+from engines.environments import find_python, why_no_python
 from registry.decode import decode
 from registry.resolve import Artifact
 
@@ -32,9 +32,9 @@ class SpeechOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class KokoroOptions(SpeechOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a launch may say to Kokoro."""
 
-    language: (
-        Annotated[str, Meta(description="of the text, as espeak-ng names it; else that of the voice")] | None
-    ) = None
+    language: Annotated[str, Meta(description="of the text, as espeak-ng names it; else that of the voice")] | None = (
+        None
+    )
 
 
 class _Speaking(Engine, frozen=True, kw_only=True):
@@ -46,7 +46,7 @@ class _Speaking(Engine, frozen=True, kw_only=True):
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""
-        return None if self._python() else not_installed(self.name, self.settings)
+        return None if self._python() else why_no_python(self.name, self.settings)
 
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None

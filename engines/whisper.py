@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.audio import family_of, local_folder, not_installed, why_elsewhere
+from engines.audio import family_of, local_folder, why_elsewhere
 from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
-from engines.environments import find_python
+from engines.environments import find_python, why_no_python
 from registry.decode import decode
 from registry.resolve import Artifact
 
@@ -19,8 +19,22 @@ CT2 = "ctranslate2"
 CT2_NAME = re.compile(r"faster.?whisper|ctranslate2|(?<![a-z0-9])ct2(?![a-z0-9])", re.IGNORECASE)
 # Families whose files the transformers library reads; their architecture says the rest.
 TRANSFORMERS_FAMILIES = frozenset(
-    ["whisper", "wav2vec2", "wav2vec2-bert", "hubert", "wavlm", "unispeech", "moonshine", "speech_to_text", "speecht5"]
-    + ["seamless_m4t", "seamless_m4t_v2", "parakeet", "data2vec-audio"]
+    [
+        "whisper",
+        "wav2vec2",
+        "wav2vec2-bert",
+        "wav2vec2-conformer",
+        "hubert",
+        "wavlm",
+        "unispeech",
+        "data2vec-audio",
+        "parakeet",
+        "moonshine",
+        "speech_to_text",
+        "speecht5",
+        "seamless_m4t",
+        "seamless_m4t_v2",
+    ]
 )
 
 Threads = Annotated[int, Meta(ge=1, description="threads on the CPU")]
@@ -48,7 +62,7 @@ class FasterWhisper(Engine, frozen=True, kw_only=True):
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""
-        return None if self._python() else not_installed(self.name, self.settings)
+        return None if self._python() else why_no_python(self.name, self.settings)
 
     def accepts(self, artifact: Artifact) -> str | None:
         """It loads the folders that CTranslate2's converter makes, of the whisper family."""
@@ -97,7 +111,7 @@ class TransformersASR(Engine, frozen=True, kw_only=True):
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""
-        return None if self._python() else not_installed("transformers", self.settings)
+        return None if self._python() else why_no_python(self.name, self.settings)
 
     def accepts(self, artifact: Artifact) -> str | None:
         """It loads what has an architecture of the library for speech; a family that is not known may be one."""
@@ -125,8 +139,7 @@ class TransformersASR(Engine, frozen=True, kw_only=True):
         )
 
     def _python(self) -> str | None:
-        modules = ("transformers", "torch", "av")
-        return find_python("transformers", modules, self.settings, self.environments)
+        return find_python(self.name, ("transformers", "torch", "av"), self.settings, self.environments)
 
 
 def _is_ct2(artifact: Artifact) -> bool:

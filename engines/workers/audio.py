@@ -130,7 +130,8 @@ class _Raw:
 
         found = resampled(samples, self._rate, self._wanted)
         header, self._header = self._header, b""
-        return header + (np.clip(found, -1, 1) * 32767).astype("<i2").tobytes()
+        content: bytes = (np.clip(found, -1, 1) * 32767).astype("<i2").tobytes()
+        return header + content
 
     def end(self) -> bytes:
         return b""
@@ -149,7 +150,13 @@ class _File:
         self._sent = 0
         constant = {"compression_level": 0.5, "bitrate_mode": "CONSTANT"}  # players count bytes to tell the time
         self._file = soundfile.SoundFile(
-            self._buffer, "w", self._wanted, 1, subtype=form.subtype, format=form.container, **constant if form.container == "MP3" else {}
+            self._buffer,
+            "w",
+            self._wanted,
+            1,
+            subtype=form.subtype,
+            format=form.container,
+            **constant if form.container == "MP3" else {},
         )
 
     def add(self, samples: Any) -> bytes:

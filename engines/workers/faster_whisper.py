@@ -17,8 +17,17 @@ from engines.workers.transcription import Segment, Wish, Word
 NEEDED = ("config.json", "model.bin", "tokenizer.json")
 # What `kwargs` may not say: the request and the launch do.
 OURS = frozenset(
-    ["self", "audio", "language", "task", "log_progress", "temperature", "initial_prompt", "without_timestamps",
-     "word_timestamps"]
+    [
+        "self",
+        "audio",
+        "language",
+        "task",
+        "log_progress",
+        "temperature",
+        "initial_prompt",
+        "without_timestamps",
+        "word_timestamps",
+    ]
 )
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # 0 asks for these, one after the other until it goes well
 

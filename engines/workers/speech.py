@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from engines.workers.audio import FORMATS, encoder
 from engines.workers.server import (
+    SSE,
     Cancelled,
     Order,
     Refused,
@@ -23,6 +23,7 @@ from engines.workers.server import (
     more_options,
     number,
     read_json,
+    streamed,
     unless_client_leaves,
 )
 
@@ -84,15 +85,13 @@ def routes(speaker: Speaker, order: Order) -> list[BaseRoute]:
     async def speech(request: Request) -> Response:
         fields = await _fields(request)
         wish = _wish(fields, speaker, aliases | {"": default, "default": default}, names, order.options)
-        media_type = "text/event-stream" if wish.is_sse else FORMATS[wish.form].media_type
+        media_type = SSE if wish.is_sse else FORMATS[wish.form].media_type
         job = _job(speaker, wish)
         if wish.is_whole and not wish.is_sse:
             parts: list[bytes] = []
             await unless_client_leaves(request, turns.run(lambda cancel: job(cancel, parts.append)))
             return Response(b"".join(parts), media_type=media_type)
-        pieces = turns.stream(job)
-        first = await unless_client_leaves(request, anext(pieces))  # a failure still has its own status
-        return StreamingResponse(_with(first, pieces), media_type=media_type)
+        return await streamed(request, turns.stream(job), media_type)
 
     async def voices(request: Request) -> Response:
         found = [{"id": voice.name, "name": voice.name, "language": voice.language} for voice in speaker.voices]
@@ -145,13 +144,6 @@ def _text_of(piece: bytes) -> str:
 
 def _event(kind: str, **fields: Any) -> bytes:
     return b"data: " + json.dumps({"type": kind, **fields}).encode() + b"\n\n"
-
-
-async def _with(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(rest) as pieces:  # type: ignore[type-var]
-        yield first
-        async for piece in pieces:
-            yield piece
 
 
 # --- requests

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from engines.workers.audio import RATE_HEARD, decode
 from engines.workers.server import (
+    SSE,
     Cancelled,
     Order,
     Refused,
@@ -22,6 +22,7 @@ from engines.workers.server import (
     flag,
     more_options,
     number,
+    streamed,
     unless_client_leaves,
 )
 
@@ -64,12 +65,14 @@ class Wish(NamedTuple):
 class Hearer(Protocol):
     """A model that hears."""
 
-    languages: Sequence[str]
-    """The codes that may be asked for; empty: it takes none."""
     can_translate: bool
     """Into English."""
     has_words: bool
     """Whether it can tell when each word was said."""
+
+    @property
+    def languages(self) -> Sequence[str]:
+        """The codes that may be asked for; empty: it takes none."""
 
     def hear(self, samples: Any, wish: Wish, cancel: threading.Event) -> tuple[str | None, Iterator[Segment]]:
         """The language, if it is known, and what is said, each segment heard when it is asked for.
@@ -112,9 +115,7 @@ def routes(hearer: Hearer, order: Order) -> list[BaseRoute]:
         if not wish.is_streamed:
             heard = await unless_client_leaves(request, turns.run(lambda cancel: _hear(hearer, content, wish, cancel)))
             return ANSWERS[wish.form](heard)
-        pieces = turns.stream(_job(hearer, content, wish))
-        first = await unless_client_leaves(request, anext(pieces))  # a failure still has its own status
-        return StreamingResponse(_with(first, pieces), media_type="text/event-stream")
+        return await streamed(request, turns.stream(_job(hearer, content, wish)), SSE)
 
     async def mute(request: Request) -> Response:
         raise Refused(
@@ -143,9 +144,7 @@ def _unless(cancel: threading.Event, segments: Iterator[Segment]) -> Iterator[Se
         yield segment
 
 
-def _job(
-    hearer: Hearer, content: bytes, wish: Wish
-) -> Callable[[threading.Event, Callable[[bytes], None]], None]:
+def _job(hearer: Hearer, content: bytes, wish: Wish) -> Callable[[threading.Event, Callable[[bytes], None]], None]:
     def job(cancel: threading.Event, put: Callable[[bytes], None]) -> None:
         text = ""
         _, segments = hearer.hear(decode(content, cancel), wish, cancel)
@@ -161,13 +160,6 @@ def _job(
 
 def _event(kind: str, **fields: Any) -> bytes:
     return b"data: " + json.dumps({"type": kind, **fields}, ensure_ascii=False).encode() + b"\n\n"
-
-
-async def _with(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(rest) as pieces:  # type: ignore[type-var]
-        yield first
-        async for piece in pieces:
-            yield piece
 
 
 # --- requests
@@ -212,7 +204,7 @@ def _wish(fields: Mapping[str, str], wanted: Sequence[Any], task: str, hearer: H
         raise Refused("This model cannot tell when each word was said.", param="timestamp_granularities[]")
     if task == "translate" and not hearer.can_translate:
         raise Refused(
-            "This model cannot translate: that takes a whisper model of several languages (no .en, no turbo).",
+            "This model cannot translate: that takes a whisper model of several languages.",
             param="model",
         )
     return Wish(

@@ -59,7 +59,10 @@ class RerankHead(Head, frozen=True, kw_only=True):
 
 
 class FormHead(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a multipart form or of a query, which may leave the model to the gateway. Which files it needs is for the engine to say."""
+    """Of a multipart form or of a query, which may leave the model to the gateway.
+
+    Which files it needs is for the engine to say.
+    """
 
     model: ModelName = ""
     stream: bool | None = None
