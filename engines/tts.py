@@ -80,7 +80,7 @@ class Piper(_Speaking, frozen=True, kw_only=True):
             if any(folder.glob("*.onnx.json")):
                 return None
             return f"{folder} has no voice of Piper: an .onnx file with its .onnx.json beside it"
-        if family_of(artifact) or artifact.spec.model_format == ONNX:
+        if family_of(artifact) or (artifact.spec.model_format == ONNX and not _is_named_kokoro(artifact)):
             return None
         return "it loads Piper's voices: model_format onnx, or a model_family of piper"
 
@@ -100,6 +100,10 @@ class Kokoro(_Speaking, frozen=True, kw_only=True):
         wanted = "it loads Kokoro as an .onnx file with a file of voices (voices*.bin or .npz)"
         if folder := local_folder(artifact):
             return None if any(folder.glob("*.onnx")) and any(folder.glob("voices*")) else f"{wanted}, unlike {folder}"
-        if artifact.spec.model_format == ONNX and (family_of(artifact) or "kokoro" in artifact.source.model_id.lower()):
+        if artifact.spec.model_format == ONNX and (family_of(artifact) or _is_named_kokoro(artifact)):
             return None
         return f"{wanted}: model_format onnx, from a repository such as a conversion by kokoro-onnx"
+
+
+def _is_named_kokoro(artifact: Artifact) -> bool:
+    return "kokoro" in artifact.source.model_id.lower()

@@ -25,11 +25,11 @@ import pytest
 import pytest_asyncio
 from harness import Answer, Gateway
 from openai import AsyncOpenAI
+from sound import TEXT, hear, n_wrong
 from xinference_client import RESTfulClient
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
-TEXT = "The quick brown fox jumps over the lazy dog. Please open the window and bring me seven apples before noon."
 LONG_TEXT = (
     "In the spring the farmer walks to the river and counts his sheep. A letter from the king arrives on Monday. "
     "Two old ships lie in the harbour and wait for better weather. My sister paints the kitchen door yellow. "
@@ -46,7 +46,8 @@ CUE = re.compile(rf"{STAMP} --> {STAMP}\n(.+)\n")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def gateway(
-    audio_python: str,
+    whisper_python: str,
+    piper_python: str,
     torch_python: str,
     whisper_base: Path,
     whisper_hf: Path,
@@ -56,8 +57,8 @@ async def gateway(
     joe = {"model_path": str(piper_voice), "options": OPTIONS | {"voice_aliases": {"alloy": VOICE}}}
     settings = {
         "engines": {
-            "faster-whisper": {"python": audio_python},
-            "piper": {"python": audio_python},
+            "faster-whisper": {"python": whisper_python},
+            "piper": {"python": piper_python},
             "transformers-asr": {"python": torch_python},
         },
         "models": {
@@ -92,28 +93,6 @@ async def long_sound(gateway: Gateway) -> bytes:
 
 async def speak(gateway: Gateway, text: Any = TEXT, **more: Any) -> Answer:
     return await gateway.post("/v1/audio/speech", {"model": "joe", "input": text} | more)
-
-
-async def hear(gateway: Gateway, sound: bytes | None, path: str = "transcriptions", **fields: Any) -> Answer:
-    form = aiohttp.FormData(default_to_multipart=True)
-    for name, value in ({"model": "ear"} | fields).items():
-        for one in value if isinstance(value, list) else [value]:
-            form.add_field(name, one)
-    if sound is not None:
-        form.add_field("file", sound, filename="sound")
-    async with gateway.session.post(f"{gateway.address}/v1/audio/{path}", data=form) as response:
-        return Answer(response.status, response.headers, await response.read())
-
-
-def n_wrong(heard: str, text: str = TEXT) -> int:
-    """How many words of the text were not heard as they were said."""
-    said, found = (re.findall(r"[a-z']+|\d+", one.lower()) for one in (text, heard))
-    costs = list(range(len(found) + 1))
-    for i, word in enumerate(said, 1):
-        above, costs[0] = costs[0], i
-        for j, other in enumerate(found, 1):
-            above, costs[j] = costs[j], min(costs[j] + 1, costs[j - 1] + 1, above + (word != other))
-    return costs[-1]
 
 
 async def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -242,12 +221,12 @@ print(json.dumps([sum(frame.samples for frame in frames) / frames[0].sample_rate
     ],
 )
 async def test_each_form_of_speech_can_be_played(
-    gateway: Gateway, audio_python: str, form: str, kind: str, media_type: str, stream: bool
+    gateway: Gateway, piper_python: str, form: str, kind: str, media_type: str, stream: bool
 ) -> None:
     said = await speak(gateway, response_format=form, stream=stream)
     assert said.headers["content-type"] == media_type
     assert ("content-length" in said.headers) != stream
-    done = subprocess.run([audio_python, "-c", READ], input=said.body, capture_output=True, timeout=60)
+    done = subprocess.run([piper_python, "-c", READ], input=said.body, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
     seconds, found = json.loads(done.stdout)
     assert found == kind

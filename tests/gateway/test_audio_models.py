@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import models
 import pytest
 from harness import Answer, Gateway, StartGateway
-from test_audio import hear, n_wrong
+from sound import TEXT, hear, n_wrong
 
 pytestmark = pytest.mark.engine
 
@@ -24,46 +23,46 @@ async def launched(start_gateway: StartGateway, python: str, path: Path, **more:
 
 
 async def test_a_damaged_whisper_says_so(
-    start_gateway: StartGateway, audio_python: str, whisper_base: Path, tmp_path: Path
+    start_gateway: StartGateway, whisper_python: str, whisper_base: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(whisper_base, tmp_path / "w")
     (tmp_path / "w" / "model.bin").write_bytes((whisper_base / "model.bin").read_bytes()[:1_000_000])
-    _, answer = await launched(start_gateway, audio_python, tmp_path / "w")
+    _, answer = await launched(start_gateway, whisper_python, tmp_path / "w")
     assert answer.status >= 400
     assert "cannot be loaded" in answer.error["message"]
     assert "model.bin" in answer.error["message"]
 
 
 async def test_a_whisper_without_its_words_says_so(
-    start_gateway: StartGateway, audio_python: str, whisper_base: Path, tmp_path: Path
+    start_gateway: StartGateway, whisper_python: str, whisper_base: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(whisper_base, tmp_path / "w", ignore=shutil.ignore_patterns("tokenizer.json"))
-    _, answer = await launched(start_gateway, audio_python, tmp_path / "w")
+    _, answer = await launched(start_gateway, whisper_python, tmp_path / "w")
     assert "it lacks tokenizer.json" in answer.error["message"]
 
 
 async def test_a_damaged_voice_says_so(
-    start_gateway: StartGateway, audio_python: str, piper_voice: Path, tmp_path: Path
+    start_gateway: StartGateway, piper_python: str, piper_voice: Path, tmp_path: Path
 ) -> None:
     shutil.copy(f"{piper_voice}.json", tmp_path / "v.onnx.json")
     (tmp_path / "v.onnx").write_bytes(piper_voice.read_bytes()[:100_000])
-    _, answer = await launched(start_gateway, audio_python, tmp_path / "v.onnx")
+    _, answer = await launched(start_gateway, piper_python, tmp_path / "v.onnx")
     assert "the file may be damaged" in answer.error["message"]
 
 
 async def test_a_voice_without_its_description_is_refused(
-    start_gateway: StartGateway, audio_python: str, piper_voice: Path, tmp_path: Path
+    start_gateway: StartGateway, piper_python: str, piper_voice: Path, tmp_path: Path
 ) -> None:
     shutil.copy(piper_voice, tmp_path / "v.onnx")
-    _, answer = await launched(start_gateway, audio_python, tmp_path / "v.onnx")
+    _, answer = await launched(start_gateway, piper_python, tmp_path / "v.onnx")
     assert answer.status == 400
     assert ".onnx.json" in answer.error["message"]
 
 
 async def test_an_unknown_default_voice_is_refused(
-    start_gateway: StartGateway, audio_python: str, piper_voice: Path
+    start_gateway: StartGateway, piper_python: str, piper_voice: Path
 ) -> None:
-    _, answer = await launched(start_gateway, audio_python, piper_voice, voice="bob")
+    _, answer = await launched(start_gateway, piper_python, piper_voice, voice="bob")
     assert "There is no voice 'bob'" in answer.error["message"]
 
 
@@ -76,10 +75,10 @@ async def test_a_python_without_the_library_says_what_to_do(
     assert "No module named" in answer.error["message"]
 
 
-async def test_a_voice_out_of_a_package(start_gateway: StartGateway, audio_python: str) -> None:
+async def test_a_voice_out_of_a_package(start_gateway: StartGateway, piper_python: str) -> None:
     gateway, answer = await launched(
         start_gateway,
-        audio_python,
+        piper_python,
         Path(),
         model_path=None,
         model_hub="pypi",
@@ -92,21 +91,19 @@ async def test_a_voice_out_of_a_package(start_gateway: StartGateway, audio_pytho
     assert (await gateway.post("/v1/audio/speech", {"model": "m", "input": "Hello."})).status == 200
 
 
-async def test_what_kokoro_says_is_heard(start_gateway: StartGateway, audio_python: str, whisper_base: Path) -> None:
-    python = os.environ.get("HOSTLER_TEST_KOKORO_PYTHON", audio_python)
-    if subprocess.run([python, "-c", "import kokoro_onnx"], capture_output=True, timeout=60).returncode:
-        pytest.skip(f"{python} has no kokoro-onnx")
+async def test_what_kokoro_says_is_heard(
+    start_gateway: StartGateway, kokoro_python: str, kokoro: Path, whisper_python: str, whisper_base: Path
+) -> None:
     gateway = await start_gateway(
-        engines={"kokoro": {"python": python}, "faster-whisper": {"python": audio_python}},
+        engines={"kokoro": {"python": kokoro_python}, "faster-whisper": {"python": whisper_python}},
         models={
-            "koko": {"model_type": "audio", "model_path": str(models.kokoro()), "options": {"n_threads": 1}},
+            "koko": {"model_type": "audio", "model_path": str(kokoro), "options": {"n_threads": 1}},
             "ear": {"model_type": "audio", "model_path": str(whisper_base), "options": {"n_threads": 1}},
         },
     )
     voices = (await gateway.get("/v1/audio/voices?model=koko")).json["voices"]
     assert {"id": "jf_alpha", "name": "jf_alpha", "language": "ja"} in voices
-    text = "The quick brown fox jumps over the lazy dog. Please open the window and bring me seven apples before noon."
-    body = {"model": "koko", "input": text, "voice": "jf_alpha", "kwargs": '{"lang": "en-us"}'}
+    body = {"model": "koko", "input": TEXT, "voice": "jf_alpha", "kwargs": '{"lang": "en-us"}'}
     said = await gateway.post("/v1/audio/speech", body)
     assert said.status == 200, said.body
     assert n_wrong((await hear(gateway, said.body)).json["text"]) <= 2
