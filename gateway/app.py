@@ -74,7 +74,7 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/metrics", system.metrics),
         Route("/v1/cluster/auth", system.auth),
         #
-        *[Route(way.path, Inference(fleet, way), methods=["POST"]) for way in WAYS],
+        *[Route(way.path, Inference(fleet, way), methods=[way.method]) for way in WAYS],
         Route("/v1/files/{name}", system.file),
         *[Route(way.path, Inference(fleet, way, webui.choose), methods=["POST"]) for way in WEBUI_WAYS],
         Route("/sdapi/v1/options", webui.options),

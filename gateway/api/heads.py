@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any
+from urllib.parse import parse_qsl
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
@@ -70,7 +71,10 @@ class WebUiHead(Head, frozen=True, kw_only=True):
 
 
 class FormHead(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a multipart form, which may leave the model to the gateway. Which files it needs is for the engine to say."""
+    """Of a multipart form or of a query, which may leave the model to the gateway.
+
+    Which files it needs is for the engine to say.
+    """
 
     model: ModelName = ""
     stream: bool | None = None
@@ -92,6 +96,11 @@ def read_head(decoder: msgspec.json.Decoder[Any], body: bytes, path: str) -> Any
         raise BadRequest(f"The request body: {exc}.", param=place.rstrip("`") or None) from exc
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise BadRequest(f"The request body is not valid JSON: {exc}.") from exc
+
+
+def read_query_head(query: bytes) -> FormHead:
+    """The head of a request that is a path and a query."""
+    return FormHead(model=dict(parse_qsl(query.decode("latin-1"))).get("model", ""))
 
 
 def is_form(content_type: bytes) -> bool:

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
 from gateway.api.body import read_body
-from gateway.api.heads import FormHead, Head, is_form, read_form_head, read_head
+from gateway.api.heads import FormHead, Head, is_form, read_form_head, read_head, read_query_head
 from gateway.api.ways import Way, check_served
 from gateway.deployment import Deployment
 from gateway.errors import (
@@ -81,6 +81,8 @@ class Inference:
 
     def _read_head(self, scope: Scope, body: bytes) -> Head | FormHead:
         way = self._way
+        if way.takes == "query":
+            return read_query_head(scope["query_string"])
         if way.takes != "json":
             content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
             if is_form(content_type):
@@ -250,7 +252,7 @@ class Exchange:
             if name not in NOT_FORWARDED
         ]
         headers.append(("x-request-id", self.scope["request_id"].decode("latin-1")))
-        reply = await upstream.send("POST", path, headers, self.body)
+        reply = await upstream.send(self.way.method, path, headers, self.body)
         try:
             chunk = await reply.read()
         except BaseException:

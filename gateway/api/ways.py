@@ -39,8 +39,9 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
 
     path: str
     model_types: tuple[str, ...]
+    method: Literal["POST", "GET"] = "POST"
     head: type[Head] = Head
-    takes: Literal["json", "form", "either"] = "json"
+    takes: Literal["json", "form", "either", "query"] = "json"
     streams: bool = True
     upstream: str | None = None
     adapt: Callable[[bytes, Any, Mapping[str, Any]], bytes] = as_it_is
@@ -179,7 +180,9 @@ WAYS: tuple[Way, ...] = (
     Way(path="/v1/images/ocr", model_types=IMAGE, takes="form", abilities=("ocr",)),
     Way(path="/v1/audio/transcriptions", model_types=(*AUDIO, *LLM), takes="form"),
     Way(path="/v1/audio/translations", model_types=(*AUDIO, *LLM), takes="form"),
-    Way(path="/v1/audio/speech", model_types=AUDIO, head=InputHead, takes="either"),
+    # Its streams are of sound, which has no place for comments.
+    Way(path="/v1/audio/speech", model_types=AUDIO, head=InputHead, takes="either", streams=False),
+    Way(path="/v1/audio/voices", model_types=AUDIO, method="GET", takes="query", streams=False),
     Way(path="/v1/audio/embeddings", model_types=(*AUDIO, "embedding"), takes="form"),
     Way(path="/v1/video/generations", model_types=VIDEO, head=PromptHead, rewrite=images.with_urls),
     Way(

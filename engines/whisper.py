@@ -1,0 +1,148 @@
+"""Speech to text: Whisper models by faster-whisper, and what the transformers library can hear with."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from engines.audio import family_of, local_folder, why_elsewhere
+from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
+from engines.environments import find_python, why_no_python
+from registry.decode import decode
+from registry.resolve import Artifact
+
+CT2 = "ctranslate2"
+CT2_NAME = re.compile(r"faster.?whisper|ctranslate2|(?<![a-z0-9])ct2(?![a-z0-9])", re.IGNORECASE)
+# Families whose files the transformers library reads; their architecture says the rest.
+TRANSFORMERS_FAMILIES = frozenset(
+    [
+        "whisper",
+        "wav2vec2",
+        "wav2vec2-bert",
+        "wav2vec2-conformer",
+        "hubert",
+        "wavlm",
+        "unispeech",
+        "data2vec-audio",
+        "parakeet",
+        "moonshine",
+        "speech_to_text",
+        "speecht5",
+        "seamless_m4t",
+        "seamless_m4t_v2",
+    ]
+)
+
+Threads = Annotated[int, Meta(ge=1, description="threads on the CPU")]
+
+
+class FasterWhisperOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a launch may say to faster-whisper; names are its own."""
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a GPU if there is one")] = "auto"
+    compute_type: (
+        Annotated[str, Meta(description="int8, float16, ...; int8 on the CPU, else as the files are")] | None
+    ) = None
+    n_threads: Threads | None = None
+    beam_size: Annotated[int, Meta(ge=1, le=20)] | None = None
+    vad_filter: Annotated[bool, Meta(description="pass over what is no speech")] | None = None
+    language: Annotated[str, Meta(description="spoken, unless a request says: en, zh, ...")] | None = None
+
+
+class FasterWhisper(Engine, frozen=True, kw_only=True):
+    """Whisper models in CTranslate2's form."""
+
+    name = "faster-whisper"
+    model_types = ("audio",)
+    options = FasterWhisperOptions
+
+    def installed(self) -> str | None:
+        """Why it cannot run here, or None."""
+        return None if self._python() else why_no_python(self.name, self.settings)
+
+    def accepts(self, artifact: Artifact) -> str | None:
+        """It loads the folders that CTranslate2's converter makes, of the whisper family."""
+        if reason := why_elsewhere(artifact, ("whisper",)):
+            return reason
+        if artifact.spec.model_format == CT2 or _is_ct2(artifact):
+            return None
+        return (
+            "it loads Whisper models in CTranslate2's form (a folder with model.bin; a model_id such as "
+            "Systran/faster-whisper-small), not those of transformers"
+        )
+
+    def command(
+        self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
+    ) -> Command:
+        """Our worker over faster-whisper."""
+        options = decode(launch.options, FasterWhisperOptions, "options", strict=False)
+        if launch.n_gpu == 0:
+            options = msgspec.structs.replace(options, device="cpu")
+        said = msgspec.to_builtins(options)
+        return worker_command(
+            "faster_whisper", python or self._python() or "", launch, model_path, placement, endpoint, said
+        )
+
+    def _python(self) -> str | None:
+        return find_python(self.name, ("faster_whisper",), self.settings, self.environments)
+
+
+class TransformersASROptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a launch may say to the transformers library for speech."""
+
+    device: Annotated[str, Meta(description="auto, cpu, cuda, cuda:1, mps")] = "auto"
+    torch_dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], Meta(description="of the weights")] = (
+        "auto"
+    )
+    n_threads: Threads | None = None
+    language: Annotated[str, Meta(description="spoken, unless a request says: en, zh, ...")] | None = None
+
+
+class TransformersASR(Engine, frozen=True, kw_only=True):
+    """Whisper and other models of speech recognition in the form of the transformers library."""
+
+    name = "transformers-asr"
+    model_types = ("audio",)
+    options = TransformersASROptions
+
+    def installed(self) -> str | None:
+        """Why it cannot run here, or None."""
+        return None if self._python() else why_no_python(self.name, self.settings)
+
+    def accepts(self, artifact: Artifact) -> str | None:
+        """It loads what has an architecture of the library for speech; a family that is not known may be one."""
+        if reason := why_elsewhere(artifact, TRANSFORMERS_FAMILIES):
+            return reason
+        if artifact.spec.model_format != "pytorch":
+            return f"it loads models in the form of transformers (pytorch), not {artifact.spec.model_format}"
+        if _is_ct2(artifact):
+            return "these files are in CTranslate2's form, which faster-whisper loads"
+        folder = local_folder(artifact)
+        if not family_of(artifact) and folder and not (folder / "config.json").is_file():
+            return f"{folder} has no config.json, as models in the form of transformers have"
+        return None
+
+    def command(
+        self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
+    ) -> Command:
+        """Our worker over the transformers library."""
+        options = decode(launch.options, TransformersASROptions, "options", strict=False)
+        if launch.n_gpu == 0:
+            options = msgspec.structs.replace(options, device="cpu")
+        said = msgspec.to_builtins(options)
+        return worker_command(
+            "transformers_asr", python or self._python() or "", launch, model_path, placement, endpoint, said
+        )
+
+    def _python(self) -> str | None:
+        return find_python(self.name, ("transformers", "torch", "av"), self.settings, self.environments)
+
+
+def _is_ct2(artifact: Artifact) -> bool:
+    if folder := local_folder(artifact):
+        return (folder / "model.bin").is_file() and not any(folder.glob("*.safetensors"))
+    return CT2_NAME.search(artifact.source.model_id) is not None
