@@ -9,9 +9,10 @@ from pathlib import Path
 
 from engines.base import Engine, EngineSettings
 from engines.llama_cpp import LlamaCpp
+from engines.sentence_transformers import SentenceTransformers
 from registry.decode import did_you_mean
 
-ENGINES: tuple[Engine, ...] = (LlamaCpp(),)
+ENGINES: tuple[Engine, ...] = (LlamaCpp(), SentenceTransformers())
 
 logger = logging.getLogger("hostler.engines")
 
@@ -34,21 +35,32 @@ def available(
             logger.exception("The engine %s (%s) cannot be loaded and is left out.", entry.name, entry.value)
             continue
         engines.setdefault(engine.name, engine)
-    of_site = settings or {}
-    for name in of_site:
-        if name not in engines:
+    of_site = {}
+    for name, of_engine in (settings or {}).items():
+        known = next((one for one in engines if is_name_of(name, one)), None)
+        if known is None:
             raise ValueError(f"There is no engine {name!r}. {did_you_mean(name, engines)}")
+        of_site[known] = of_engine
     nothing = EngineSettings()
     return tuple(engine.configured(of_site.get(engine.name, nothing), environments) for engine in engines.values())
 
 
 def find(name: str, engines: tuple[Engine, ...] = ENGINES) -> Engine:
-    """The engine of that name, case aside.
+    """The engine of that name, as `is_name_of` compares.
 
     Raises:
         ValueError: there is none; the text says which there are.
     """
     for engine in engines:
-        if engine.name.lower() == name.lower():
+        if is_name_of(name, engine.name):
             return engine
     raise ValueError(f"There is no engine {name!r}. {did_you_mean(name, [e.name for e in engines])}")
+
+
+def is_name_of(name: str, engine_name: str) -> bool:
+    """Whether a user means the engine of that name: case, dashes and underscores aside, as Xinference spells some."""
+    return _folded(name) == _folded(engine_name)
+
+
+def _folded(name: str) -> str:
+    return name.casefold().replace("_", "-")

@@ -52,10 +52,10 @@ class LlamaCppOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class LlamaCpp(Engine, frozen=True, kw_only=True):
-    """GGUF files, which answer and embed."""
+    """GGUF files, which answer, embed and rank."""
 
     name = "llama.cpp"
-    model_types = ("LLM", "embedding")
+    model_types = ("LLM", "embedding", "rerank")
     options = LlamaCppOptions
 
     def installed(self) -> str | None:
@@ -112,7 +112,9 @@ def _template_kwargs(options: LlamaCppOptions) -> str | None:
 
 def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
     per_request = options.context_length or CONTEXT_LENGTH
-    can_embed = "embed" in launch.artifact.family.abilities
+    abilities = launch.artifact.family.abilities
+    can_rank = "rerank" in abilities
+    can_embed = can_rank or "embed" in abilities
     threads = options.n_threads or max(1, (os.cpu_count() or 2) - 1)
     values: dict[str, object] = {
         "--ctx-size": options.n_ctx or per_request * options.n_parallel,
@@ -129,7 +131,7 @@ def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
         "--chat-template": options.chat_template or getattr(launch.artifact.family, "chat_template", None),
         "--chat-template-kwargs": _template_kwargs(options),
         "--reasoning-format": options.reasoning_format or REASONING_FORMATS[options.reasoning_content],
-        "--pooling": options.pooling,
+        "--pooling": options.pooling or ("rank" if can_rank else None),
     }
     switches = {
         "--metrics": True,

@@ -124,7 +124,7 @@ def _choose(name: str | None, artifacts: Sequence[Artifact], known: Sequence[Eng
             return artifact, _choose_engine(name, artifact, known)
         except ValueError as exc:
             accepting = any(
-                (name is None or engine.name.casefold() == name.casefold())
+                (name is None or engines.is_name_of(name, engine.name))
                 and artifact.family.model_type in engine.model_types
                 and engine.accepts(artifact) is None
                 for engine in known
