@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engines.base import Engine, EngineSettings
 from engines.llama_cpp import LlamaCpp
+from engines.requirements import same_name
 from engines.sentence_transformers import SentenceTransformers
 from registry.decode import did_you_mean
 
@@ -37,7 +38,7 @@ def available(
         engines.setdefault(engine.name, engine)
     of_site = {}
     for name, of_engine in (settings or {}).items():
-        known = next((one for one in engines if is_name_of(name, one)), None)
+        known = next((one for one in engines if same_name(name) == same_name(one)), None)
         if known is None:
             raise ValueError(f"There is no engine {name!r}. {did_you_mean(name, engines)}")
         of_site[known] = of_engine
@@ -46,21 +47,12 @@ def available(
 
 
 def find(name: str, engines: tuple[Engine, ...] = ENGINES) -> Engine:
-    """The engine of that name, as `is_name_of` compares.
+    """The engine of that name, case aside, with `-` for `_` and `.`: Xinference spells some so.
 
     Raises:
         ValueError: there is none; the text says which there are.
     """
     for engine in engines:
-        if is_name_of(name, engine.name):
+        if same_name(engine.name) == same_name(name):
             return engine
     raise ValueError(f"There is no engine {name!r}. {did_you_mean(name, [e.name for e in engines])}")
-
-
-def is_name_of(name: str, engine_name: str) -> bool:
-    """Whether a user means the engine of that name: case, dashes and underscores aside, as Xinference spells some."""
-    return _folded(name) == _folded(engine_name)
-
-
-def _folded(name: str) -> str:
-    return name.casefold().replace("_", "-")

@@ -18,6 +18,7 @@ from engines.base import Command, Endpoint, Engine, Launch, Placement, visible_g
 from engines.environments import find_binary, has_package, worker_argv
 from registry.decode import decode
 from registry.resolve import Artifact
+from registry.schema import EmbeddingFamily, RerankFamily
 
 CONTEXT_LENGTH = 4096  # of one request, where the launch does not say; the engine caps it at the model's own
 CACHE_RAM_MIB = 1024  # the engine's own default of 8 GiB is a surprise on a small machine
@@ -111,18 +112,21 @@ def _template_kwargs(options: LlamaCppOptions) -> str | None:
 
 
 def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
-    per_request = options.context_length or CONTEXT_LENGTH
-    abilities = launch.artifact.family.abilities
-    can_rank = "rerank" in abilities
-    can_embed = can_rank or "embed" in abilities
+    family = launch.artifact.family
+    reads_whole = isinstance(family, EmbeddingFamily | RerankFamily)  # an input in one batch, or not at all
+    own = getattr(family, "max_tokens", None) if reads_whole else None
+    per_request = options.context_length or min(own or CONTEXT_LENGTH, CONTEXT_LENGTH)
+    n_batch = options.n_batch or (per_request if reads_whole else None)
+    can_rank = "rerank" in family.abilities
+    can_embed = can_rank or "embed" in family.abilities
     threads = options.n_threads or max(1, (os.cpu_count() or 2) - 1)
     values: dict[str, object] = {
         "--ctx-size": options.n_ctx or per_request * options.n_parallel,
         "--parallel": options.n_parallel,
         "--threads": threads,
         "--threads-batch": options.n_threads_batch or threads,
-        "--batch-size": options.n_batch,
-        "--ubatch-size": options.n_ubatch,
+        "--batch-size": n_batch,
+        "--ubatch-size": options.n_ubatch or (n_batch if reads_whole else None),
         "--n-gpu-layers": 0 if launch.n_gpu == 0 else options.n_gpu_layers,
         "--flash-attn": options.flash_attn,
         "--cache-type-k": options.cache_type_k,

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
-from engines.environments import find_python
+from engines.environments import find_python, why_no_python
 from registry.decode import decode
 from registry.resolve import Artifact
 from registry.schema import RerankFamily
@@ -50,11 +50,7 @@ class SentenceTransformers(Engine, frozen=True, kw_only=True):
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""
-        if self._python():
-            return None
-        if self.settings.python:
-            return f"`engines.{self.name}.python` names {self.settings.python!r}, which is not an executable file"
-        return f"no Python here has {' and '.join(MODULES)}. Say `hostler engines install {self.name}`"
+        return None if self._python() else why_no_python(self.name, self.settings)
 
     def accepts(self, artifact: Artifact) -> str | None:
         """It loads folders of transformers and nothing else."""

@@ -54,10 +54,10 @@ class _Work:
 
 
 class _Job(NamedTuple):
-    """A piece in a batch, and whose it is."""
+    """A piece that waits or runs, whose it is, and its place among that one's."""
 
     work: _Work
-    index: int
+    place: int
     piece: Piece
 
 
@@ -182,7 +182,7 @@ class Batcher(Generic[R]):
         batch = choose(pool, self._batch_tokens, self._batch_inputs)
         taken: dict[int, tuple[_Work, set[int]]] = {}
         for job in batch:
-            taken.setdefault(id(job.work), (job.work, set()))[1].add(job.index)
+            taken.setdefault(id(job.work), (job.work, set()))[1].add(job.place)
         for work, indices in taken.values():
             work.waiting = deque(entry for entry in work.waiting if entry[0] not in indices)
         for job in batch:
@@ -229,7 +229,7 @@ class Batcher(Generic[R]):
             await self._run_batch(batch[middle:])
             return
         for job, result in finished:
-            job.work.finish(job.index, result)
+            job.work.finish(job.place, result)
 
 
 def choose(pool: Sequence[_Job], batch_tokens: int, batch_inputs: int) -> list[_Job]:

@@ -47,7 +47,8 @@ def load(order: Order) -> list[BaseRoute]:
 
     is_sparse = files.kind == "SparseEncoder"
     model = load_model(files, machine, SparseEncoder if is_sparse else SentenceTransformer)
-    return Embeddings(order, Encoder(model, machine, order.options.get("max_tokens")), files, is_sparse).routes()
+    encoder = Encoder(model, machine, order.options.get("max_tokens"))
+    return Embeddings(order, encoder, files, is_sparse).routes()
 
 
 def check_folder(files: Files) -> None:
@@ -55,8 +56,8 @@ def check_folder(files: Files) -> None:
     architecture = files.architecture
     if files.kind == "CrossEncoder" or (architecture.endswith("ForSequenceClassification") and not files.modules):
         raise Refused(
-            f"{files.folder} holds a {files.kind or architecture}, which scores pairs of texts and makes no embeddings. "
-            "Launch it with model_type rerank."
+            f"{files.folder} holds a {files.kind or architecture}, which scores pairs of texts and makes no "
+            "embeddings. Launch it with model_type rerank."
         )
     if not files.modules and architecture.endswith(("ForCausalLM", "ForConditionalGeneration")):
         raise Refused(
@@ -284,7 +285,7 @@ def picture_of(given: Any) -> Any:
         raise Refused("`image` is a picture as base64 text, or a data: address.", param="input")
     if re.match(r"(https?|file)://|/", given[:8]):
         raise Refused(
-            "`image` is an address, and this server fetches nothing. Send the picture itself: data:image/png;base64,...",
+            "`image` is an address, and nothing is fetched here. Send the picture itself: data:image/png;base64,...",
             param="input",
         )
     text = given.partition(",")[2] if given.startswith("data:") else given

@@ -42,8 +42,8 @@ class Machine:
         is_gpu = self.device.startswith("cuda")
         if is_gpu and not torch.cuda.is_available():
             raise Refused(
-                f"The launch says device {self.device!r}, but torch {torch.__version__} sees no GPU here. Leave `device` "
-                "out, or install a torch that fits the driver."
+                f"The launch says device {self.device!r}, but torch {torch.__version__} sees no GPU here. Leave "
+                "`device` out, or install a torch that fits the driver."
             )
         dtype = options.get("dtype") or "auto"
         if dtype == "auto":
@@ -136,8 +136,8 @@ def check_weights(files: Files, missing: Sequence[str]) -> None:
     """Raises Refused if the library has made up weights that the folder lacks."""
     if lacking := [name for name in missing if not NOT_MISSED.search(name)]:
         raise Refused(
-            f"The weights in {files.folder} are not those of a {files.architecture}: {len(lacking)} are missing, such as "
-            f"{lacking[0]}. They would be random numbers."
+            f"The weights in {files.folder} are not those of a {files.architecture}: {len(lacking)} are missing, such "
+            f"as {lacking[0]}. They would be random numbers."
         )
 
 

@@ -16,8 +16,8 @@ from engines.workers.server import Refused
 DEFAULT_LENGTH = 8192  # of a judge whose files and launch say nothing
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 YES_NO_BEGIN = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. "
-    'Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
 )
 YES_NO_END = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 LLM_BASED_END = (

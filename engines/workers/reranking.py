@@ -74,8 +74,8 @@ def form_of(files: Files, options: dict[str, Any]) -> str | None:
         if "rerank" in names:
             return YES_NO
         raise Refused(
-            f"{files.folder} holds a {architecture}, a language model, and nothing says that it was trained to rank: its "
-            "scores would mean nothing. Launch it with model_type LLM; or, if it is a reranker, register it with "
+            f"{files.folder} holds a {architecture}, a language model, and nothing says that it was trained to rank: "
+            "its scores would mean nothing. Launch it with model_type LLM; or, if it is a reranker, register it with "
             f'"type": "{LLM_BASED}", or with "rerank" in its name if it answers yes or no as Qwen3-Reranker does.'
         )
     if files.brings_code and "AutoModelForSequenceClassification" in (files.config.get("auto_map") or {}):
