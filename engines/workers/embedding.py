@@ -40,9 +40,9 @@ def main() -> None:
 
 def load(order: Order) -> list[BaseRoute]:
     """The routes of an embedding model. Raises Refused if the folder holds none."""
-    machine = Machine(order)
     files = Files(order.model)
     check_folder(files)
+    machine = Machine(order)
     from sentence_transformers import SentenceTransformer, SparseEncoder
 
     is_sparse = files.kind == "SparseEncoder"

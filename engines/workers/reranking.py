@@ -42,9 +42,9 @@ def main() -> None:
 
 def load(order: Order) -> list[BaseRoute]:
     """The routes of a reranker. Raises Refused if the folder holds none."""
-    machine = Machine(order)
     files = Files(order.model)
     form = form_of(files, order.options)
+    machine = Machine(order)
     max_tokens = order.options.get("max_tokens")
     judge: CrossEncoderJudge | LanguageModelJudge
     if form is None:

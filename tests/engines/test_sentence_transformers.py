@@ -61,14 +61,14 @@ def test_it_is_found_as_its_library_and_as_xinference_spell_it(name: str) -> Non
     [
         (EmbeddingFamily, {}, {}, "embedding", {}),
         (RerankFamily, {}, {}, "reranking", RANKS),
-        (EmbeddingFamily, {"n_threads": "1", "batch_tokens": 64}, {}, "embedding", {"n_threads": 1, "batch_tokens": 64}),
+        (EmbeddingFamily, {"n_threads": "1"}, {}, "embedding", {"n_threads": 1}),
         (EmbeddingFamily, {"normalize_embeddings": False}, {}, "embedding", {"normalize_embeddings": False}),
         (EmbeddingFamily, {"prompts": {"q": "query: "}}, {}, "embedding", {"prompts": {"q": "query: "}}),
-        (EmbeddingFamily, {"device": "cuda:1", "dtype": "float16"}, {}, "embedding", {"device": "cuda:1", "dtype": "float16"}),
+        (EmbeddingFamily, {"device": "cuda:1"}, {}, "embedding", {"device": "cuda:1"}),
         (EmbeddingFamily, {}, {"n_gpu": 0}, "embedding", {"device": "cpu"}),
         (RerankFamily, {"trust_remote_code": True}, {}, "reranking", RANKS | {"trust_remote_code": True}),
     ],
-)  # fmt: skip
+)
 def test_a_launch_becomes_a_worker_with_options(
     kind: Any,
     options: dict[str, Any],
