@@ -18,7 +18,7 @@ from typing import Any
 from engines.workers.batching import Piece
 from engines.workers.server import Order, Refused
 
-BATCH_TOKENS_CPU = 2048  # a CPU gains nothing by more, and a small request waits for the batch that runs
+BATCH_TOKENS_THREAD = 512  # on a CPU, which gains nothing by more; a small request waits for the batch that runs
 BATCH_TOKENS_GPU = 16384
 CHARACTERS_OF_TOKEN = 64  # more in one token is white space; the rest of a text is cut off before it is tokenised
 SEQUENCES = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
@@ -49,12 +49,13 @@ class Machine:
         if dtype == "auto":
             dtype = "float32" if not is_gpu else "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
         self.dtype = getattr(torch, dtype)
-        self.batch_tokens = options.get("batch_tokens") or (BATCH_TOKENS_GPU if is_gpu else BATCH_TOKENS_CPU)
         threads = options.get("n_threads")
         if threads is None and "OMP_NUM_THREADS" not in os.environ:
             threads = max(1, (os.cpu_count() or 2) - 1)
         if threads:
             torch.set_num_threads(threads)
+        on_cpu = min(BATCH_TOKENS_THREAD * torch.get_num_threads(), BATCH_TOKENS_GPU)
+        self.batch_tokens = options.get("batch_tokens") or (BATCH_TOKENS_GPU if is_gpu else on_cpu)
         self.trust_remote_code = bool(options.get("trust_remote_code"))
 
 
