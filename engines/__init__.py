@@ -10,12 +10,15 @@ from pathlib import Path
 from engines.base import Engine, EngineSettings
 from engines.diffusers import Diffusers
 from engines.llama_cpp import LlamaCpp
+from engines.requirements import same_name
+from engines.sentence_transformers import SentenceTransformers
 from engines.tts import Kokoro, Piper
 from engines.whisper import FasterWhisper, TransformersASR
 from registry.decode import did_you_mean
 
 ENGINES: tuple[Engine, ...] = (
     LlamaCpp(),
+    SentenceTransformers(),
     Diffusers(),
     FasterWhisper(),
     TransformersASR(),
@@ -46,21 +49,23 @@ def available(
             logger.exception("The engine %s (%s) cannot be loaded and is left out.", entry.name, entry.value)
             continue
         engines.setdefault(engine.name, engine)
-    of_site = settings or {}
-    for name in of_site:
-        if name not in engines:
+    of_site = {}
+    for name, of_engine in (settings or {}).items():
+        known = next((one for one in engines if same_name(name) == same_name(one)), None)
+        if known is None:
             raise ValueError(f"There is no engine {name!r}. {did_you_mean(name, engines)}")
+        of_site[known] = of_engine
     nothing = EngineSettings()
     return tuple(engine.configured(of_site.get(engine.name, nothing), environments) for engine in engines.values())
 
 
 def find(name: str, engines: tuple[Engine, ...] = ENGINES) -> Engine:
-    """The engine of that name, case aside.
+    """The engine of that name, case aside, with `-` for `_` and `.`: Xinference spells some so.
 
     Raises:
         ValueError: there is none; the text says which there are.
     """
     for engine in engines:
-        if engine.name.lower() == name.lower():
+        if same_name(engine.name) == same_name(name):
             return engine
     raise ValueError(f"There is no engine {name!r}. {did_you_mean(name, [e.name for e in engines])}")

@@ -19,6 +19,7 @@ from engines.environments import find_binary, has_package, worker_argv
 from registry.decode import decode
 from registry.memory import CACHE_BITS, Cache
 from registry.resolve import Artifact
+from registry.schema import EmbeddingFamily, RerankFamily
 
 CONTEXT_LENGTH = 4096  # of one request, where the launch does not say; the engine caps it at the model's own
 CACHE_RAM_MIB = 1024  # the engine's own default of 8 GiB is a surprise on a small machine
@@ -53,10 +54,10 @@ class LlamaCppOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class LlamaCpp(Engine, frozen=True, kw_only=True):
-    """GGUF files, which answer and embed."""
+    """GGUF files, which answer, embed and rank."""
 
     name = "llama.cpp"
-    model_types = ("LLM", "embedding")
+    model_types = ("LLM", "embedding", "rerank")
     takes_flags = True
     options = LlamaCppOptions
 
@@ -117,16 +118,26 @@ def _cache(launch: Launch) -> Cache:
     """The slots share the context evenly."""
     options = decode(launch.options, LlamaCppOptions, "options", strict=False)
     return Cache(
-        tokens=max(1, _context(options) // options.n_parallel),
+        tokens=max(1, _context(options, launch) // options.n_parallel),
         sequences=options.n_parallel,
         key_bits=CACHE_BITS[options.cache_type_k or "f16"],
         value_bits=CACHE_BITS[options.cache_type_v or "f16"],
     )
 
 
-def _context(options: LlamaCppOptions) -> int:
+def _context(options: LlamaCppOptions, launch: Launch) -> int:
     """Tokens of all slots together."""
-    return options.n_ctx or (options.context_length or CONTEXT_LENGTH) * options.n_parallel
+    return options.n_ctx or _per_request(options, launch) * options.n_parallel
+
+
+def _per_request(options: LlamaCppOptions, launch: Launch) -> int:
+    own = getattr(launch.artifact.family, "max_tokens", None) if _reads_whole(launch) else None
+    return options.context_length or min(own or CONTEXT_LENGTH, CONTEXT_LENGTH)
+
+
+def _reads_whole(launch: Launch) -> bool:
+    """Whether an input goes into one batch, or not at all."""
+    return isinstance(launch.artifact.family, EmbeddingFamily | RerankFamily)
 
 
 def _template_kwargs(options: LlamaCppOptions) -> str | None:
@@ -134,15 +145,18 @@ def _template_kwargs(options: LlamaCppOptions) -> str | None:
 
 
 def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
-    can_embed = "embed" in launch.artifact.family.abilities
+    family, reads_whole = launch.artifact.family, _reads_whole(launch)
+    n_batch = options.n_batch or (_per_request(options, launch) if reads_whole else None)
+    can_rank = "rerank" in family.abilities
+    can_embed = can_rank or "embed" in family.abilities
     threads = options.n_threads or max(1, (os.cpu_count() or 2) - 1)
     values: dict[str, object] = {
-        "--ctx-size": _context(options),
+        "--ctx-size": _context(options, launch),
         "--parallel": options.n_parallel,
         "--threads": threads,
         "--threads-batch": options.n_threads_batch or threads,
-        "--batch-size": options.n_batch,
-        "--ubatch-size": options.n_ubatch,
+        "--batch-size": n_batch,
+        "--ubatch-size": options.n_ubatch or (n_batch if reads_whole else None),
         "--n-gpu-layers": 0 if launch.n_gpu == 0 else options.n_gpu_layers,
         "--flash-attn": options.flash_attn,
         "--cache-type-k": options.cache_type_k,
@@ -151,7 +165,7 @@ def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
         "--chat-template": options.chat_template or getattr(launch.artifact.family, "chat_template", None),
         "--chat-template-kwargs": _template_kwargs(options),
         "--reasoning-format": options.reasoning_format or REASONING_FORMATS[options.reasoning_content],
-        "--pooling": options.pooling,
+        "--pooling": options.pooling or ("rank" if can_rank else None),
     }
     switches = {
         "--metrics": True,

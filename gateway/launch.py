@@ -293,7 +293,7 @@ def _choose(
             return artifact, _choose_engine(name, artifact, known, request, environment_for)
         except ValueError as exc:
             accepting = any(
-                (name is None or engine.name.casefold() == name.casefold())
+                (name is None or same_name(engine.name) == same_name(name))
                 and artifact.family.model_type in engine.model_types
                 and engine.accepts(artifact) is None
                 for engine in known

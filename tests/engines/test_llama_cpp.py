@@ -21,7 +21,7 @@ from engines.workers.llama_cpp import _force, _parser
 from registry.decode import DecodeError
 from registry.memory import Cache
 from registry.resolve import Artifact
-from registry.schema import LLMFamily, ModelSpec, Source
+from registry.schema import EmbeddingFamily, LLMFamily, ModelSpec, RerankFamily, Source
 
 MODEL = Path("/models/q4.gguf")
 SOCKET = EngineEndpoint(socket="/run/a.sock", api_key="the-secret-key")
@@ -101,7 +101,7 @@ def flags_of(argv: tuple[str, ...]) -> dict[str, str | None]:
 def test_it_is_an_engine() -> None:
     assert (LlamaCpp().name, LlamaCpp().model_types, LlamaCpp().unix_socket) == (
         "llama.cpp",
-        ("LLM", "embedding"),
+        ("LLM", "embedding", "rerank"),
         True,
     )
 
@@ -421,3 +421,31 @@ def test_the_worker_sets_forced_fields_of_the_engines_parameters() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             _force(params, words)
+
+
+def a_vector_artifact(kind: type[EmbeddingFamily] | type[RerankFamily], max_tokens: int | None) -> Artifact:
+    spec = ModelSpec(model_format="ggufv2", quantization="Q4_K_M", model_hub="local", model_id=str(MODEL))
+    family = kind(model_name="v", model_specs=(spec,), max_tokens=max_tokens)
+    return Artifact(family=family, spec=spec, source=Source(model_hub="local", model_id=str(MODEL)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "max_tokens", "options", "expected"),
+    [
+        (EmbeddingFamily, 512, {}, {"--embedding": None, "--ctx-size": "2048", "--ubatch-size": "512"}),
+        (EmbeddingFamily, 32768, {}, {"--ctx-size": "16384", "--batch-size": "4096", "--ubatch-size": "4096"}),
+        (RerankFamily, None, {}, {"--embedding": None, "--pooling": "rank", "--ubatch-size": "4096"}),
+        (RerankFamily, 512, {"context_length": 1024}, {"--ctx-size": "4096", "--ubatch-size": "1024"}),
+        (RerankFamily, 512, {"n_batch": 64}, {"--pooling": "rank", "--batch-size": "64", "--ubatch-size": "64"}),
+    ],
+)
+def test_a_model_that_embeds_or_ranks_reads_each_input_in_one_batch(
+    kind: Any, max_tokens: int | None, options: dict[str, Any], expected: dict[str, str | None], binary: LlamaCpp
+) -> None:
+    launch = a_launch(options, a_vector_artifact(kind, max_tokens))
+    assert expected.items() <= flags_of(binary.command(launch, MODEL, ANYWHERE, SOCKET).argv).items()
+
+
+def test_an_embedding_model_is_not_made_to_rank(binary: LlamaCpp) -> None:
+    launch = a_launch({}, a_vector_artifact(EmbeddingFamily, 512))
+    assert "--pooling" not in binary.command(launch, MODEL, ANYWHERE, SOCKET).argv
