@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from engines.base import Engine, EngineSettings
 from engines.llama_cpp import LlamaCpp
@@ -15,9 +16,13 @@ ENGINES: tuple[Engine, ...] = (LlamaCpp(),)
 logger = logging.getLogger("hostler.engines")
 
 
-def available(settings: Mapping[str, EngineSettings] | None = None) -> tuple[Engine, ...]:
+def available(
+    settings: Mapping[str, EngineSettings] | None = None, environments: Path | None = None
+) -> tuple[Engine, ...]:
     """All engines, ours first, then those of entry points `hostler.engines`, with a site's settings.
 
+    Args:
+        environments: the folder of the environments that were installed for engines.
     Raises:
         ValueError: the settings name an engine that there is not.
     """
@@ -25,15 +30,18 @@ def available(settings: Mapping[str, EngineSettings] | None = None) -> tuple[Eng
     for entry in entry_points(group="hostler.engines"):
         try:
             engine = entry.load()
+            if not isinstance(engine, Engine):
+                raise TypeError(f"{engine!r} is no engines.base.Engine")
         except Exception:  # a stranger's package must not keep the others from starting
             logger.exception("The engine %s (%s) cannot be loaded and is left out.", entry.name, entry.value)
             continue
         engines.setdefault(engine.name, engine)
-    for name, of_site in (settings or {}).items():
+    of_site = settings or {}
+    for name in of_site:
         if name not in engines:
             raise ValueError(f"There is no engine {name!r}. {did_you_mean(name, engines)}")
-        engines[name] = engines[name].configured(of_site)
-    return tuple(engines.values())
+    nothing = EngineSettings()
+    return tuple(engine.configured(of_site.get(engine.name, nothing), environments) for engine in engines.values())
 
 
 def find(name: str, engines: tuple[Engine, ...] = ENGINES) -> Engine:

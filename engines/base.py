@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Self
 
 import msgspec
 from msgspec import Meta
 
-from engines.environments import Environment
+from engines.environments import Environment, absolute_program, worker_argv
+from registry.memory import Cache
 from registry.resolve import Artifact
 
 START_TIMEOUT_S = 600.0
@@ -41,11 +42,13 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
     """What one replica asks of the machine.
 
-    `gpu_idx` names the GPUs; else `n_gpu` says how many, 0 being the CPU alone and None whatever is there.
+    `gpu_idx` names the GPUs; else `n_gpu` says how many, 0 being the CPU alone and None whatever is there. `cache` is
+    the cache of keys and values that it sets up at its start; None where the engine does not say.
     """
 
     gpu_idx: tuple[int, ...] | None = None
     n_gpu: int | None = None
+    cache: Cache | None = None
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,57 +85,102 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a site says of one engine: the program or the Python to run."""
+    """What a site says of one engine: the program to run, or the Python that has its library."""
 
     binary: Annotated[str, Meta(description="the engine's program, by its path or its name on PATH")] | None = None
     python: Annotated[str, Meta(description="the Python that has the engine's library")] | None = None
     version: (
-        Annotated[str, Meta(description="of an environment installed by `hostler engines install NAME --version`")]
-        | None
+        Annotated[str, Meta(description="of the environment that `hostler engines install NAME --version` made")] | None
     ) = None
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """One kind of inference server."""
+class NoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """For engines that take none."""
 
-    @property
-    def name(self) -> str:
-        """What it is called in launches and settings."""
 
-    @property
-    def model_types(self) -> tuple[str, ...]:
-        """Which types of family it can serve."""
+class Engine(msgspec.Struct, frozen=True, kw_only=True):
+    """One kind of inference server: how it is started, what it can load, what it asks for.
 
-    @property
-    def unix_socket(self) -> bool:
-        """Whether it can listen on a Unix socket; else it gets a loopback port."""
+    Each engine is a subclass that answers by its class attributes and methods; instances differ by their site's
+    settings alone.
+    """
 
-    @property
-    def options(self) -> type[msgspec.Struct]:
-        """The Struct that a launch's options decode to; its fields are the options there are."""
+    name: ClassVar[str]
+    """What it is called in launches and settings."""
+    model_types: ClassVar[tuple[str, ...]]
+    """Which types of family it can serve."""
+    unix_socket: ClassVar[bool] = True
+    """Whether it can listen on a Unix socket whose path ends in .sock; else it gets a loopback port."""
+    options: ClassVar[type[msgspec.Struct]] = NoOptions
+    """The Struct that a launch's options decode to; its fields are the options there are."""
+    routes: ClassVar[Mapping[str, str]] = {}
+    """Public path -> upstream path, only where they differ."""
 
-    @property
-    def routes(self) -> Mapping[str, str]:
-        """Public path -> upstream path, only where they differ."""
+    settings: EngineSettings = EngineSettings()
+    environments: Path | None = None
+    """The folder of the environments that `hostler engines install` makes."""
 
-    def configured(self, settings: EngineSettings) -> Engine:
+    def configured(self, settings: EngineSettings, environments: Path | None = None) -> Self:
         """This engine with a site's settings."""
+        absolute = {field: absolute_program(getattr(settings, field)) for field in ("binary", "python")}
+        settings = msgspec.structs.replace(settings, **absolute)
+        return msgspec.structs.replace(self, settings=settings, environments=environments)
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None. Looks, never imports."""
+        raise NotImplementedError
 
     def accepts(self, artifact: Artifact) -> str | None:
         """Why it cannot load this, or None; users read the sentence."""
-
-    def needs(self, launch: Launch) -> Needs:
-        """What one replica asks of the machine."""
+        raise NotImplementedError
 
     def command(
-        self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None
+        self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
         """What to run. The uid is passed as served name, so that request bodies go through untouched.
 
         Args:
-            python: the model's own interpreter; None leaves it to the engine.
+            python: of the model's own environment, if it has one.
         """
+        raise NotImplementedError
+
+    def needs(self, launch: Launch) -> Needs:
+        """What one replica asks of the machine: what the launch says."""
+        return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu)
+
+    def defaults(self, launch: Launch) -> Mapping[str, Any]:
+        """What requests get that do not say it themselves; lists are added to a request's own."""
+        return {}
+
+
+def worker_command(
+    name: str,
+    python: str,
+    launch: Launch,
+    model_path: Path,
+    placement: Placement,
+    endpoint: Endpoint,
+    options: Mapping[str, Any],
+) -> Command:
+    """How a worker of ours is run: see `engines/workers/server.py`. Its options and key travel in the environment."""
+    env = {
+        "WORKER_API_KEY": endpoint.api_key,
+        "WORKER_OPTIONS": msgspec.json.encode(options).decode(),
+        "HF_HUB_OFFLINE": "1",  # the files are here; a worker has no business with a hub
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return Command(
+        argv=(
+            *worker_argv(name, python),
+            *("--model", str(model_path), "--uid", launch.uid),
+            *("--host", endpoint.socket or endpoint.host, "--port", str(endpoint.port)),
+        ),
+        env=env | visible_gpus(placement) | launch.envs,
+    )
+
+
+def visible_gpus(placement: Placement) -> dict[str, str]:
+    """The variable by which CUDA's libraries see the GPUs of the placement and no others."""
+    if placement.gpu_uuids is None:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(placement.gpu_uuids)}

@@ -402,9 +402,14 @@ def absolute_program(program: str | None) -> str | None:
     return os.path.abspath(os.path.expanduser(program))
 
 
-def worker_argv(module: str) -> tuple[str, ...]:
-    """How to start a worker of ours. -P keeps the working folder off the import path."""
+def module_argv(module: str) -> tuple[str, ...]:
+    """How to start a module of ours under our own Python. -P keeps the working folder off the import path."""
     return (sys.executable, "-P", "-m", module)
+
+
+def worker_argv(name: str, python: str | None = None) -> tuple[str, ...]:
+    """How to start a worker of ours, under another Python if one is given; see `engines/workers/__main__.py`."""
+    return (python or sys.executable, "-P", str(Path(__file__).with_name("workers") / "__main__.py"), name)
 
 
 def has_package(name: str) -> bool:

@@ -9,14 +9,15 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from engines.base import Command, Endpoint, EngineSettings, Launch, Needs, Placement
-from engines.environments import absolute_program, find_binary, has_package, worker_argv
+from engines.base import Command, Endpoint, Engine, Launch, Needs, Placement, visible_gpus
+from engines.environments import find_binary, has_package, worker_argv
 from registry.decode import decode
+from registry.memory import CACHE_BITS, Cache
 from registry.resolve import Artifact
 
 CONTEXT_LENGTH = 4096  # of one request, where the launch does not say; the engine caps it at the model's own
@@ -51,39 +52,12 @@ class LlamaCppOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     warmup: bool = True
 
 
-class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine, with a site's settings."""
+class LlamaCpp(Engine, frozen=True, kw_only=True):
+    """GGUF files, which answer and embed."""
 
-    settings: EngineSettings = EngineSettings()
-
-    @property
-    def name(self) -> str:
-        """Its name, as Xinference spells it."""
-        return "llama.cpp"
-
-    @property
-    def model_types(self) -> tuple[str, ...]:
-        """Whatever there is as GGUF: it answers, and embeds."""
-        return ("LLM", "embedding")
-
-    @property
-    def unix_socket(self) -> bool:
-        """It listens on a path that ends in .sock."""
-        return True
-
-    @property
-    def options(self) -> type[msgspec.Struct]:
-        """See LlamaCppOptions."""
-        return LlamaCppOptions
-
-    @property
-    def routes(self) -> Mapping[str, str]:
-        """Its paths are OpenAI's."""
-        return {}
-
-    def configured(self, settings: EngineSettings) -> LlamaCpp:
-        """This engine with a site's settings."""
-        return LlamaCpp(settings=msgspec.structs.replace(settings, binary=absolute_program(settings.binary)))
+    name = "llama.cpp"
+    model_types = ("LLM", "embedding")
+    options = LlamaCppOptions
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -101,24 +75,27 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
             return f"llama.cpp loads GGUF files (model_format ggufv2), not {artifact.spec.model_format}"
         return None
 
+    def defaults(self, launch: Launch) -> Mapping[str, Any]:
+        """The texts that end an answer of the family; its files know their own end tokens."""
+        stop = getattr(launch.artifact.family, "stop", None)
+        return {"stop": list(stop)} if stop else {}
+
     def needs(self, launch: Launch) -> Needs:
         """What the launch says; it takes what GPUs it sees otherwise."""
-        return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu)
+        return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu, cache=_cache(launch))
 
     def command(
-        self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None
+        self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
         """The flags of llama-server; the key travels in the environment, where `ps` does not show it."""
         binary = self.settings.binary or find_binary("llama-server", None)
-        program = (binary,) if binary else worker_argv("engines.workers.llama_cpp")
+        program = (binary,) if binary else worker_argv("llama_cpp")
         listen = ("--host", endpoint.socket or endpoint.host, "--port", str(endpoint.port))
         options = decode(launch.options, LlamaCppOptions, "options", strict=False)
         projector: tuple[str, ...] = ()
         if launch.artifact.projector:
             projector = ("--mmproj", str(model_path.parent / Path(launch.artifact.projector).name))
-        env = {"LLAMA_API_KEY": endpoint.api_key}
-        if placement.gpu_uuids is not None:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(placement.gpu_uuids)
+        env = {"LLAMA_API_KEY": endpoint.api_key} | visible_gpus(placement)
         return Command(
             argv=(
                 *program,
@@ -134,16 +111,31 @@ class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def _cache(launch: Launch) -> Cache:
+    """The slots share the context evenly."""
+    options = decode(launch.options, LlamaCppOptions, "options", strict=False)
+    return Cache(
+        tokens=max(1, _context(options) // options.n_parallel),
+        sequences=options.n_parallel,
+        key_bits=CACHE_BITS[options.cache_type_k or "f16"],
+        value_bits=CACHE_BITS[options.cache_type_v or "f16"],
+    )
+
+
+def _context(options: LlamaCppOptions) -> int:
+    """Tokens of all slots together."""
+    return options.n_ctx or (options.context_length or CONTEXT_LENGTH) * options.n_parallel
+
+
 def _template_kwargs(options: LlamaCppOptions) -> str | None:
     return None if options.enable_thinking is None else json.dumps({"enable_thinking": options.enable_thinking})
 
 
 def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
-    per_request = options.context_length or CONTEXT_LENGTH
     can_embed = "embed" in launch.artifact.family.abilities
     threads = options.n_threads or max(1, (os.cpu_count() or 2) - 1)
     values: dict[str, object] = {
-        "--ctx-size": options.n_ctx or per_request * options.n_parallel,
+        "--ctx-size": _context(options),
         "--parallel": options.n_parallel,
         "--threads": threads,
         "--threads-batch": options.n_threads_batch or threads,

@@ -15,33 +15,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.auth import Guard
 from gateway.api.cached import CachedFiles
+from gateway.api.check import Check
 from gateway.api.cluster import Cluster
 from gateway.api.inference import Inference
 from gateway.api.models import Models
 from gateway.api.registrations import Registrations
 from gateway.api.system import System
 from gateway.api.trace import HEADER, Trace
-from gateway.api.wire import ChatHead, CompletionHead, EmbeddingHead
-from gateway.errors import BadRequest, HostlerError, NotFound, NotImplementedYet, answer
+from gateway.api.ways import WAYS
+from gateway.errors import BadRequest, HostlerError, NotFound, answer
 from gateway.fleet import Fleet
-
-# Known routes that no engine here serves yet: they say so.
-WITHOUT_ENGINE = (
-    "/v1/rerank",
-    "/v1/convert_ids_to_tokens",
-    "/v1/flexible/infers",
-    "/v1/images/generations",
-    "/v1/images/variations",
-    "/v1/images/inpainting",
-    "/v1/images/edits",
-    "/v1/images/ocr",
-    "/v1/audio/transcriptions",
-    "/v1/audio/translations",
-    "/v1/audio/speech",
-    "/v1/video/generations",
-    "/v1/video/generations/image",
-    "/v1/video/generations/flf",
-)
 
 # Pages that this machine itself serves; see Guard for the others.
 LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -71,14 +54,8 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/metrics", system.metrics),
         Route("/v1/cluster/auth", system.auth),
         #
-        *[
-            Route(path, Inference(fleet, path, head), methods=["POST"])
-            for path, head in (
-                ("/v1/chat/completions", ChatHead),
-                ("/v1/completions", CompletionHead),
-                ("/v1/embeddings", EmbeddingHead),
-            )
-        ],
+        *[Route(way.path, Inference(fleet, way), methods=["POST"]) for way in WAYS],
+        Route("/v1/files/{name}", system.file),
         #
         Route("/status", cluster.status),
         Route("/token", cluster.login, methods=["POST"]),
@@ -107,6 +84,7 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/replicas", models.list_replicas),
         Route("/v1/models", models.list_models),
         Route("/v1/models", models.launch, methods=["POST"]),
+        Route("/v1/models/check", Check(fleet).check, methods=["POST"]),
         # Fixed words go before uids, which may not be any of them.
         Route("/v1/models/families", registrations.families),
         Route("/v1/models/prompts", registrations.prompts),
@@ -128,7 +106,6 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/models/{uid:path}", models.get_model),
         Route("/v1/models/{uid:path}", models.terminate, methods=["DELETE"]),
     ]
-    routes += [Route(path, _has_no_engine, methods=["POST"]) for path in WITHOUT_ENGINE]
     settings = fleet.settings
     cross_origin = Middleware(
         CrossOrigin,
@@ -163,7 +140,3 @@ async def _starlettes(request: Request, exc: Exception) -> Response:
     refusal.status_code = exc.status_code
     refusal.headers.update(exc.headers or {})
     return refusal
-
-
-async def _has_no_engine(request: Request) -> Response:
-    raise NotImplementedYet(f"No engine here serves {request.url.path} yet.")

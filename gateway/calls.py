@@ -15,6 +15,7 @@ ENDPOINT_VARIABLE = "HOSTLER_ENDPOINT"
 ENDPOINT_VARIABLES = (ENDPOINT_VARIABLE, "XINFERENCE_ENDPOINT")  # the first that is set
 DEFAULT_ENDPOINT = "http://127.0.0.1:9997"
 LIMIT_S = 30.0
+CHECK_LIMIT_S = 90.0
 PROGRESS_PAUSE_S = 0.5
 NOTES_HEADER = "x-hostler-notes"
 
@@ -89,6 +90,11 @@ def launch(wait: bool, wish: Mapping[str, Any]) -> Call:
     """Serve a model. What is None is left out, but for n_gpu, where it means the CPU."""
     body = {key: value for key, value in wish.items() if value is not None or key == "n_gpu"}
     return Call("POST", "/v1/models", {"wait_ready": wait}, body, limit_s=None if wait else LIMIT_S)
+
+
+def check(wish: Mapping[str, Any]) -> Call:
+    """What that launch would take. A hub may be asked for its files, which takes a while."""
+    return Call("POST", "/v1/models/check", {}, launch(False, wish).body, limit_s=CHECK_LIMIT_S)
 
 
 def instances(model_name: str | None = None, model_uid: str | None = None) -> Call:

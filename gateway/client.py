@@ -73,6 +73,10 @@ class Client:
         named = {"model_name": model_name, "model_uid": model_uid}
         return self._read(calls.launch(wait, named | wish), str, "model_uid")
 
+    def check(self, model_name: str | None = None, *, model_uid: str | None = None, **wish: Any) -> Json:
+        """What a launch of the same arguments would take and whether it fits; nothing is launched or downloaded."""
+        return self._read(calls.check({"model_name": model_name, "model_uid": model_uid} | wish), dict)
+
     def launch_progress(self, uid: str, pause_s: float = PROGRESS_PAUSE_S) -> Iterator[Step]:
         """How far a launch is, again and again until it is ready.
 

@@ -20,6 +20,7 @@ class Deployment:
     def __init__(self, launch: Launch, engine: Engine, *, drain_timeout_s: float) -> None:
         self.launch = launch
         self.engine = engine
+        self.defaults = engine.defaults(launch)  # of requests
         self.replicas: Sequence[Replica] = ()
         self.waiting = 0  # requests that wait for a replica
         self._drain_timeout_s = drain_timeout_s

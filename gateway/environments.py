@@ -34,10 +34,10 @@ from engines.environments import (
     child_environment,
     find_built,
     installed_in,
+    module_argv,
     python_of,
     read_stamp,
     site_folders,
-    worker_argv,
 )
 from engines.requirements import is_satisfied
 from gateway.process import Exit, start, tail
@@ -332,7 +332,7 @@ def pip_argv(
     if not environment.inherit_pip_config:
         env["PIP_CONFIG_FILE"] = os.devnull
         flags = ["--isolated", *flags, *_transport(config)]
-    return (*worker_argv("pip"), "--python", python, "install", *flags, "--", *environment.packages), env
+    return (*module_argv("pip"), "--python", python, "install", *flags, "--", *environment.packages), env
 
 
 def _transport(config: Mapping[str, str]) -> list[str]:
@@ -389,7 +389,7 @@ def _pip_config() -> dict[str, str]:
     """pip's settings for `install`, as its own `pip config list` tells them."""
     import subprocess
 
-    argv = (*worker_argv("pip"), "config", "list")
+    argv = (*module_argv("pip"), "config", "list")
     try:
         done = subprocess.run(
             argv, capture_output=True, text=True, timeout=CONFIG_LIMIT_S, env=child_environment({}), check=False

@@ -21,6 +21,7 @@ HostlerError
     ShuttingDown          503: the gateway is ending
     NotImplementedYet     501: a route that is known, and has nothing behind it here
     EngineDied            502: the engine went away while it answered
+    BadReply              502: the engine answered what cannot be understood
 """
 
 from __future__ import annotations
@@ -179,6 +180,13 @@ class EngineDied(CannotServe):
 
     status = 502
     code = "engine_died"
+
+
+class BadReply(CannotServe):
+    """The engine answered what cannot be understood."""
+
+    status = 502
+    code = "bad_reply"
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,10 +16,12 @@ import msgspec
 
 import engines
 from engines.base import Engine, Launch, Placement
+from gateway.choice import engine_answers, why_this_engine
 from gateway.config import Settings
 from gateway.deployment import Deployment
 from gateway.environments import Recipe, is_offline_build
 from gateway.errors import BadRequest, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
+from gateway.files import Files
 from gateway.gpus import cuda_version
 from gateway.launch import LaunchRequest, Site, file_name, plan
 from gateway.nodes.local import LocalNode, open_node
@@ -82,6 +84,7 @@ class Fleet:
         self.store = store
         self.is_closing = False
         self.events = EventLog()
+        self.files = Files(settings.home_path / "files")
         self._deployments: dict[str, Deployment] = {}
         self._tasks = tasks
 
@@ -113,12 +116,32 @@ class Fleet:
             BadRequest: it cannot be done, or the uid is taken; nothing is kept then.
             CannotKeep: the data folder cannot be written.
         """
+        launch = self.try_launch(uid, request, hubs)
+        self._keep(launch)
+        deployment = self._deploy(launch)
+        if request.model_engine is None:
+            answers = engine_answers(self.engines, request, lambda wish: self._plan(uid, wish, hubs))
+            self.events.add(uid, "INFO", f"{launch.engine} was chosen: {why_this_engine(launch.engine, answers)}")
+        return deployment
+
+    def try_launch(self, uid: str, request: LaunchRequest, hubs: Sequence[str] = ()) -> Launch:
+        """The launch that `launch` would keep and deploy; nothing is done.
+
+        Raises:
+            BadRequest: as `launch`.
+        """
+        self._check_open(uid)
+        if uid in self._deployments:
+            raise BadRequest(f"Model is already in the model list, uid: {uid}. Choose another uid.", param="model_uid")
+        return self._plan(uid, request, hubs)
+
+    def _check_open(self, uid: str) -> None:
         if self.is_closing:
             raise ShuttingDown("The gateway is shutting down.")
         if uid in self._deployments and self._deployments[uid].is_closed:
             raise BadRequest(f"{uid} is still being stopped. Try again in a moment.", param="model_uid")
-        if uid in self._deployments:
-            raise BadRequest(f"Model is already in the model list, uid: {uid}. Choose another uid.", param="model_uid")
+
+    def _plan(self, uid: str, request: LaunchRequest, hubs: Sequence[str] = ()) -> Launch:
         try:
             hubs = hubs or self.settings.preferred_hubs
             launch = plan(uid, request, self.registry, self.engines, hubs, site_of(self.settings))
@@ -129,13 +152,15 @@ class Fleet:
             raise BadRequest(
                 f"Invalid input. `model_path`: {path} File or directory does not exist.", param="model_path"
             )
+        return launch
+
+    def _keep(self, launch: Launch) -> None:
         try:
             self.store.write(launch)
         except OSError as exc:
             raise CannotKeep(
                 f"The launch cannot be kept in {self.store.folder}: {exc.strerror}. Mend that first."
             ) from exc
-        return self._deploy(launch)
 
     async def terminate(self, uid: str, *, force: bool = False) -> None:
         """Stop a launched model and forget it.
@@ -264,7 +289,7 @@ def available_engines(settings: Settings) -> tuple[Engine, ...]:
         SettingsError: the settings name an engine that there is not.
     """
     try:
-        return engines.available(settings.engines)
+        return engines.available(settings.engines, settings.home_path / "environments")
     except ValueError as exc:
         raise SettingsError(f"$.engines: {exc}") from exc
 

@@ -20,7 +20,7 @@ from typing import IO
 import msgspec
 import psutil
 
-from engines.environments import child_environment, worker_argv
+from engines.environments import child_environment, module_argv
 from gateway.watchdog import MARK_VARIABLE
 
 LOG_LIMIT_BYTES = 16 * 2**20
@@ -252,7 +252,7 @@ async def watchdog(folder: Path) -> AsyncIterator[None]:
 
 async def _start_watchdog(folder: Path) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        *worker_argv("gateway.watchdog"),
+        *module_argv("gateway.watchdog"),
         str(folder),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.DEVNULL,

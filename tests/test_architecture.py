@@ -34,14 +34,17 @@ PACKAGE_MAY_IMPORT = {
 
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
-    ("addresses", "errors", "gpus", "metrics", "upstream", "watchdog", "launch"),
+    ("addresses", "errors", "files", "gpus", "metrics", "upstream", "watchdog", "launch"),
     ("calls",),
-    ("client", "async_client", "placement", "process", "store"),
+    ("client", "async_client", "choice", "placement", "process", "store"),
     ("config", "sdk"),
     ("downloads", "environments", "nodes"),
     ("replica",),
     ("deployment",),
     ("fleet",),
+    ("sizing",),
+    ("room",),
+    ("check",),
     ("api",),
     ("app",),
     ("server",),

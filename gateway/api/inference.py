@@ -1,27 +1,30 @@
 """The hot path: a request's bytes go to a replica, the reply's bytes come back as they are.
 
-We read the head of the body (which model, streamed or not) and nothing else. Deciding (which replica, may it
-be tried again) is kept apart from moving bytes.
+We read the head of the body (which model, streamed or not); what else is touched is told in `ways.py`. Deciding
+(which replica, may it be tried again) is kept apart from moving bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
+from typing import Any
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
 from gateway.api.body import read_body
-from gateway.api.wire import Head
+from gateway.api.heads import FormHead, Head, is_form, read_form_head, read_head
+from gateway.api.ways import Way, check_served
 from gateway.deployment import Deployment
 from gateway.errors import (
     SOURCE_HEADER,
+    BadReply,
     BadRequest,
+    CannotKeep,
     EngineDied,
     ErrorBody,
     HostlerError,
@@ -48,9 +51,7 @@ NOT_RETURNED = frozenset(
 )
 SSE = b"text/event-stream"
 SSE_HEADERS = [(b"content-type", SSE), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-DONE = b"data: [DONE]\n\n"
 ATTEMPTS = 2
-MISSING_FIELD = re.compile("Object missing required field `(.+)`")
 ENGINE_ERROR_LIMIT_BYTES = 64 * 1024
 EVENT_LIMIT_BYTES = 2**20
 
@@ -58,31 +59,39 @@ EVENT_LIMIT_BYTES = 2**20
 class Inference:
     """One public path, as an ASGI app."""
 
-    def __init__(self, fleet: Fleet, path: str, head: type[Head]) -> None:
+    def __init__(self, fleet: Fleet, way: Way) -> None:
         self._fleet = fleet
-        self._path = path
-        self._decoder = msgspec.json.Decoder(head)
+        self._way = way
+        self._decoder = msgspec.json.Decoder(way.head)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read, find the model, relay."""
+        way = self._way
         body = await read_body(scope, receive, self._fleet.settings.max_body_bytes)
-        head = self._read_head(body)
-        deployment = self._fleet.find(head.model)
-        exchange = Exchange(self._fleet, deployment, self._path, scope, send, body, is_stream=bool(head.stream))
-        await exchange.run(receive)
+        head = self._read_head(scope, body)
+        deployment = self._fleet.find(head.model or self._model_for(way.abilities))
+        check_served(way, deployment.launch.uid, deployment.launch.artifact.family.model_type)
+        if not isinstance(head, FormHead):
+            body = way.adapt(body, head, deployment.defaults)
+        await Exchange(self._fleet, deployment, way, head, scope, send, body).run(receive)
 
-    def _read_head(self, body: bytes) -> Head:
-        try:
-            return self._decoder.decode(body)
-        except msgspec.ValidationError as exc:
-            text, _, path = str(exc).partition(" - at `$.")
-            if missing := MISSING_FIELD.match(text):
-                raise BadRequest(
-                    f"The request has no `{missing[1]}`, which {self._path} needs.", param=missing[1]
-                ) from exc
-            raise BadRequest(f"The request body: {exc}.", param=path.rstrip("`") or None) from exc
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise BadRequest(f"The request body is not valid JSON: {exc}.") from exc
+    def _read_head(self, scope: Scope, body: bytes) -> Head | FormHead:
+        way = self._way
+        if way.takes != "json":
+            content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+            if is_form(content_type):
+                return read_form_head(content_type, body)
+            if way.takes == "form":
+                raise BadRequest(f"{way.path} takes a multipart form (content-type multipart/form-data).")
+        head: Head = read_head(self._decoder, body, way.path)
+        return head
+
+    def _model_for(self, abilities: Sequence[str]) -> str:
+        """The first model that can do one of these, for a request that names none."""
+        for deployment in self._fleet.deployments():
+            if set(abilities) & set(deployment.launch.artifact.family.abilities):
+                return deployment.launch.uid
+        raise BadRequest(f"The request has no `model`, which {self._way.path} needs.", param="model")
 
 
 class Exchange:
@@ -92,20 +101,20 @@ class Exchange:
         self,
         fleet: Fleet,
         deployment: Deployment,
-        path: str,
+        way: Way,
+        head: Head | FormHead,
         scope: Scope,
         send: Send,
         body: bytes,
-        *,
-        is_stream: bool,
     ) -> None:
         self.fleet = fleet
         self.deployment = deployment
-        self.path = path
+        self.way = way
+        self.head: Any = head
         self.scope = scope
         self.send = send
         self.body = body
-        self.is_stream = is_stream
+        self.is_stream = bool(head.stream) and way.streams
         self.started = time.perf_counter()
         self.started_at = time.time()
         self.stops = deployment.stops
@@ -113,6 +122,13 @@ class Exchange:
         self.is_sse = False  # the reply's head says so
         self.phase = "queued"  # then "waiting" for the engine's first byte, then "answering"
         self.is_finished = False
+        self.replica_name = ""  # of the replica that answers
+
+    @property
+    def public_url(self) -> str:
+        """How the client reaches us."""
+        host = next((value for name, value in self.scope["headers"] if name == b"host"), b"localhost")
+        return f"{self.scope['scheme']}://{host.decode('latin-1')}"
 
     async def run(self, receive: Receive) -> None:
         """Answer, or stop at once when the client leaves; either way count it."""
@@ -127,7 +143,7 @@ class Exchange:
             outcome = 499
             raise
         self.scope["outcome"] = outcome
-        metrics.REQUESTS.labels(uid, self.path, outcome).inc()
+        metrics.REQUESTS.labels(uid, self.way.path, outcome).inc()
         metrics.REQUEST_SECONDS.labels(uid).observe(time.perf_counter() - self.started)
 
     async def _answer(self) -> None:
@@ -149,6 +165,7 @@ class Exchange:
         lost: Replica | None = None
         for attempt in range(1, ATTEMPTS + 1):
             replica = await self._acquire(avoid=lost)
+            life = replica.starts
             was_served = False
             try:
                 reply, chunk = await self._ask(replica)
@@ -161,7 +178,7 @@ class Exchange:
             except UpstreamLost as exc:
                 await replica.confirm()
                 self.deployment.check_still_wanted(self.stops)
-                if attempt == ATTEMPTS or self.phase == "answering" or self._has_nobody_but(replica):
+                if attempt == ATTEMPTS or self.phase == "answering" or self._has_nobody_but(replica, life):
                     raise EngineDied(self._death(replica, exc)) from exc
                 logger.warning("%s died before it answered; the request is sent again", replica)
                 metrics.RETRIES.labels(self.deployment.launch.uid).inc()
@@ -169,9 +186,10 @@ class Exchange:
             finally:
                 self.deployment.release(replica, was_served=was_served)
 
-    def _has_nobody_but(self, replica: Replica) -> bool:
-        """Whether the replica lives on and is alone: what it has dropped twice, it would drop again."""
-        return all((other is replica) == (other.state is State.READY) for other in self.deployment.replicas)
+    def _has_nobody_but(self, replica: Replica, life: int) -> bool:
+        """Whether the replica lives on in the same life and is alone: what it has dropped, it would drop again."""
+        is_alone = all((other is replica) == (other.state is State.READY) for other in self.deployment.replicas)
+        return is_alone and replica.starts == life
 
     def _death(self, replica: Replica, exc: UpstreamLost) -> str:
         failure = replica.failure
@@ -219,7 +237,9 @@ class Exchange:
             raise UpstreamLost("it was stopped")
         self.phase = "waiting"
         self.scope["served_by"] = replica
-        path = self.deployment.engine.routes.get(self.path, self.path)
+        self.replica_name = replica.name
+        path = self.way.upstream or self.way.path
+        path = self.deployment.engine.routes.get(path, path)
         headers = [
             (name.decode("latin-1"), value.decode("latin-1"))
             for name, value in self.scope["headers"]
@@ -248,6 +268,8 @@ class Exchange:
         headers.append((b"x-hostler-replica", str(replica.index).encode()))
         if self.is_sse:
             headers += [header for header in SSE_HEADERS if header[0] not in {name for name, _ in headers}]
+        elif _is_json(headers) and (self.way.rewrite or self.way.opening):
+            chunk = await self._changed(reply, chunk, headers)
         if not self.status:
             await self._start(reply.status, headers)
         self.phase = "answering"
@@ -255,10 +277,40 @@ class Exchange:
         while chunk:
             if self.is_sse:
                 chunk = events.whole(chunk)
+                if self.way.chunk:
+                    chunk = self.way.chunk(chunk)
             if chunk:
                 await self._send_body(chunk)
             chunk = await reply.read()
         await self._finish(bytes(events.held))
+
+    async def _changed(self, reply: Reply, chunk: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:
+        """The first bytes of a JSON reply that differs for clients; `headers` say its new length."""
+        length = next((int(value) for name, value in headers if name == b"content-length"), None)
+        headers[:] = [header for header in headers if header[0] != b"content-length"]
+        if self.way.rewrite:
+            whole = bytearray(chunk)
+            while chunk := await reply.read():
+                whole += chunk
+            chunk = await asyncio.to_thread(self._rewritten, bytes(whole))
+            length = len(chunk)
+        elif self.way.opening and chunk[:2] not in (b"", b"{", b"{}") and chunk[:1] == b"{":
+            opening = self.way.opening(self)
+            chunk = b"{" + opening + chunk[1:]
+            length = None if length is None else length + len(opening)
+        if length is not None:
+            headers.append((b"content-length", str(length).encode()))
+        return chunk
+
+    def _rewritten(self, reply: bytes) -> bytes:
+        assert self.way.rewrite
+        try:
+            return self.way.rewrite(reply, self)
+        except (msgspec.MsgspecError, KeyError, TypeError, ValueError, IndexError) as exc:
+            uid = self.deployment.launch.uid
+            raise BadReply(f"The engine of {uid!r} answered what is no {self.way.path} reply: {exc!r}") from exc
+        except OSError as exc:
+            raise CannotKeep(f"The reply's files cannot be written: {exc}. Mend the data folder.") from exc
 
     async def _relay_as_event(self, reply: Reply, chunk: bytes) -> None:
         """A whole answer where comments have promised a stream, as from an engine that does not stream."""
@@ -267,7 +319,7 @@ class Exchange:
         while chunk := await reply.read():
             parts.append(chunk)
         lines = b"".join(parts).splitlines()
-        await self._finish(b"".join(b"data: " + line + b"\n" for line in lines) + b"\n" + DONE)
+        await self._finish(b"".join(b"data: " + line + b"\n" for line in lines) + b"\n" + self.way.done)
 
     async def _relay_error(self, reply: Reply, chunk: bytes) -> None:
         """An engine's error, in the envelope that clients know."""
@@ -277,7 +329,7 @@ class Exchange:
             text += chunk
         error = _engine_error(reply.status, text)
         if self.status:  # comments were sent, so the error can only be an event
-            await self._finish(b"data: " + envelope(error) + b"\n\n" + DONE)
+            await self._finish(self._error_event(error))
             return
         headers = [(b"content-type", b"application/json"), (SOURCE_HEADER.encode(), b"engine")]
         headers += [header for header in reply.headers if header[0] == b"retry-after"]
@@ -287,7 +339,10 @@ class Exchange:
 
     async def _end_stream_with(self, exc: HostlerError) -> None:
         self.status = exc.status
-        await self._finish(b"data: " + envelope(body_of(exc)) + b"\n\n" + DONE)
+        await self._finish(self._error_event(body_of(exc)))
+
+    def _error_event(self, error: ErrorBody) -> bytes:
+        return self.way.error_event + b"data: " + envelope(error) + b"\n\n" + self.way.done
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
@@ -329,6 +384,11 @@ async def _unless_client_leaves(work: Awaitable[None], receive: Receive, exchang
     finally:
         watcher.cancel()
     return True
+
+
+def _is_json(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    kind = next((value for name, value in headers if name == b"content-type"), b"")
+    return kind.startswith(b"application/json") and not any(name == b"content-encoding" for name, _ in headers)
 
 
 class Events:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
 
 from gateway import metrics
 from gateway.api.wire import json_answer
+from gateway.errors import NotFound
+from gateway.files import MEDIA_TYPES
 from gateway.fleet import Fleet
 
 
@@ -41,6 +43,13 @@ class System:
     async def metrics(self, request: Request) -> Response:
         """Prometheus' text; reading it wakes no model."""
         return Response(metrics.render(), media_type=metrics.CONTENT_TYPE)
+
+    async def file(self, request: Request) -> Response:
+        """A picture or film that a reply pointed to."""
+        path = self._fleet.files.find(request.path_params["name"])
+        if path is None:
+            raise NotFound("There is no such file here. Files of replies are kept for an hour.")
+        return FileResponse(path, media_type=MEDIA_TYPES.get(path.suffix[1:]))
 
     async def auth(self, request: Request) -> Response:
         """Whether a key is needed; Xinference's clients ask this first."""

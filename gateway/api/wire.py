@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 from starlette.responses import Response
 
 from gateway.deployment import Deployment
@@ -15,33 +14,6 @@ from gateway.process import memory_bytes
 from gateway.replica import Failure, Replica, State
 from registry.decode import decode
 from registry.schema import EmbeddingFamily, ModelFamily, ModelSpec
-
-ModelName = Annotated[str, Meta(max_length=200)]
-
-
-class ChatHead(msgspec.Struct, frozen=True):
-    """What we read of a chat request; the rest of the body passes through unread."""
-
-    model: ModelName
-    messages: list[msgspec.Raw]
-    stream: bool | None = None
-
-
-class CompletionHead(msgspec.Struct, frozen=True):
-    """What we read of a completion request."""
-
-    model: ModelName
-    prompt: msgspec.Raw
-    stream: bool | None = None
-
-
-class EmbeddingHead(msgspec.Struct, frozen=True):
-    """What we read of an embedding request, which is never streamed."""
-
-    model: ModelName
-    input: msgspec.Raw
-    stream: ClassVar[bool] = False
-
 
 # Keys of a family that its description repeats, by model type.
 DESCRIBED: dict[str, tuple[str, ...]] = {
@@ -66,8 +38,6 @@ WITHOUT_EFFECT = (
     "n_worker",
     "trust_remote_code",
 )
-
-Head = ChatHead | CompletionHead | EmbeddingHead
 
 
 class ReplicaCard(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,6 +27,7 @@ from engines.environments import (
     has_package,
     library_version,
     model_environment,
+    module_argv,
     why_no_python,
     worker_argv,
 )
@@ -62,7 +63,7 @@ def test_there_is_no_binary_of_an_unknown_name() -> None:
 
 
 def test_a_worker_is_a_module_under_our_own_python() -> None:
-    assert worker_argv("engines.workers.llama_cpp") == (sys.executable, "-P", "-m", "engines.workers.llama_cpp")
+    assert module_argv("gateway.watchdog") == (sys.executable, "-P", "-m", "gateway.watchdog")
 
 
 def test_a_path_of_the_settings_is_meant_where_they_are_read_and_a_name_stays(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_a_path_of_the_settings_is_meant_where_they_are_read_and_a_name_stays(tm
 def test_a_worker_does_not_import_from_its_working_folder(tmp_path: Path) -> None:
     (tmp_path / "engines").mkdir()
     (tmp_path / "engines" / "__init__.py").write_text("raise SystemExit('the wrong engines')")
-    argv = [*worker_argv("engines.workers.llama_cpp"), "--help"]
+    argv = [*worker_argv("llama_cpp"), "--help"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
 

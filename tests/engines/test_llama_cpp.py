@@ -13,10 +13,12 @@ import packaging
 import pytest
 
 from engines.base import Endpoint as EngineEndpoint
-from engines.base import Engine, EngineSettings, Launch, Needs, Placement
+from engines.base import EngineSettings, Launch, Needs, Placement
+from engines.environments import worker_argv
 from engines.llama_cpp import LlamaCpp, LlamaCppOptions
 from engines.workers.llama_cpp import _parser
 from registry.decode import DecodeError
+from registry.memory import Cache
 from registry.resolve import Artifact
 from registry.schema import LLMFamily, ModelSpec, Source
 
@@ -96,7 +98,6 @@ def flags_of(argv: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def test_it_is_an_engine() -> None:
-    assert isinstance(LlamaCpp(), Engine)
     assert (LlamaCpp().name, LlamaCpp().model_types, LlamaCpp().unix_socket) == (
         "llama.cpp",
         ("LLM", "embedding"),
@@ -130,7 +131,24 @@ def test_it_says_why_it_does_not_accept_another_format(format: str) -> None:
     ],
 )
 def test_it_needs_what_the_launch_says(fields: dict[str, Any], needs: Needs) -> None:
-    assert LlamaCpp().needs(a_launch(**fields)) == needs
+    found = LlamaCpp().needs(a_launch(**fields))
+    assert (found.gpu_idx, found.n_gpu) == (needs.gpu_idx, needs.n_gpu)
+
+
+@pytest.mark.parametrize(
+    ("options", "cache"),
+    [
+        ({}, Cache(tokens=4096, sequences=4)),
+        ({"context_length": 1000, "n_parallel": 2}, Cache(tokens=1000, sequences=2)),
+        ({"n_ctx": 8192, "n_parallel": 2}, Cache(tokens=4096, sequences=2)),
+        (
+            {"cache_type_k": "q8_0", "cache_type_v": "q4_0"},
+            Cache(tokens=4096, sequences=4, key_bits=8.5, value_bits=4.5),
+        ),
+    ],
+)
+def test_its_cache_is_shared_by_the_slots(options: dict[str, Any], cache: Cache) -> None:
+    assert LlamaCpp().needs(a_launch(options=options)).cache == cache
 
 
 # --- whether it can run
@@ -195,9 +213,9 @@ def test_the_whole_command_by_a_binary(binary: LlamaCpp) -> None:
 
 
 def test_the_worker_gets_the_same_flags_under_our_python(binary: LlamaCpp, worker: LlamaCpp) -> None:
-    by_binary = binary.command(a_launch(ALL_OPTIONS), MODEL, ANYWHERE, SOCKET, None)
-    by_worker = worker.command(a_launch(ALL_OPTIONS), MODEL, ANYWHERE, SOCKET, None)
-    assert by_worker.argv[:4] == (sys.executable, "-P", "-m", "engines.workers.llama_cpp")
+    by_binary = binary.command(a_launch(ALL_OPTIONS), MODEL, ANYWHERE, SOCKET)
+    by_worker = worker.command(a_launch(ALL_OPTIONS), MODEL, ANYWHERE, SOCKET)
+    assert by_worker.argv[:4] == worker_argv("llama_cpp")
     assert by_worker.argv[4:] == by_binary.argv[1:]
     assert by_worker.env == by_binary.env
 
@@ -346,7 +364,7 @@ def test_the_worker_takes_a_chat_template_that_begins_with_dashes(worker: LlamaC
 
 
 def run_worker(*flags: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-P", "-m", "engines.workers.llama_cpp", *flags]
+    argv = [*worker_argv("llama_cpp"), *flags]
     env = {name: value for name, value in os.environ.items() if name != "LLAMA_API_KEY"}
     return subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
 

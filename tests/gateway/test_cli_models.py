@@ -22,7 +22,6 @@ from stand_in import LAUNCHED, LOADING, READY, Raw, Refusal, StandIn, Turns
 
 from gateway.cli import hostler
 from gateway.cli.alias import translate
-from gateway.cli.cal_model_mem import bits_of, estimate
 from gateway.cli.launch import typed
 
 LIMIT_S = 60
@@ -469,34 +468,6 @@ def test_memory_is_estimated_in_parts() -> None:
         "engine",
         "total",
     ]
-
-
-def test_more_of_anything_needs_more_memory() -> None:
-    base = estimate(7, "pytorch", None, 4096, 16).total
-    assert estimate(14, "pytorch", None, 4096, 16).total > base
-    assert estimate(7, "pytorch", None, 8192, 16).total > base
-    assert estimate(7, "pytorch", None, 4096, 32).total > base
-    assert estimate(7, "gptq", "Int4", 4096, 16).total < base
-    assert estimate(400, "fp8", "fp8", 4096, 16).total > base
-
-
-@pytest.mark.parametrize(
-    ("model_format", "quantization", "at_least", "at_most"),
-    [
-        ("pytorch", None, 16, 16),
-        ("pytorch", "none", 16, 16),
-        ("pytorch", "8-bit", 8, 9),
-        ("gptq", "Int4", 4, 5),
-        ("gptq", "Int8", 8, 9),
-        ("fp8", "fp8", 8, 8),
-        ("ggufv2", "Q4_K_M", 4, 5),
-        ("ggufv2", "Q8_0", 8, 9),
-        ("ggufv2", "F16", 16, 16),
-        ("mlx", "4bit", 4, 5),
-    ],
-)
-def test_bits_of_a_weight(model_format: str, quantization: str | None, at_least: float, at_most: float) -> None:
-    assert at_least <= bits_of(model_format, quantization) <= at_most
 
 
 @pytest.mark.parametrize("size", ["many", "0", "-1", "nan"])

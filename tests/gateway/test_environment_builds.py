@@ -473,10 +473,7 @@ async def test_uv_builds_the_same(build: Build) -> None:
 
 ENGINE = """
 import sys
-from collections.abc import Mapping
-import msgspec
-from engines.base import Command, EngineSettings, Needs
-from engines.environments import worker_argv
+from engines.base import Command, Engine
 
 SERVER = '''
 import json, sys, tinyclay
@@ -498,19 +495,13 @@ class Handler(BaseHTTPRequestHandler):
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 '''
 
-class Options(msgspec.Struct, frozen=True): pass
-
-class Kiln(msgspec.Struct, frozen=True, kw_only=True):
-    name: str = "kiln"
-    model_types: tuple[str, ...] = ("LLM",)
-    unix_socket: bool = False
-    options: type[msgspec.Struct] = Options
-    routes: Mapping[str, str] = {}
-    def configured(self, settings): return self
+class Kiln(Engine, frozen=True, kw_only=True):
+    name = "kiln"
+    model_types = ("LLM",)
+    unix_socket = False
     def installed(self): return None
     def accepts(self, artifact): return None
-    def needs(self, launch): return Needs()
-    def command(self, launch, model_path, placement, endpoint, python):
+    def command(self, launch, model_path, placement, endpoint, python=None):
         return Command(argv=(python or sys.executable, "-P", "-c", SERVER, str(endpoint.port)))
 
 ENGINE = Kiln()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from engines.base import Command, Endpoint, Engine, EngineSettings, Launch, Needs, Placement
+from engines.base import Command, Endpoint, Engine, Launch, Placement
 from gateway.launch import RESERVED_UIDS, LaunchRequest, Site, check_uid, file_name, plan
 from registry.registry import Registry
 from registry.resolve import Artifact
@@ -24,19 +23,15 @@ class KilnOptions(msgspec.Struct, forbid_unknown_fields=True):
     flash_attn: bool = False
 
 
-class Kiln(msgspec.Struct, frozen=True, kw_only=True):
+class Kiln(Engine, frozen=True, kw_only=True):
     """An engine that runs nothing: it says why not, if told so."""
 
-    name: str = "kiln"
-    model_types: tuple[str, ...] = ("LLM",)
-    unix_socket: bool = True
-    options: type[msgspec.Struct] = KilnOptions
-    routes: Mapping[str, str] = {}
+    name = "kiln"
+    model_types = ("LLM",)
+    options = KilnOptions
+
     not_installed: str | None = None
     not_accepted: str | None = None
-
-    def configured(self, settings: EngineSettings) -> Kiln:
-        return self
 
     def installed(self) -> str | None:
         return self.not_installed
@@ -44,13 +39,16 @@ class Kiln(msgspec.Struct, frozen=True, kw_only=True):
     def accepts(self, artifact: Artifact) -> str | None:
         return self.not_accepted
 
-    def needs(self, launch: Launch) -> Needs:
-        return Needs()
-
     def command(
-        self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None
+        self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
         return Command(argv=("true",))
+
+
+def a_kiln(name: str = "kiln", model_types: tuple[str, ...] = ("LLM",), **refusals: str) -> Engine:
+    named = {"name": name, "model_types": model_types}
+    kind = msgspec.defstruct("Named", [], bases=(Kiln,), namespace=named, frozen=True, kw_only=True)
+    return kind(**refusals)
 
 
 def a_registry() -> Registry:
@@ -64,17 +62,13 @@ def a_registry() -> Registry:
 
 def a_plan(uid: str = "m", *engines: Engine, **wishes: Any) -> Launch:
     request = LaunchRequest(**({"model_name": "qwen"} | wishes))
-    return plan(uid, request, a_registry(), engines or (Kiln(),))
+    return plan(uid, request, a_registry(), engines or (a_kiln(),))
 
 
 def refusal(*engines: Engine, **wishes: Any) -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (whose text is the result)
         a_plan("m", *engines, **wishes)
     return str(caught.value)
-
-
-def test_the_engine_of_these_tests_is_one() -> None:
-    assert isinstance(Kiln(), Engine)
 
 
 # --- all choices
@@ -133,44 +127,46 @@ def test_a_launch_cannot_be_changed() -> None:
 
 def test_the_first_engine_that_can_is_chosen() -> None:
     engines = (
-        Kiln(name="one", not_accepted="it is too old"),
-        Kiln(name="two", not_installed="pip install two"),
-        Kiln(name="three", model_types=("image",)),
-        Kiln(name="four"),
-        Kiln(name="five"),
+        a_kiln(name="one", not_accepted="it is too old"),
+        a_kiln(name="two", not_installed="pip install two"),
+        a_kiln(name="three", model_types=("image",)),
+        a_kiln(name="four"),
+        a_kiln(name="five"),
     )
     assert a_plan("m", *engines).engine == "four"
 
 
 def test_an_engine_that_is_asked_for_goes_before_an_earlier_one() -> None:
-    assert a_plan("m", Kiln(name="one"), Kiln(name="two"), model_engine="Two").engine == "two"
+    assert a_plan("m", a_kiln(name="one"), a_kiln(name="two"), model_engine="Two").engine == "two"
 
 
 @pytest.mark.parametrize(
     ("engine", "reason"),
     [
-        (Kiln(not_accepted="it loads clay"), "qwen (ggufv2) cannot run on kiln: it loads clay."),
-        (Kiln(not_installed="pip install kiln"), "qwen (ggufv2) cannot run on kiln: pip install kiln."),
-        (Kiln(model_types=("image",)), "qwen (ggufv2) cannot run on kiln: it serves image models, not LLM."),
+        (a_kiln(not_accepted="it loads clay"), "qwen (ggufv2) cannot run on kiln: it loads clay."),
+        (a_kiln(not_installed="pip install kiln"), "qwen (ggufv2) cannot run on kiln: pip install kiln."),
+        (a_kiln(model_types=("image",)), "qwen (ggufv2) cannot run on kiln: it serves image models, not LLM."),
     ],
     ids=["does not accept", "is not installed", "of another type"],
 )
 def test_an_engine_that_is_asked_for_and_refuses_says_why(engine: Kiln, reason: str) -> None:
-    assert refusal(engine, Kiln(name="other"), model_engine="kiln") == reason
+    assert refusal(engine, a_kiln(name="other"), model_engine="kiln") == reason
 
 
 def test_an_engine_that_there_is_not_is_told_with_the_nearest() -> None:
-    said = refusal(Kiln(name="llama.cpp"), Kiln(name="vllm"), model_engine="llama-cpp")
+    said = refusal(a_kiln(name="llama.cpp"), a_kiln(name="vllm"), model_engine="llama-cpp")
     assert said == "There is no engine 'llama-cpp'. Did you mean 'llama.cpp'?"
 
 
 def test_if_no_engine_can_the_reason_of_each_is_told() -> None:
-    said = refusal(Kiln(name="one", not_accepted="it loads clay"), Kiln(name="two", not_installed="pip install two"))
+    said = refusal(
+        a_kiln(name="one", not_accepted="it loads clay"), a_kiln(name="two", not_installed="pip install two")
+    )
     assert said == "No engine here can run qwen (ggufv2). one: it loads clay; two: pip install two."
 
 
 def test_the_specs_format_is_what_the_engine_is_asked_about() -> None:
-    said = refusal(Kiln(not_accepted="no"), model_format="pytorch", model_engine="kiln")
+    said = refusal(a_kiln(not_accepted="no"), model_format="pytorch", model_engine="kiln")
     assert said.startswith("qwen (pytorch) cannot run")
 
 
@@ -260,13 +256,13 @@ def test_packages_are_refused_where_environments_are_off() -> None:
 
 def test_an_engine_that_the_model_does_not_list_is_not_chosen() -> None:
     registry = a_model_with('clay ; #engine# == "two"')
-    assert planned(registry, Kiln(name="one"), Kiln(name="two")).engine == "two"
+    assert planned(registry, a_kiln(name="one"), a_kiln(name="two")).engine == "two"
     with pytest.raises(ValueError, match="Engine one is not listed in virtualenv packages for model qwen"):
-        planned(registry, Kiln(name="one"), Kiln(name="two"), model_engine="one")
+        planned(registry, a_kiln(name="one"), a_kiln(name="two"), model_engine="one")
 
 
 def test_an_engine_that_is_not_installed_runs_a_model_whose_environment_brings_it() -> None:
-    engine = Kiln(name="diffusers", not_installed="pip install diffusers")
+    engine = a_kiln(name="diffusers", not_installed="pip install diffusers")
     assert planned(a_model_with("diffusers==0.40"), engine).engine == "diffusers"
     assert planned(a_registry(), engine, enable_virtual_env=True).engine == "diffusers"
     with pytest.raises(ValueError, match="pip install diffusers"):

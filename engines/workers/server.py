@@ -1,0 +1,312 @@
+"""The frame of our workers: arguments, one listener, key check, errors in OpenAI's shape, work that can be cancelled.
+
+A worker is a module with a `main()` that calls `serve(load)`. Importing it costs the standard library, starlette and
+uvicorn; what a worker's model needs is imported by its `load`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hmac
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, TypeVar
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+KEY_VARIABLE = "WORKER_API_KEY"
+OPTIONS_VARIABLE = "WORKER_OPTIONS"
+OPEN_PATHS = ("/health",)
+SHUTDOWN_LIMIT_S = 5
+BACKLOG = 1024
+
+T = TypeVar("T")
+
+
+class Refused(Exception):
+    """The request cannot be done; the text says what is wrong and what to do."""
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param, self.status, self.code = message, param, status, code
+
+
+class Cancelled(Exception):
+    """The client has left, or somebody has aborted the request: the work was stopped."""
+
+
+class Order:
+    """What the worker was started for: the model's files, its uid, and the options of its launch."""
+
+    def __init__(self, model: str, uid: str, options: dict[str, Any]) -> None:
+        self.model, self.uid, self.options = model, uid, options
+
+
+Load = Callable[[Order], list[BaseRoute]]
+
+
+def serve(load: Load) -> None:
+    """Load the model, then serve its routes until SIGTERM. Exit code 1: it cannot be loaded, and the log says why."""
+    arguments = _arguments()
+    order = Order(arguments.model, arguments.uid, json.loads(os.environ.get(OPTIONS_VARIABLE) or "{}"))
+    started = time.monotonic()
+    try:
+        routes = load(order)
+    except Refused as exc:
+        sys.exit(exc.message)
+    except (ImportError, OSError, ValueError, RuntimeError, KeyError, MemoryError) as exc:
+        sys.exit(f"{order.model} cannot be loaded: {type(exc).__name__}: {exc}")
+    print(f"loaded in {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+    if arguments.host.endswith(".sock"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(arguments.host)  # one that a killed worker has left
+        where: dict[str, Any] = {"uds": arguments.host}
+    else:
+        where = {"host": arguments.host, "port": arguments.port}
+    uvicorn.run(
+        create_app(routes, os.environ.get(KEY_VARIABLE, "")),
+        **where,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=SHUTDOWN_LIMIT_S,
+    )
+    os._exit(0)  # threads in native code may not want to end
+
+
+def create_app(routes: Iterable[BaseRoute], key: str) -> ASGIApp:
+    """The routes and /health as an app that answers whoever has the key."""
+    app = Starlette(
+        routes=[Route("/health", _health), *routes],
+        exception_handlers={Refused: _refusal, HTTPException: _no_route, Cancelled: _nobody, Exception: _failure},
+    )
+    return _Guard(app, key)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="file or folder of the model")
+    parser.add_argument("--uid", required=True, help="what clients send as `model`")
+    parser.add_argument("--host", default="127.0.0.1", help="address, or a path that ends in .sock")
+    parser.add_argument("--port", type=int, default=0)
+    return parser.parse_args()
+
+
+class _Guard:
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app, self._expected = app, f"Bearer {key}".encode() if key else b""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._expected and scope["path"] not in OPEN_PATHS:
+            sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            if not hmac.compare_digest(sent, self._expected):
+                await error("The worker's key is missing or wrong.", status=401)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+# --- answers
+
+
+def error(message: str, *, status: int, param: str | None = None, code: str | None = None) -> Response:
+    """An error as OpenAI's clients know it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
+
+
+async def _health(request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def _refusal(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, Refused)
+    return error(exc.message, status=exc.status, param=exc.param, code=exc.code)
+
+
+async def _no_route(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    return error(f"{request.method} {request.url.path}: {exc.detail}.", status=exc.status_code)
+
+
+async def _nobody(request: Request, exc: Exception) -> Response:
+    return error("The request was cancelled.", status=409, code="cancelled")
+
+
+async def _failure(request: Request, exc: Exception) -> Response:
+    if is_out_of_memory(exc):
+        return error(
+            f"There was not enough memory for this request: {exc}. Send a smaller one, or give the model more memory.",
+            status=503,
+            code="out_of_memory",
+        )
+    return error(f"The model failed: {type(exc).__name__}: {exc}", status=500)
+
+
+def is_out_of_memory(exc: BaseException) -> bool:
+    """Whether it is Python's, or torch's by its name or its text."""
+    return (
+        isinstance(exc, MemoryError)
+        or type(exc).__name__ == "OutOfMemoryError"
+        or (isinstance(exc, RuntimeError) and ("out of memory" in str(exc) or "can't allocate memory" in str(exc)))
+    )
+
+
+# --- requests
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body as an object. Raises Refused if it is none."""
+    try:
+        data = json.loads(await request.body())
+    except (ValueError, UnicodeDecodeError, RecursionError) as exc:
+        raise Refused(f"The request body is not valid JSON: {exc}.") from exc
+    except ClientDisconnect as exc:
+        raise Cancelled from exc
+    if not isinstance(data, dict):
+        raise Refused("The request body is not a JSON object.")
+    return data
+
+
+async def unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
+    """What the work gives; it is cancelled at once if the client leaves. Read the body before.
+
+    Raises:
+        Cancelled: the client has left.
+    """
+    task = asyncio.ensure_future(work)
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watcher = asyncio.ensure_future(watch())
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Cancelled
+    finally:
+        for one in (task, watcher):
+            one.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+class Turns:
+    """Runs jobs one after the other in a thread, in the order in which they come; for models that do one at a time.
+
+    A job is a function of a `threading.Event`, which it looks at between its steps and raises Cancelled when it is
+    set. A job that is cancelled before its turn never runs.
+    """
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self.waiting = 0
+
+    async def run(self, job: Callable[[threading.Event], T], cancel: threading.Event | None = None) -> T:
+        """The job's result, once it is done. To cancel the task sets the event, and waits for the job to notice."""
+        cancel = cancel or threading.Event()
+        self.waiting += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self.waiting -= 1
+        try:
+            if cancel.is_set():
+                raise Cancelled
+            running = asyncio.ensure_future(asyncio.to_thread(job, cancel))
+            try:
+                return await asyncio.shield(running)
+            except asyncio.CancelledError:
+                cancel.set()
+                await asyncio.gather(running, return_exceptions=True)  # the model is not free before
+                raise
+        finally:
+            self._turn.release()
+
+    async def stream(self, job: Callable[[threading.Event, Callable[[bytes], None]], None]) -> AsyncIterator[bytes]:
+        """What the job puts out piece by piece, by calling its second argument; it may be at most two pieces ahead."""
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[bytes | None] = asyncio.Queue(2)
+        cancel = threading.Event()
+
+        def put(piece: bytes) -> None:
+            if cancel.is_set():
+                raise Cancelled
+            asyncio.run_coroutine_threadsafe(pieces.put(piece), loop).result()
+
+        async def produce() -> None:
+            try:
+                await self.run(lambda event: job(event, put), cancel)
+            finally:
+                if not cancel.is_set():
+                    await pieces.put(None)
+
+        producer = asyncio.ensure_future(produce())
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            await producer
+        finally:
+            cancel.set()
+            while not producer.done():  # it may wait for room
+                with contextlib.suppress(asyncio.QueueEmpty):
+                    pieces.get_nowait()
+                await asyncio.wait((producer,), timeout=0.05)
+            if not producer.cancelled():
+                producer.exception()
+
+
+# --- how workers read requests
+
+
+def flag(value: Any, name: str, *, default: bool = False) -> bool:
+    """A boolean, also one written as text. Raises Refused otherwise."""
+    if value is None:
+        return default
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in ("true", "1", "yes", "on"):
+        return True
+    if str(value).lower() in ("false", "0", "no", "off", ""):
+        return False
+    raise Refused(f"`{name}` is true or false, not {value!r}.", param=name)
+
+
+def number(value: Any, name: str, kind: type[int] | type[float], *, least: float, most: float) -> Any:
+    """A number, also one written as text, within bounds. Raises Refused otherwise."""
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        found = kind(value)
+    except (TypeError, ValueError) as exc:
+        what = "a whole number" if kind is int else "a number"
+        raise Refused(f"`{name}` is {what}, not {value!r}.", param=name) from exc
+    if not least <= found <= most:
+        raise Refused(f"`{name}` is {found}; it may be from {least} to {most}.", param=name)
+    return found
+
+
+def more_options(value: Any) -> dict[str, Any]:
+    """`kwargs` as Xinference's clients send them: a JSON text of an object. Raises Refused otherwise."""
+    if value in (None, ""):
+        return {}
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError as exc:
+        raise Refused(f"`kwargs` is not valid JSON: {exc}.", param="kwargs") from exc
+    if not isinstance(found, dict):
+        raise Refused("`kwargs` is a JSON object, written as text.", param="kwargs")
+    return found
