@@ -32,8 +32,8 @@ from engines.environments import (
     Environment,
     Stamp,
     child_environment,
-    facts_of,
     find_built,
+    installed_in,
     module_argv,
     python_of,
     read_stamp,
@@ -190,11 +190,7 @@ async def _build(environment: Environment, place: Path, recipe: Recipe, run_fold
             await run((base, "-I", "-m", "venv", "--without-pip", str(build)), {}, report=lambda _: None)
             if environment.inherit_packages:
                 _let_see(build, site_folders(environment.python))
-            argv, env = await asyncio.to_thread(_installer, environment, str(python), place, recipe)
-            number = len(environment.packages)
-            what = f"installing {number} package{'s' * (number != 1)} for {environment.name}"
-            report(what)
-            await run(argv, env, report=lambda line: report(f"{what}: {line}"))
+            await _install(environment, str(python), place, recipe, run, report)
         size_bytes = await asyncio.to_thread(_size_of, build)
         stamp = Stamp(
             environment=environment,
@@ -260,18 +256,60 @@ def _let_see(build: Path, folders: Sequence[Path]) -> None:
     (own / "hostler_base.pth").write_text(lines, encoding="utf-8")
 
 
-def _installer(
-    environment: Environment, python: str, place: Path, recipe: Recipe
-) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The command that installs the packages, and what it needs in its environment."""
+async def _install(
+    environment: Environment, python: str, place: Path, recipe: Recipe, run: _Runner, report: Report
+) -> None:
+    """Put the packages into the environment that is there, empty."""
+    number = len(environment.packages)
+    what = f"installing {number} package{'s' * (number != 1)} for {environment.name}"
+    said = report_each(lambda line: report(f"{what}: {line}"))
+    report(what)
+    pip = await asyncio.to_thread(_pip_config)
     uv = find_uv() if recipe.builder != "pip" else None
     if uv is None and recipe.builder == "uv":
         raise CannotBuild(
             "`environment_builder` is uv, and there is no uv on PATH. Install it, or set it to pip.", permanent=True
         )
     if uv is None:
-        return pip_argv(environment, python, recipe, proxy=_transport())
-    return uv_argv(uv, environment, python, place, recipe, pip=_pip_config())
+        argv, env = pip_argv(environment, python, recipe, pip)
+        await run(argv, env, report=said)
+        return
+    flags = uv_flags(environment, recipe, pip)
+    packages = environment.packages
+    if environment.inherit_packages and environment.skip_installed:
+        # uv does not see what the base has. So it resolves first, with a liking for just these versions, and then
+        # installs what differs.
+        installed = await asyncio.to_thread(installed_in, environment.python)
+        wanted, resolved = place / "wanted.txt", place / "resolved.txt"
+        wanted.write_text("".join(f"{one}\n" for one in packages), encoding="utf-8")
+        resolved.write_text("".join(f"{name}=={version}\n" for name, version in installed.items()), encoding="utf-8")
+        outputs = ("--output-file", str(resolved), "--no-header", "--no-annotate", "--quiet")
+        await run((uv, "pip", "compile", "--python", python, *outputs, *flags, str(wanted)), {}, report=said)
+        packages = to_install(resolved.read_text(encoding="utf-8"), installed)
+        flags = [*flags, "--no-deps"]
+    if packages:
+        await run(
+            (uv, "pip", "install", "--python", python, "--compile-bytecode", *flags, "--", *packages), {}, report=said
+        )
+
+
+def report_each(report: Report) -> Report:
+    """Reports what differs from what was said before."""
+    last = ""
+
+    def said(step: str) -> None:
+        nonlocal last
+        if step != last:
+            last = step
+            report(step)
+
+    return said
+
+
+def to_install(resolved: str, installed: Mapping[str, str]) -> tuple[str, ...]:
+    """Pure: of the lines of a resolution, those that the base does not have in just that version."""
+    lines = [line.strip() for line in resolved.splitlines()]
+    return tuple(line for line in lines if line and line[0] not in "#-" and not is_satisfied(line, installed))
 
 
 def find_uv() -> str | None:
@@ -280,12 +318,12 @@ def find_uv() -> str | None:
 
 
 def pip_argv(
-    environment: Environment, python: str, recipe: Recipe, proxy: Mapping[str, str]
+    environment: Environment, python: str, recipe: Recipe, config: Mapping[str, str]
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Pure: what pip is to do. It reads its own configuration, unless it is not to inherit it.
 
     Args:
-        proxy: of pip's configuration, what says how to reach any index at all.
+        config: pip's configuration. What in it says how to reach any index at all is kept in any case.
     """
     flags = ["--no-input", "--disable-pip-version-check", "--progress-bar", "off", *_flags(environment, recipe)]
     env = {"PIP_USER": "0"}  # a site's `user = true` is not meant for environments
@@ -293,37 +331,28 @@ def pip_argv(
         flags.append("--ignore-installed")
     if not environment.inherit_pip_config:
         env["PIP_CONFIG_FILE"] = os.devnull
-        flags = ["--isolated", *flags, *(text for name, value in proxy.items() for text in (f"--{name}", value))]
+        flags = ["--isolated", *flags, *_transport(config)]
     return (*module_argv("pip"), "--python", python, "install", *flags, "--", *environment.packages), env
 
 
-def uv_argv(
-    uv: str, environment: Environment, python: str, place: Path, recipe: Recipe, pip: Mapping[str, str]
-) -> tuple[tuple[str, ...], dict[str, str]]:
-    """What uv is to do; what the base satisfies goes into a file of constraints, as uv does not see it.
+def _transport(config: Mapping[str, str]) -> list[str]:
+    return [text for name in ("cert", "proxy") if name in config for text in (f"--{name}", config[name])]
+
+
+def uv_flags(environment: Environment, recipe: Recipe, pip: Mapping[str, str]) -> list[str]:
+    """Pure: how uv is to look for packages.
 
     Args:
         pip: pip's configuration, which uv does not read.
     """
-    flags = ["--no-progress", "--color", "never", "--compile-bytecode", "--no-python-downloads"]
-    flags += _flags(environment, recipe)
-    flags += [text for name in ("cert",) if name in pip for text in (f"--{name}", pip[name])]
+    flags = ["--no-progress", "--color", "never", "--no-python-downloads", *_flags(environment, recipe)]
+    if "cert" in pip:
+        flags += ["--cert", pip["cert"]]
     if environment.inherit_pip_config:
         for name, flag in UV_FLAGS.items():
             flags += [text for value in pip.get(name, "").split() for text in (flag, value)]
     # pip searches all indexes and takes the best; so that both build the same, uv does so too unless told otherwise.
-    flags += ["--index-strategy", environment.index_strategy or "unsafe-best-match"]
-    packages = environment.packages
-    if environment.inherit_packages and environment.skip_installed:
-        installed = facts_of(environment.python, None).installed
-        satisfied = [one for one in packages if is_satisfied(one, installed)]
-        packages = tuple(one for one in packages if one not in satisfied)
-        constraints = place / "constraints.txt"
-        constraints.write_text("".join(f"{one}\n" for one in satisfied if "[" not in one), encoding="utf-8")
-        flags += ["--constraints", str(constraints)]
-    if not packages:
-        return (sys.executable, "-c", "print('The base has it all.')"), {}
-    return (uv, "pip", "install", "--python", python, *flags, "--", *packages), {}
+    return [*flags, "--index-strategy", environment.index_strategy or "unsafe-best-match"]
 
 
 # pip's settings, as uv's flags.
@@ -382,10 +411,6 @@ def read_pip_config(listing: str) -> dict[str, str]:
     return found
 
 
-def _transport() -> dict[str, str]:
-    return {name: value for name, value in _pip_config().items() if name in ("cert", "proxy")}
-
-
 def _short(line: str, limit: int = 100) -> str:
     line = line.strip()
     return line if len(line) <= limit else line[: limit - 3] + "..."
@@ -412,7 +437,7 @@ def _add_user(environment: Environment, place: Path) -> None:
 def _clear(place: Path) -> None:
     """Delete what a place holds: the stamp first, so that the rest is never taken for whole."""
     (place / STAMP).unlink(missing_ok=True)
-    for path in [*place.glob("build-*"), *place.glob(f"{STAMP}.*"), place / "constraints.txt"]:
+    for path in [*place.glob("build-*"), *place.glob(f"{STAMP}.*"), place / "wanted.txt", place / "resolved.txt"]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

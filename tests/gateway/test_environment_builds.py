@@ -34,7 +34,8 @@ from gateway.environments import (
     read_pip_config,
     remove,
     remove_for,
-    uv_argv,
+    to_install,
+    uv_flags,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -387,28 +388,31 @@ def test_pip_that_is_not_to_inherit_its_configuration_keeps_only_the_way_to_the_
     assert env["PIP_CONFIG_FILE"] == os.devnull
 
 
-def test_uv_gets_every_field_and_pips_configuration(tmp_path: Path) -> None:
+def test_uv_gets_every_field_and_pips_configuration() -> None:
     pip = {"extra-index-url": "https://three.example", "constraint": "/c.txt", "cert": "/ca", "timeout": "9"}
-    argv, _ = uv_argv("uv", A, "/p", tmp_path, Recipe(), pip)
-    assert argv == (
-        *("uv", "pip", "install", "--python", "/p", "--no-progress", "--color", "never", "--compile-bytecode"),
-        *("--no-python-downloads", *FLAGS, "--cert", "/ca", "--extra-index-url", "https://three.example"),
-        *("--constraints", "/c.txt", "--index-strategy", "first-index", "--", "a", "b==1"),
-    )
+    assert uv_flags(A, Recipe(), pip) == [
+        *("--no-progress", "--color", "never", "--no-python-downloads", *FLAGS, "--cert", "/ca"),
+        *("--extra-index-url", "https://three.example", "--constraints", "/c.txt", "--index-strategy", "first-index"),
+    ]
 
 
-def test_uv_that_is_not_to_inherit_does_not(tmp_path: Path) -> None:
+def test_uv_that_is_not_to_inherit_does_not() -> None:
     environment = msgspec.structs.replace(A, inherit_pip_config=False)
-    argv, _ = uv_argv("uv", environment, "/p", tmp_path, Recipe(), {"find-links": "/secret"})
-    assert "/secret" not in argv
+    assert "/secret" not in uv_flags(environment, Recipe(), {"find-links": "/secret"})
+
+
+def test_of_what_uv_resolves_only_what_the_base_has_not_is_installed() -> None:
+    resolved = "# a word\n--index-url x\nhas==1.0\nother==2.0\nlocal @ file:///w/local-1-py3-none-any.whl\n"
+    installed = {"has": "1.0", "other": "1.0", "local": "1"}
+    assert to_install(resolved, installed) == ("other==2.0", "local @ file:///w/local-1-py3-none-any.whl")
 
 
 def test_offline_no_index_is_asked(tmp_path: Path) -> None:
     recipe = Recipe(offline=True, wheel_folders=(tmp_path, tmp_path / "gone"))
     plain = Environment(engine="kiln", packages=("a",))
-    for argv, _ in (pip_argv(plain, "/p", recipe, {}), uv_argv("uv", plain, "/p", tmp_path, recipe, {})):
-        assert "--no-index" in argv
-        assert [argv[at + 1] for at, word in enumerate(argv) if word == "--find-links"] == [str(tmp_path)]
+    for words in (pip_argv(plain, "/p", recipe, {})[0], uv_flags(plain, recipe, {})):
+        assert "--no-index" in words
+        assert [words[at + 1] for at, word in enumerate(words) if word == "--find-links"] == [str(tmp_path)]
 
 
 def test_pips_listing_is_read_with_the_environment_before_the_command_before_the_site() -> None:
@@ -458,6 +462,11 @@ async def test_uv_builds_the_same(build: Build) -> None:
     python = await build("tinyclay", python=base, inherit_packages=True, builder="uv")
     assert says(python, "import tinyclay; print(tinyclay.__version__)") == "2.0"
     assert not list(Path(python).parents[1].rglob("tinyclay.py"))
+    other = await build("tinykiln", python=base, inherit_packages=True, builder="uv")
+    assert says(other, "import tinyclay; print(tinyclay.__version__)") == "1.0"
+    with pytest.raises(CannotBuild, match="no-such-clay") as caught:
+        await build("no-such-clay", python=base, inherit_packages=True, builder="uv")
+    assert caught.value.permanent
 
 
 # --- as users meet them
