@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.base import Command, Endpoint, Engine, Launch, Needs, Placement, visible_gpus
+from engines.base import Command, Endpoint, Engine, Launch, Needs, Placement, forced_flags, visible_gpus
 from engines.environments import find_binary, has_package, worker_argv
 from registry.decode import decode
 from registry.memory import CACHE_BITS, Cache
@@ -57,6 +57,7 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
 
     name = "llama.cpp"
     model_types = ("LLM", "embedding")
+    takes_flags = True
     options = LlamaCppOptions
 
     def installed(self) -> str | None:
@@ -106,6 +107,7 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
                 *listen,
                 *projector,
                 *_flags(options, launch),
+                *forced_flags(launch),
             ),
             env=env | launch.envs,
         )

@@ -112,6 +112,22 @@ class Registry:
         """
         return cls(catalogue=Catalogue(builtin=True, files=extra_files), folder=folder)
 
+    def replace_catalogue(self, extra_files: Iterable[Path]) -> None:
+        """Read the site's catalogue files again; registrations stay.
+
+        Raises:
+            DecodeError: one of the files is wrong; nothing was changed.
+            RegistrationRefused: they have a name that is registered here; nothing was changed.
+        """
+        catalogue = Catalogue(builtin=True, files=extra_files)
+        with self._writing:
+            for model_type, families in self._registered.items():
+                if taken := sorted(name for name in families if catalogue.has(model_type, name)):
+                    raise RegistrationRefused(
+                        f"The new catalogue has {', '.join(taken)}, which is registered here. Unregister it first."
+                    )
+            self._catalogue = catalogue
+
     # -- finding
 
     @property

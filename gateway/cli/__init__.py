@@ -12,6 +12,8 @@ VERBS = {
     "serve": "Serve models until Ctrl-C.",
     "launch": "Serve a model from now on.",
     "terminate": "Stop a launched model and forget it.",
+    "scale": "Have more or fewer copies of a launched model.",
+    "reload": "Change options of a model that is served.",
     "list": "List the models that can be asked for.",
     "ps": "Show what runs: state, process, memory, requests, failures.",
     "start": "Load a model now.",

@@ -81,6 +81,7 @@ class LaunchCommand(click.Command):
     "-ev", "--env", "envs", nargs=2, multiple=True, metavar="NAME VALUE", help="Environment of the engine's process."
 )
 @click.option("--context-length", type=int, help="Tokens of prompt and answer.")
+@click.option("--force-options", is_flag=True, default=None, help="Pass on pairs that are not known here, unchecked.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @with_client
 def command(client: Client, as_json: bool, **options: Any) -> None:
@@ -96,6 +97,8 @@ def command(client: Client, as_json: bool, **options: Any) -> None:
         _follow(client, uid)
     except KeyboardInterrupt:
         _ask_to_cancel(client, uid)
+    if options["force_options"] and (forced := client.get_model(uid).get("forced_options")):
+        click.echo(f"Passed on to the engine unchecked: {', '.join(forced)}.", err=True)
     click.echo(f"Model uid: {uid}", err=True)
     if as_json:
         print_json({"model_uid": uid})

@@ -14,6 +14,7 @@ from gateway.cli.register import read
 
 if TYPE_CHECKING:
     from engines.base import Engine
+    from gateway.launch import Site
     from registry.inspection import Inspection
     from registry.registry import Registry
 
@@ -32,7 +33,7 @@ def command(path: Path, model_type: str | None, file: str | None, as_json: bool)
     """
     from gateway.config import load
     from gateway.errors import SettingsError
-    from gateway.fleet import available_engines, open_registry
+    from gateway.fleet import available_engines, open_registry, site_of
     from registry.inspection import inspect
 
     try:
@@ -43,7 +44,7 @@ def command(path: Path, model_type: str | None, file: str | None, as_json: bool)
     text = read(path)
     chosen, note = (model_type, None) if model_type else _guessed(text)
     inspection = inspect(registry, _known(chosen), text)
-    answers = _answers(inspection, registry, engines)
+    answers = _answers(inspection, registry, engines, site_of(settings))
     if as_json:
         print_json(_plain(inspection, answers))
     else:
@@ -78,7 +79,7 @@ def _known(model_type: str) -> str:
     return found
 
 
-def _answers(inspection: Inspection, registry: Registry, engines: Sequence[Engine]) -> dict[str, list[str]]:
+def _answers(inspection: Inspection, registry: Registry, engines: Sequence[Engine], site: Site) -> dict[str, list[str]]:
     """For each engine and each spec: could run it, or why not."""
     from gateway.choice import engine_answers
     from gateway.launch import LaunchRequest, plan
@@ -96,7 +97,9 @@ def _answers(inspection: Inspection, registry: Registry, engines: Sequence[Engin
             model_size_in_billions=spec.model_size_in_billions,
             quantization=spec.quantization,
         )
-        for name, reason in engine_answers(engines, wish, lambda one: plan("a", one, including, engines)).items():
+        for name, reason in engine_answers(
+            engines, wish, lambda one: plan("a", one, including, engines, site=site)
+        ).items():
             what = f"{spec.model_format} {spec.quantization}"
             found[name].append(f"cannot run {what}: {reason}" if reason else f"could run {what}")
     return {name: list(dict.fromkeys(said)) for name, said in found.items()}

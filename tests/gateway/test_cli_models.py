@@ -10,11 +10,12 @@ import re
 import signal
 import stat
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import pytest
 from click.testing import CliRunner
 from harness import StartGateway
@@ -538,3 +539,56 @@ async def test_an_answer_that_breaks_off_is_told(run: Shell, stand_in: StandIn) 
     stand_in.answers["POST", "/v1/completions"] = Raw(b'data: {"choices": [{"text": "half"}]}\r\n\r\n')
     done = await run("generate", "m", stdin="x\n")
     assert (done.code, done.out.strip(), "broke off" in done.err) == (1, "half", True)
+
+
+# --- --json
+
+# What these print is a text by nature, or JSON anyhow.
+WITHOUT_JSON = {"serve", "logs", "chat", "schema", "config schema"}
+
+
+def leaves(command: click.Command, name: str = "") -> Iterator[tuple[str, click.Command]]:
+    if not isinstance(command, click.Group):
+        yield name, command
+        return
+    with click.Context(command) as context:
+        for verb in command.list_commands(context):
+            below = command.get_command(context, verb)
+            assert below is not None
+            yield from leaves(below, f"{name} {verb}".strip())
+
+
+def test_every_verb_prints_json_but_those_that_cannot() -> None:
+    without = {name for name, leaf in leaves(hostler) if "as_json" not in {param.name for param in leaf.params}}
+    assert without == WITHOUT_JSON
+
+
+async def test_what_was_done_is_told_as_json(start_gateway: StartGateway, tmp_path: Path) -> None:
+    gateway = await start_gateway(fake={})
+    run = Shell(tmp_path, gateway.address)
+
+    async def told(*words: str, stdin: str = "") -> Any:
+        done = await run(*words, "--json", stdin=stdin)
+        assert done.code == 0, done
+        return json.loads(done.out)
+
+    assert (await told("start", "fake"))["id"] == "fake"
+    assert (await told("generate", "fake", stdin="x\n"))["object"] == "text_completion"
+    assert (await told("stop", "fake"))["status"] == "stopped"
+    path = str(tmp_path / "fake.gguf")
+    assert await told("launch", "--model-path", path, "-u", "m") == {"model_uid": "m"}
+    assert await told("scale", "m", "2") == {"model_uid": "m", "replica": 2, "replica_ids": [0, 1]}
+    assert await told("terminate", "m") == {"model_uid": "m"}
+    model = {"version": 2, "model_name": "mine", "model_family": "other", "model_lang": ["en"]}
+    spec = {"model_format": "ggufv2", "model_size_in_billions": 1, "quantization": "q", "model_uri": path}
+    model |= {"model_ability": ["generate"], "model_specs": [spec | {"model_file_name_template": "fake.gguf"}]}
+    (tmp_path / "mine.json").write_text(json.dumps(model))
+    assert "notes" in await told("register", str(tmp_path / "mine.json"))
+    assert await told("unregister", "mine") == {"model_type": "LLM", "model_name": "mine"}
+    assert await told("cache", "prune", "--check") == {"freed_bytes": 0, "removed": [], "kept": {}}
+    assert await told("login") == {"endpoint": gateway.address, "token_file": None}
+    assert len((await told("alias", "xinference", "--dir", str(tmp_path / "bin")))["files"]) == 2
+    settings = gateway.home / "settings.yaml"
+    assert (await told("config", "check", str(settings)))["models"]["fake"]["model_engine"] == "llama.cpp"
+    asked = await run("cache", "prune", "--json")
+    assert (asked.code, "--check" in asked.err) == (2, True)
