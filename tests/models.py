@@ -254,6 +254,37 @@ def make_tiny_wan(folder: str) -> None:
     ).save_pretrained(folder)
 
 
+def make_tiny_ocr(folder: str, sd: str) -> None:
+    """A model of TrOCR's kind that reads: random weights, so that it reads nonsense."""
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        TrOCRConfig,
+        TrOCRForCausalLM,
+        TrOCRProcessor,
+        VisionEncoderDecoderModel,
+        ViTConfig,
+        ViTModel,
+    )
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    torch.manual_seed(10)
+    tokenizer = AutoTokenizer.from_pretrained(f"{sd}/tokenizer")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    encoder = ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes))
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    decoder = TrOCRForCausalLM(
+        TrOCRConfig(vocab_size=len(tokenizer), cross_attention_hidden_size=32, init_std=1.0, **sizes)
+    )
+    model = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
+    for config in (model.config, model.generation_config):
+        config.decoder_start_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    pictures = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    TrOCRProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(folder)
+
+
 # What a passage is about -> the passage. The last are for nobody to learn.
 PASSAGES = {
     "the capital of France": "Paris is the capital city of France.",
@@ -418,6 +449,7 @@ MAKERS: dict[str, Callable[..., None]] = {
     "tiny-controlnet": make_tiny_controlnet,
     "tiny-lora": make_tiny_lora,
     "tiny-wan": make_tiny_wan,
+    "tiny-ocr": make_tiny_ocr,
     "tiny-reranker": make_tiny_reranker,
 }
 

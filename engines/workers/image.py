@@ -16,8 +16,8 @@ from starlette.routing import BaseRoute, Route
 
 from engines.workers.jobs import Job, Jobs
 from engines.workers.pictures import Size, encoded, mask_of, rounded
-from engines.workers.server import Cancelled, Order, Refused, flag, is_out_of_memory, serve
-from engines.workers.wishes import Form, Wish, read_fields, wish_of
+from engines.workers.server import Cancelled, Order, Refused, flag, is_out_of_memory, read_json, serve
+from engines.workers.wishes import Form, Wish, wish_of
 
 TELL_EVERY_S = 0.5
 # Parts of the names of pipelines that look at several pictures at once.
@@ -45,7 +45,7 @@ class Pictures:
 
     async def generate(self, request: Request) -> Response:
         """Out of text."""
-        fields = await read_fields(request)
+        fields = await read_json(request)
         wish = self.wish(fields)
         return await self._answer(request, wish, is_stream=flag(fields.get("stream"), "stream"))
 

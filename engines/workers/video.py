@@ -18,8 +18,8 @@ from engines.workers.diffusion import Pipelines
 from engines.workers.image import flattened
 from engines.workers.jobs import Job, Jobs
 from engines.workers.pictures import rounded
-from engines.workers.server import Order, Refused, serve
-from engines.workers.wishes import Form, Wish, read_fields, wish_of
+from engines.workers.server import Order, Refused, read_json, serve
+from engines.workers.wishes import Form, Wish, wish_of
 
 # Pictures a second that models were trained for, by how their pipelines' names begin.
 FPS = {"CogVideoX": 8, "LTX": 24, "HunyuanVideo": 24, "AnimateDiff": 8}
@@ -46,7 +46,7 @@ class Films:
 
     async def generate(self, request: Request) -> Response:
         """Out of text."""
-        wish = wish_of(await read_fields(request), self._defaults, self._most_pixels)
+        wish = wish_of(await read_json(request), self._defaults, self._most_pixels)
         return await self._answer(request, wish)
 
     async def animate(self, request: Request) -> Response:

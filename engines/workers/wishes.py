@@ -13,7 +13,7 @@ from starlette.datastructures import FormData
 from starlette.requests import ClientDisconnect, Request
 
 from engines.workers.pictures import FORMATS, Size, checked_size, read_picture, read_size
-from engines.workers.server import Cancelled, Refused, more_options, number, read_json
+from engines.workers.server import Cancelled, Refused, more_options, number
 
 SEED_LIMIT = 2**63 - 1
 MOST_AT_ONCE = 10
@@ -73,11 +73,6 @@ class Form:
         if needed and not found:
             raise Refused(f"The form has no `{names[0]}`.", param=names[0])
         return found
-
-
-async def read_fields(request: Request) -> dict[str, Any]:
-    """Those of a JSON body."""
-    return await read_json(request)
 
 
 def wish_of(

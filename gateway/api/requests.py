@@ -11,7 +11,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.api.body import read_body
+from gateway.api.body import read_object
 from gateway.api.wire import json_answer
 from gateway.deployment import Deployment
 from gateway.errors import BadRequest, ModelNotFound
@@ -50,9 +50,9 @@ class Requests:
             raise BadRequest(f"Model not found in the model list, uid: {uid}. {exc.message}", param="model") from exc
         if not self._tells(deployment):
             return json_answer({"msg": "NO_OP"})
-        body = await read_body(request.scope, request.receive, BODY_LIMIT_BYTES)
+        block_s = _block_duration(await read_object(request, BODY_LIMIT_BYTES))
         path = f"/requests/{quote(request_id, safe='')}/abort"
-        answers = [said.get("msg") for said in await ask_all([deployment], "POST", path, _block_duration(body))]
+        answers = [said.get("msg") for said in await ask_all([deployment], "POST", path, block_s)]
         return json_answer({"msg": "DONE" if "DONE" in answers else "NOT_FOUND"})
 
     def _tells(self, deployment: Deployment) -> bool:
@@ -62,14 +62,12 @@ class Requests:
         return [deployment for deployment in self._fleet.deployments() if self._tells(deployment)]
 
 
-def _block_duration(body: bytes) -> bytes:
+def _block_duration(body: dict[str, Any]) -> bytes:
     """As the worker reads it; whatever else the body says is left out."""
     try:
-        fields = msgspec.json.decode(body, type=dict[str, Any]) if body.strip() else {}
-        block_s = float(fields.get("block_duration") or 0)
-    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, ValueError) as exc:
-        raise BadRequest('The body is {"block_duration": SECONDS}, or empty.', param="block_duration") from exc
-    return msgspec.json.encode({"block_duration": block_s})
+        return msgspec.json.encode({"block_duration": float(body.get("block_duration") or 0)})
+    except (TypeError, ValueError) as exc:
+        raise BadRequest("`block_duration` is a number of seconds.", param="block_duration") from exc
 
 
 async def ask_all(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from engines.workers.samplers import SAMPLERS
-from gateway.api.body import read_body
+from gateway.api.body import read_object
 from gateway.api.heads import WebUiHead
 from gateway.api.requests import ask_all
 from gateway.api.wire import json_answer
@@ -48,11 +45,7 @@ class WebUi:
 
     async def set_options(self, request: Request) -> Response:
         """Make another model the current one; other options have no effect here."""
-        body = await read_body(request.scope, request.receive, self._fleet.settings.max_body_bytes)
-        try:
-            fields = msgspec.json.decode(body, type=dict[str, Any])
-        except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
-            raise BadRequest(f"The options cannot be read: {exc}.") from exc
+        fields = await read_object(request, self._fleet.settings.max_body_bytes)
         if (name := fields.get(CHECKPOINT)) is not None:
             models = [deployment.launch.uid for deployment in self._models()]
             if name not in models:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import shutil
@@ -14,6 +15,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from harness import Gateway
+from xinference_client import RESTfulClient
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
@@ -85,6 +87,18 @@ async def steered_by(gateway: Gateway, picture: bytes, scale: float) -> bytes:
     answer = await gateway.post("/v1/images/variations", data=form)
     assert answer.status == 200, answer.body
     return base64.b64decode(answer.json["data"][0]["b64_json"])
+
+
+async def test_a_model_that_reads_pictures(gateway: Gateway, tiny_ocr: Path) -> None:
+    assert (await launch(gateway, "reader", tiny_ocr)).status == 200
+    reader = await asyncio.to_thread(lambda: RESTfulClient(gateway.address).get_model("reader"))
+    text = await asyncio.to_thread(reader.ocr, PNG, max_new_tokens=8)
+    assert isinstance(text, str)
+    assert text
+    assert await asyncio.to_thread(reader.ocr, PNG, max_new_tokens=8) == text
+    answer = await gateway.post("/v1/images/generations", PROMPT | {"model": "reader"})
+    assert "The model 'reader' reads pictures and makes none." in answer.error["message"]
+    await gateway.request("DELETE", "/v1/models/reader")
 
 
 async def test_damaged_weights_are_named(gateway: Gateway, tiny_sd: Path, tmp_path: Path) -> None:
