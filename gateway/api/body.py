@@ -11,9 +11,11 @@ from starlette.types import Receive, Scope
 from gateway.errors import BadRequest, BodyTooLarge, UnsupportedBody
 
 
-async def read_object(request: Request, limit_bytes: int) -> dict[str, Any]:
+async def read_object(request: Request, limit_bytes: int, what: str = "The body") -> dict[str, Any]:
     """The body, a JSON object; no body is an empty one.
 
+    Args:
+        what: it is, for the user who reads that it is none.
     Raises:
         BadRequest: it is something else; or as `read_body`.
     """
@@ -21,7 +23,7 @@ async def read_object(request: Request, limit_bytes: int) -> dict[str, Any]:
     try:
         return msgspec.json.decode(content or b"{}", type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-        raise BadRequest(f"The body is no JSON object: {exc}.") from exc
+        raise BadRequest(f"{what} is no JSON object: {exc}.") from exc
 
 
 async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:

@@ -74,11 +74,11 @@ class Models:
 
         A launch that fails while somebody waits for it is forgotten.
         """
-        return await self._launch(request, await self._body(request))
+        return await self._launch(request, await self._body(request, "The launch"))
 
     async def launch_version(self, request: Request) -> Response:
         """As `launch`, but `model_version` says which spec, in the words of a list of versions."""
-        body = await self._body(request)
+        body = await self._body(request, "The launch")
         try:
             version = msgspec.convert(body.pop("model_version", None), str)
             model_type = msgspec.convert(body.get("model_type") or "LLM", str)
@@ -160,7 +160,7 @@ class Models:
         Copies that fail while somebody waits for them are taken back.
         """
         deployment = self._known(request)
-        count = read_more_replicas(await self._body(request), deployment.launch)
+        count = read_more_replicas(await self._body(request, "The body"), deployment.launch)
         added = self._fleet.add_replicas(deployment.launch.uid, count)
         if deployment.is_loaded and _is_waiting(request):
             await self._until_replicas_ready(deployment, added)
@@ -188,8 +188,8 @@ class Models:
             {"remaining_replicas": await self._fleet.remove_replica(uid, request.path_params["replica"])}
         )
 
-    async def _body(self, request: Request) -> dict[str, Any]:
-        return await read_object(request, self._fleet.settings.max_body_bytes)
+    async def _body(self, request: Request, what: str) -> dict[str, Any]:
+        return await read_object(request, self._fleet.settings.max_body_bytes, what)
 
     def _free_uid(self, model_name: str | None) -> str:
         if not model_name:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -410,14 +409,14 @@ def test_forced_options_are_flags_after_ours(binary: LlamaCpp) -> None:
 
 
 def test_the_worker_sets_forced_fields_of_the_engines_parameters() -> None:
-    params = SimpleNamespace(n_keep=0, mlock=False, rope_freq_base=0.0, name="", model=object())
-    _force(params, ["--n-keep", "-1", "--mlock", "--rope-freq-base", "2.5", "--name", "x"])
-    assert (params.n_keep, params.mlock, params.rope_freq_base, params.name) == (-1, True, 2.5, "x")
+    params = pytest.importorskip("xllamacpp").CommonParams()
+    _force(params, ["--n-keep", "-1", "--check-tensors", "--rope-freq-base", "2.5", "--logits-file", "x"])
+    assert (params.n_keep, params.check_tensors, params.rope_freq_base, params.logits_file) == (-1, True, 2.5, "x")
     for words, said in (
         (["--nope", "1"], "no parameter that --nope"),
         (["--model", "/x"], "no parameter that --model"),
         (["--n-keep", "many"], "cannot be 'many'"),
-        (["--mlock", "maybe"], "cannot be 'maybe'"),
+        (["--check-tensors", "maybe"], "cannot be 'maybe'"),
     ):
         with pytest.raises(ValueError, match=said):
             _force(params, words)
