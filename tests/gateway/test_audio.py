@@ -359,6 +359,7 @@ async def test_whoever_leaves_stops_the_hearing(gateway: Gateway, long_sound: by
         times = psutil.Process((await gateway.until("ear", state="ready"))["pid"]).cpu_times()
         return times.user + times.system
 
+    await hear(gateway, b"none")  # the model is loaded now
     sound, wish = repeated(long_sound, 3), {"model": "ear", "stream": "true", "kwargs": '{"beam_size": 1}'}
     begin = await cpu_s()
     await hear(gateway, sound, **wish)
@@ -375,6 +376,7 @@ async def test_whoever_leaves_stops_the_hearing(gateway: Gateway, long_sound: by
 async def test_speech_comes_sentence_by_sentence_and_an_engine_killed_meanwhile_breaks_it_off(gateway: Gateway) -> None:
     text = TEXT * 30
     whole_s = 6 * 30
+    await speak(gateway, "Hello.")
     pid = (await gateway.until("joe", state="ready"))["pid"]
     body = {"model": "joe", "input": text, "stream": True, "response_format": "pcm"}
     content = b""
@@ -396,6 +398,7 @@ async def test_speech_comes_sentence_by_sentence_and_an_engine_killed_meanwhile_
 async def test_an_engine_killed_while_it_hears_ends_the_stream_with_an_error(
     gateway: Gateway, client: AsyncOpenAI, spoken: bytes, long_sound: bytes
 ) -> None:
+    await hear(gateway, b"none")
     pid = (await gateway.until("ear", state="ready"))["pid"]
     stream = await client.audio.transcriptions.create(model="ear", file=("a.wav", long_sound), stream=True)
 
