@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import wave
 from typing import Any
 
 import aiohttp
@@ -18,7 +20,8 @@ async def hear(gateway: Gateway, sound: bytes | None, path: str = "transcription
             form.add_field(name, one)
     if sound is not None:
         form.add_field("file", sound, filename="sound")
-    async with gateway.session.post(f"{gateway.address}/v1/audio/{path}", data=form) as response:
+    limit = aiohttp.ClientTimeout(total=160)  # a busy machine hears slowly
+    async with gateway.session.post(f"{gateway.address}/v1/audio/{path}", data=form, timeout=limit) as response:
         return Answer(response.status, response.headers, await response.read())
 
 
@@ -31,3 +34,14 @@ def n_wrong(heard: str, text: str = TEXT) -> int:
         for j, other in enumerate(found, 1):
             above, costs[j] = costs[j], min(costs[j] + 1, costs[j - 1] + 1, above + (word != other))
     return costs[-1]
+
+
+def repeated(sound: bytes, times: int) -> bytes:
+    """A wav, several times over."""
+    with wave.open(io.BytesIO(sound)) as one:
+        frames, about = one.readframes(one.getnframes()), one.getparams()
+    content = io.BytesIO()
+    with wave.open(content, "wb") as many:
+        many.setparams(about)
+        many.writeframes(frames * times)
+    return content.getvalue()

