@@ -9,9 +9,10 @@ from pathlib import Path
 
 from engines.base import Engine, EngineSettings
 from engines.llama_cpp import LlamaCpp
+from engines.vllm import Vllm
 from registry.decode import did_you_mean
 
-ENGINES: tuple[Engine, ...] = (LlamaCpp(),)
+ENGINES: tuple[Engine, ...] = (LlamaCpp(), Vllm())
 
 logger = logging.getLogger("hostler.engines")
 

@@ -10,7 +10,6 @@ from msgspec import Meta
 
 import engines
 from engines.base import LOAD_TIMEOUT_S, START_TIMEOUT_S, Engine, Launch
-from registry.decode import decode
 from registry.registry import Registry
 from registry.resolve import Artifact, Selection, candidates
 
@@ -21,6 +20,7 @@ RESERVED_UIDS = frozenset(
 )
 
 RESERVED_ENDINGS = frozenset(["start", "stop", "logs", "progress", "cancel", "events", "replicas", "versions"])
+SENT_TO_ALL = ("trust_remote_code",)
 REPLICA_NAME = re.compile(r"-rep\d+$")
 FILE_NAME_BYTES = 200  # most file systems take 255; ours get endings
 
@@ -63,7 +63,8 @@ def plan(
     """
     check_uid(uid)
     artifact, engine = _choose(request.model_engine, candidates(registry, request, hubs), known_engines)
-    decode(request.options, engine.options, "options", strict=False)
+    options = _of_engine(request.options, engine)
+    engine.read_options(options)
     if request.gpu_idx is not None and len(set(request.gpu_idx)) < len(request.gpu_idx):
         raise ValueError(f"gpu_idx {list(request.gpu_idx)} names a GPU twice.")
     if request.gpu_idx is not None and request.n_gpu is not None and len(request.gpu_idx) != request.n_gpu:
@@ -75,7 +76,7 @@ def plan(
         replica=request.replica,
         gpu_idx=request.gpu_idx,
         n_gpu=request.n_gpu,
-        options=request.options,
+        options=options,
         envs=request.envs,
         request_limits=request.request_limits,
         preload=request.preload,
@@ -83,6 +84,12 @@ def plan(
         start_timeout_s=request.start_timeout_s,
         load_timeout_s=request.load_timeout_s,
     )
+
+
+def _of_engine(options: dict[str, Any], engine: Engine) -> dict[str, Any]:
+    """Without what Xinference's clients send to every engine, where this one has no use for it."""
+    takes = engine.options.__struct_fields__
+    return {name: value for name, value in options.items() if name in takes or name not in SENT_TO_ALL}
 
 
 def check_uid(uid: str) -> None:

@@ -6,7 +6,7 @@ path, as pure functions of bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -34,7 +34,7 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
     `upstream` is the engine's path if it differs for all engines. `adapt` makes the body that the engine gets of the
     client's; `opening` gives what goes behind the first brace of a reply's JSON; `rewrite` makes the client's reply
     out of the engine's whole one, in a thread; `chunk` changes what is streamed. `ability` chooses a model for a
-    request that names none.
+    request that names none. `is_chat` says that the reply holds messages, whose words engines differ in.
     """
 
     path: str
@@ -48,6 +48,7 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
     rewrite: Callable[[bytes, Exchange], bytes] | None = None
     chunk: Callable[[bytes], bytes] | None = None
     abilities: tuple[str, ...] = ()
+    is_chat: bool = False
     error_event: bytes = b""
     done: bytes = DONE
 
@@ -83,6 +84,13 @@ def _joined(given: Any, more: Any) -> Any:
     return [*own, *(one for one in more if one not in own)]
 
 
+def with_adapter(body: bytes, chosen: Mapping[str, Any]) -> bytes:
+    """`lora_name` in the words of the engine."""
+    fields = msgspec.json.decode(body, type=dict[str, Raw])
+    del fields["lora_name"]
+    return msgspec.json.encode(fields | {name: Raw(msgspec.json.encode(value)) for name, value in chosen.items()})
+
+
 def with_content(body: bytes, head: Head, defaults: Mapping[str, Any]) -> bytes:
     """`prompt` under llama.cpp's name for it too."""
     fields = msgspec.json.decode(body, type=dict[str, Raw])
@@ -105,6 +113,13 @@ def with_content_in_deltas(chunk: bytes) -> bytes:
     return chunk.replace(EMPTY_DELTA, DELTA) if EMPTY_DELTA in chunk else chunk
 
 
+def replaced(data: bytes, words: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """The reply in the words of clients. Keys only: within a JSON text no quote stands without a backslash."""
+    for word, ours in words:
+        data = data.replace(word, ours)
+    return data
+
+
 LLM = ("LLM",)
 IMAGE = ("image",)
 AUDIO = ("audio",)
@@ -119,6 +134,7 @@ WAYS: tuple[Way, ...] = (
         head=ChatHead,
         adapt=with_defaults,
         chunk=with_content_in_deltas,
+        is_chat=True,
     ),
     Way(path="/v1/completions", model_types=LLM, head=PromptHead, adapt=with_defaults),
     Way(path="/v1/responses", model_types=LLM, head=InputHead),
