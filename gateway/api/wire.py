@@ -31,14 +31,10 @@ LOCAL_WORKER = "127.0.0.1"
 REFUSED = {
     "replica_config": "replicas here are alike; use replica and gpu_idx.",
 }
-# Launch fields about a cluster and about Python environments of models: one machine has no use for the former,
-# and engines that come ready have none for the latter.
+# Launch fields about a cluster: one machine has no use for them.
 WITHOUT_EFFECT = (
     "worker_ip",
     "n_worker",
-    "enable_virtual_env",
-    "virtual_env_packages",
-    "virtual_env_find_links",
 )
 
 
