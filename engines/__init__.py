@@ -9,10 +9,11 @@ from pathlib import Path
 
 from engines.base import Engine, EngineSettings
 from engines.llama_cpp import LlamaCpp
+from engines.transformers import Transformers
 from engines.vllm import Vllm
 from registry.decode import did_you_mean
 
-ENGINES: tuple[Engine, ...] = (LlamaCpp(), Vllm())
+ENGINES: tuple[Engine, ...] = (LlamaCpp(), Vllm(), Transformers())
 
 logger = logging.getLogger("hostler.engines")
 
