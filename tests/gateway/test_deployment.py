@@ -19,6 +19,7 @@ import pytest
 from engines.base import EngineSettings, Launch
 from engines.llama_cpp import LlamaCpp
 from gateway.deployment import Deployment
+from gateway.environments import Recipe
 from gateway.errors import ModelFailed, ShuttingDown
 from gateway.nodes.local import open_node
 from gateway.replica import Replica, State
@@ -69,6 +70,8 @@ async def deployed(
                 placements=list,
                 tell=lambda kind, text: None,
                 download_stall_s=60,
+                environments=folder / "environments",
+                recipe=Recipe(),
                 changed=deployment.notify,
             )
             for index in range(replica)
