@@ -9,11 +9,12 @@ from pathlib import Path
 
 from engines.base import Engine, EngineSettings
 from engines.llama_cpp import LlamaCpp
+from engines.sglang import Sglang
 from engines.transformers import Transformers
 from engines.vllm import Vllm
 from registry.decode import did_you_mean
 
-ENGINES: tuple[Engine, ...] = (LlamaCpp(), Vllm(), Transformers())
+ENGINES: tuple[Engine, ...] = (LlamaCpp(), Vllm(), Sglang(), Transformers())
 
 logger = logging.getLogger("hostler.engines")
 

