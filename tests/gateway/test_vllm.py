@@ -37,6 +37,7 @@ async def gateway(
         "options": OPTIONS,
         "preload": True,
         "start_timeout_s": START_LIMIT_S,
+        "load_timeout_s": START_LIMIT_S,
     }
     settings = {
         "engines": {"vLLM": {"python": vllm_python}, "transformers": {"python": torch_python}},
@@ -51,7 +52,8 @@ async def gateway(
         },
     }
     gateway = await Gateway.start(tmp_path_factory.mktemp("home"), settings)
-    await gateway.until("smol", limit_s=START_LIMIT_S, state="ready")
+    answer = await gateway.complete("smol", max_tokens=1, timeout=aiohttp.ClientTimeout(START_LIMIT_S))
+    assert answer.status == 200, answer.body
     yield gateway
     assert await gateway.end() == 0
 
