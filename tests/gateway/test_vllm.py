@@ -52,7 +52,8 @@ async def gateway(
         },
     }
     gateway = await Gateway.start(tmp_path_factory.mktemp("home"), settings)
-    answer = await gateway.complete("smol", max_tokens=1, timeout=aiohttp.ClientTimeout(START_LIMIT_S))
+    first = {"model": "smol", "prompt": "x", "max_tokens": 1}
+    answer = await gateway.post("/v1/completions", first, timeout=aiohttp.ClientTimeout(START_LIMIT_S))
     assert answer.status == 200, answer.body
     yield gateway
     assert await gateway.end() == 0
