@@ -48,15 +48,6 @@ def vllm_python() -> str:
 
 
 @pytest.fixture(scope="session")
-def vllm_python() -> str:
-    """A Python that has vLLM."""
-    python = os.environ.get("HOSTLER_TEST_VLLM_PYTHON")
-    if not python:
-        pytest.skip("HOSTLER_TEST_VLLM_PYTHON names no Python with vLLM")
-    return python
-
-
-@pytest.fixture(scope="session")
 def minilm() -> Path:
     return models.minilm()
 
