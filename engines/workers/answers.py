@@ -119,7 +119,7 @@ class Message:
                 self._call += part
             else:
                 deltas += self._end_call() + self._content(part)
-        return deltas + self._end_call() if is_last else deltas
+        return deltas + self._end_call(is_whole=not self._tools.inside) if is_last else deltas
 
     def _content(self, text: str) -> list[dict[str, Any]]:
         if self._at_begin and self._thinking:
@@ -129,7 +129,7 @@ class Message:
         self._at_begin = self._at_begin and not text
         return [{"content": text}] if text else []
 
-    def _end_call(self) -> list[dict[str, Any]]:
+    def _end_call(self, *, is_whole: bool = True) -> list[dict[str, Any]]:
         text, self._call = self._call, ""
         if not text.strip():
             return []
@@ -137,7 +137,7 @@ class Message:
             call = json.loads(text)
             name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
         except (ValueError, KeyError, TypeError, AttributeError):
-            return [{"content": self._tool_tags[0] + text + self._tool_tags[1]}]
+            return [{"content": self._tool_tags[0] + text + (self._tool_tags[1] if is_whole else "")}]
         return [self._as_call(str(name), arguments)]
 
     def _as_call(self, name: str, arguments: Any) -> dict[str, Any]:
