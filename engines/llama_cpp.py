@@ -18,7 +18,7 @@ from msgspec import Meta
 from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, visible_gpus
 from engines.environments import find_binary, has_package, worker_argv
 from engines.packages import package_folder
-from registry.decode import DecodeError, decode
+from registry.decode import DecodeError
 from registry.resolve import Artifact
 
 CONTEXT_LENGTH = 4096  # of one request, where the launch does not say; the engine caps it at the model's own
@@ -162,19 +162,25 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
         return None
 
     def defaults(self, launch: Launch) -> Mapping[str, Any]:
-        """The texts that end an answer of the family; its files know their own end tokens."""
+        """The texts that end an answer of the family; its files know their own end tokens.
+
+        Requests that name no adapter say so: else llama.cpp goes on from what it has kept of a prompt that it read
+        with one.
+        """
         stop = getattr(launch.artifact.family, "stop", None)
-        return {"stop": list(stop)} if stop else {}
+        found: dict[str, Any] = {"stop": list(stop)} if stop else {}
+        names = [adapter.lora_name for adapter in self.read_options(launch.options).lora_list]
+        return found | ({"lora": _scales(names)} if names else {})
 
     def choose_adapter(self, names: Sequence[str], lora_name: str) -> Mapping[str, Any]:
-        """By its number, and no other; without a name none is used."""
-        return {"lora": [{"id": names.index(lora_name), "scale": 1.0}]}
+        """By its number, and none of the others."""
+        return {"lora": _scales(names, lora_name)}
 
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
         """The flags of llama-server; the key travels in the environment, where `ps` does not show it."""
-        options = decode(launch.options, LlamaCppOptions, "options", strict=False)
+        options: LlamaCppOptions = self.read_options(launch.options)
         if python_server := self._python_server():
             return _of_python_server(python_server, options, launch, model_path, placement, endpoint)
         binary = self.settings.binary or find_binary("llama-server", None)
@@ -197,6 +203,11 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
             ),
             env=env | launch.envs,
         )
+
+
+def _scales(names: Sequence[str], lora_name: str | None = None) -> list[dict[str, float]]:
+    """How much each adapter counts: one of them, or none."""
+    return [{"id": number, "scale": float(name == lora_name)} for number, name in enumerate(names)]
 
 
 PYTHON_SERVER = "llama_cpp.server"

@@ -84,6 +84,10 @@ def main() -> None:
     if arguments.host.endswith(".sock") and os.path.exists(arguments.host):
         os.unlink(arguments.host)  # the engine refuses to start on a stale one
 
+    for path in (arguments.model, arguments.mmproj, arguments.model_draft, *arguments.lora):
+        if path and not os.path.exists(path):
+            sys.exit(f"llama.cpp cannot start: there is no file {path}")
+
     import xllamacpp  # here, so that --help and bad flags answer without the native library
 
     try:

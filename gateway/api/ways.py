@@ -19,6 +19,7 @@ from gateway.errors import BadRequest
 if TYPE_CHECKING:
     from gateway.api.inference import Exchange
 
+JOINED = ("stop", "stop_token_ids")  # the defaults' are added to a request's own
 DONE = b"data: [DONE]\n\n"
 EMPTY_DELTA, DELTA = b'"delta":{}', b'"delta":{"content":""}'
 
@@ -65,7 +66,8 @@ def with_defaults(body: bytes, head: Head, defaults: Mapping[str, Any]) -> bytes
     fields = msgspec.json.decode(body, type=dict[str, Raw])
     for name, value in defaults.items():
         given = msgspec.json.decode(fields[name]) if name in fields else None
-        fields[name] = Raw(msgspec.json.encode(value if given is None else _joined(given, value)))
+        if given is None or name in JOINED:
+            fields[name] = Raw(msgspec.json.encode(value if given is None else _joined(given, value)))
     if head.enable_thinking is not None:
         del fields["enable_thinking"]
         kwargs = msgspec.json.decode(fields.get("chat_template_kwargs", Raw(b"null")))

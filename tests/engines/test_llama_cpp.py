@@ -439,7 +439,8 @@ def test_the_workers_parameters_are_what_the_flags_say(worker: LlamaCpp) -> None
 
 def test_an_adapter_is_asked_for_by_its_number() -> None:
     launch = a_launch({"lora_list": ALL_OPTIONS["lora_list"]})
-    assert LlamaCpp().with_adapter(launch, "b") == {"lora": [{"id": 1, "scale": 1.0}]}
+    assert LlamaCpp().with_adapter(launch, "b") == {"lora": [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 1.0}]}
+    assert LlamaCpp().defaults(launch) == {"lora": [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 0.0}]}
 
 
 @pytest.mark.parametrize(
