@@ -323,7 +323,7 @@ async def test_launches_that_cannot_be_are_refused_and_not_kept(start_gateway: S
         ({"model_path": file, "model_uid": "fake"}, "already"),
         ({"model_path": file, "model_uid": "x", "n_paralel": 2}, "n_parallel"),
         ({"model_path": file, "model_uid": "x", "replica": 0}, "replica"),
-        ({"model_path": file, "model_uid": "x", "model_engine": "vlm"}, "llama.cpp"),
+        ({"model_path": file, "model_uid": "x", "model_engine": "vlm"}, "vLLM"),
         ({"model_path": "relative.gguf", "model_uid": "x"}, "absolute"),
         ([], "launch"),
     ):
