@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, visible_gpus
+from engines.base import Adapter, Command, Endpoint, Engine, Launch, Needs, Placement, forced_flags, visible_gpus
 from engines.environments import find_binary, has_package, worker_argv
 from engines.packages import package_folder
 from registry.decode import DecodeError
+from registry.memory import CACHE_BITS, Cache
 from registry.resolve import Artifact
 
 CONTEXT_LENGTH = 4096  # of one request, where the launch does not say; the engine caps it at the model's own
@@ -131,6 +132,7 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
 
     name = "llama.cpp"
     model_types = ("LLM", "embedding")
+    takes_flags = True
     options = LlamaCppOptions
 
     @property
@@ -176,6 +178,10 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
         """By its number, and none of the others."""
         return {"lora": _scales(names, lora_name)}
 
+    def needs(self, launch: Launch) -> Needs:
+        """What the launch says; it takes what GPUs it sees otherwise."""
+        return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu, cache=_cache(self.read_options(launch.options)))
+
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
@@ -200,6 +206,7 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
                 *listen,
                 *projector,
                 *_flags(options, launch),
+                *forced_flags(launch),
             ),
             env=env | launch.envs,
         )
@@ -259,16 +266,30 @@ def _of_python_server(
     )
 
 
+def _cache(options: LlamaCppOptions) -> Cache:
+    """The slots share the context evenly."""
+    return Cache(
+        tokens=max(1, _context(options) // options.n_parallel),
+        sequences=options.n_parallel,
+        key_bits=CACHE_BITS[options.cache_type_k or "f16"],
+        value_bits=CACHE_BITS[options.cache_type_v or "f16"],
+    )
+
+
+def _context(options: LlamaCppOptions) -> int:
+    """Tokens of all slots together."""
+    return options.n_ctx or (options.context_length or CONTEXT_LENGTH) * options.n_parallel
+
+
 def _template_kwargs(options: LlamaCppOptions) -> str | None:
     return None if options.enable_thinking is None else json.dumps({"enable_thinking": options.enable_thinking})
 
 
 def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
-    per_request = options.context_length or CONTEXT_LENGTH
     can_embed = "embed" in launch.artifact.family.abilities
     threads = options.n_threads or max(1, (os.cpu_count() or 2) - 1)
     values: dict[str, object] = {
-        "--ctx-size": options.n_ctx or per_request * options.n_parallel,
+        "--ctx-size": _context(options),
         "--parallel": options.n_parallel,
         "--threads": threads,
         "--threads-batch": options.n_threads_batch or threads,

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, visible_gpus
+from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, forced_flags, visible_gpus
 from engines.environments import find_python, why_no_python
 from engines.packages import annotated_fields, literal_keys, package_folder
 from engines.parsers import reasoning_parser, tool_parser
@@ -92,7 +92,7 @@ class SglangOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_lora_rank: Positive | None = None
     max_loras_per_batch: Positive | None = None
     device: str | None = None
-    extra_args: Annotated[dict[str, Flag], Meta(description="flags that go to SGLang unread")] = {}
+    extra_args: Annotated[dict[str, Flag], Meta(description="further flags of SGLang")] = {}
 
 
 # Options that are told to SGLang otherwise than by a flag of their name.
@@ -109,6 +109,7 @@ class Sglang(Engine, frozen=True, kw_only=True):
 
     name = "SGLang"
     model_types = ("LLM", "embedding")
+    takes_flags = True
     options = SglangOptions
     unix_socket = False
 
@@ -191,6 +192,7 @@ class Sglang(Engine, frozen=True, kw_only=True):
                 *("--model-path", str(model_path), "--served-model-name", launch.uid),
                 *("--host", endpoint.host, "--port", str(endpoint.port)),
                 *(word for name, value in flags.items() for word in flag_words(name, value)),
+                *forced_flags(launch),
             ),
             env={"HF_HUB_OFFLINE": "1"} | visible_gpus(placement) | launch.envs,
             files=files,

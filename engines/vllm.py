@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, visible_gpus
+from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, forced_flags, visible_gpus
 from engines.environments import find_python, why_no_python
 from engines.packages import annotated_fields, distributions, literal_keys, package_folder
 from engines.parsers import reasoning_parser, tool_parser
@@ -106,7 +106,7 @@ class VllmOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     runner: Literal["auto", "generate", "pooling"] | None = None
     n_threads: Annotated[int, Meta(ge=1, description="of the CPU build")] | None = None
     cpu_kv_cache_gib: Annotated[int, Meta(ge=1, description="memory for the CPU build's cache")] | None = None
-    extra_args: Annotated[dict[str, Flag], Meta(description="flags that go to vLLM unread")] = {}
+    extra_args: Annotated[dict[str, Flag], Meta(description="further flags of vLLM")] = {}
 
 
 # Options that are told to vLLM otherwise than by a flag of their name.
@@ -124,6 +124,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
 
     name = "vLLM"
     model_types = ("LLM", "embedding", "rerank")
+    takes_flags = True
     options = VllmOptions
     chat_words = ((b'"reasoning":', b'"reasoning_content":'),)  # its name for what others call reasoning_content
 
@@ -227,6 +228,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
                 *(program, "-P", "-m", MODULE, "--model", str(model_path), "--served-model-name", launch.uid),
                 *listen,
                 *(word for name, value in flags.items() for word in flag_words(name, value)),
+                *forced_flags(launch),
             ),
             env=_environment(options, folder, endpoint) | visible_gpus(placement) | launch.envs,
             files={template[0]: template[1]} if template and template[1] else {},

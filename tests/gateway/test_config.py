@@ -346,6 +346,8 @@ EVERY_FIELD: dict[str, tuple[str, Any]] = {
     "environment_builder": ("pip", "pip"),
     "restart_limit": ("2", 2),
     "catalogue_files": ("/a.json, /b.json", ("/a.json", "/b.json")),
+    "model_roots": ("/srv/models, ~/mine", ("/srv/models", "~/mine")),
+    "allowed_hosts": ("models.example, hostler", ("models.example", "hostler")),
     "preferred_hubs": ("pypi, huggingface", ("pypi", "huggingface")),
     "download_stall_s": ("7", 7.0),
     "engines": ("{llama.cpp: {binary: /x}}", {"llama.cpp": EngineSettings(binary="/x")}),
