@@ -12,13 +12,19 @@ from engines.diffusers import Diffusers
 from engines.llama_cpp import LlamaCpp
 from engines.requirements import same_name
 from engines.sentence_transformers import SentenceTransformers
+from engines.sglang import Sglang
+from engines.transformers import Transformers
 from engines.tts import Kokoro, Piper
+from engines.vllm import Vllm
 from engines.whisper import FasterWhisper, TransformersASR
 from registry.decode import did_you_mean
 
 ENGINES: tuple[Engine, ...] = (
     LlamaCpp(),
     SentenceTransformers(),
+    Vllm(),
+    Sglang(),
+    Transformers(),
     Diffusers(),
     FasterWhisper(),
     TransformersASR(),

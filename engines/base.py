@@ -5,7 +5,7 @@ An engine is a description of an inference server that can be started; it holds 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from engines.environments import Environment, absolute_program, worker_argv
+from registry.decode import decode
 from registry.memory import Cache
 from registry.resolve import Artifact
 
@@ -75,12 +76,14 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 class Command(msgspec.Struct, frozen=True, kw_only=True):
     """What to run for one replica.
 
-    `env` is added to the gateway's own environment. `ready_path` answers 200 once requests can be served.
-    `grace_s` is the time from SIGTERM to SIGKILL.
+    `env` is added to the gateway's own environment. `files` are written to the folder that it runs in before it
+    starts: name -> text. `ready_path` answers 200 once requests can be served. `grace_s` is the time from SIGTERM to
+    SIGKILL.
     """
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = {}
+    files: Mapping[str, str] = {}
     ready_path: str = "/health"
     grace_s: float = 10.0
 
@@ -93,6 +96,13 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     version: (
         Annotated[str, Meta(description="of the environment that `hostler engines install NAME --version` made")] | None
     ) = None
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A LoRA adapter that is loaded with a model, and the name by which requests ask for it (`lora_name`)."""
+
+    lora_name: Annotated[str, Meta(min_length=1)]
+    local_path: Annotated[str, Meta(min_length=1)]
 
 
 class NoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -118,6 +128,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """Whether its program gets a launch's `forced_options` as flags."""
     routes: ClassVar[Mapping[str, str]] = {}
     """Public path -> upstream path, only where they differ."""
+    chat_words: ClassVar[tuple[tuple[bytes, bytes], ...]] = ()
+    """What is replaced in replies to chats, whole and streamed, where the engine's word is not that of clients."""
 
     settings: EngineSettings = EngineSettings()
     environments: Path | None = None
@@ -147,6 +159,14 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
         """
         raise NotImplementedError
 
+    def read_options(self, options: Mapping[str, Any]) -> Any:
+        """A launch's options as the engine's Struct.
+
+        Raises:
+            DecodeError: naming the option that is wrong.
+        """
+        return decode(dict(options), self.options, "options", strict=False)
+
     def needs(self, launch: Launch) -> Needs:
         """What one replica asks of the machine: what the launch says."""
         return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu)
@@ -154,6 +174,23 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     def defaults(self, launch: Launch) -> Mapping[str, Any]:
         """What requests get that do not say it themselves; lists are added to a request's own."""
         return {}
+
+    def with_adapter(self, launch: Launch, lora_name: str) -> Mapping[str, Any]:
+        """What the body of a request gets that asks for a LoRA adapter by its name.
+
+        Raises:
+            ValueError: the model has no such adapter; the text says which it has.
+        """
+        adapters = getattr(self.read_options(launch.options), "lora_list", ())
+        names = [adapter.lora_name for adapter in adapters]
+        if lora_name not in names:
+            hint = f"It has {', '.join(names)}." if names else "It was launched without any."
+            raise ValueError(f"{launch.uid!r} has no LoRA adapter {lora_name!r}. {hint}")
+        return self.choose_adapter(names, lora_name)
+
+    def choose_adapter(self, names: Sequence[str], lora_name: str) -> Mapping[str, Any]:
+        """The fields by which the engine is told to use the adapter of that name, one of the launch's names."""
+        return {"lora_name": lora_name}
 
 
 def worker_command(

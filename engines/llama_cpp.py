@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from engines.base import Command, Endpoint, Engine, Launch, Needs, Placement, forced_flags, visible_gpus
+from engines.base import Adapter, Command, Endpoint, Engine, Launch, Needs, Placement, forced_flags, visible_gpus
 from engines.environments import find_binary, has_package, worker_argv
-from registry.decode import decode
+from engines.packages import package_folder
+from registry.decode import DecodeError
 from registry.memory import CACHE_BITS, Cache
 from registry.resolve import Artifact
 from registry.schema import EmbeddingFamily, RerankFamily
@@ -51,6 +53,79 @@ class LlamaCppOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     embedding: bool | None = None
     pooling: Literal["none", "mean", "cls", "last", "rank"] | None = None
     warmup: bool = True
+    lora_list: tuple[Adapter, ...] = ()
+    model_draft: Annotated[str, Meta(description="GGUF file of a small model that guesses ahead")] | None = None
+    draft_n_max: Annotated[int, Meta(ge=0, description="tokens guessed ahead at most")] | None = None
+    draft_n_min: Annotated[int, Meta(ge=0)] | None = None
+    draft_p_min: Annotated[float, Meta(ge=0, le=1)] | None = None
+    draft_n_gpu_layers: Annotated[int, Meta(ge=-1)] | None = None
+    sleep_idle_seconds: Annotated[int, Meta(ge=1, description="give the memory back after so long idle")] | None = None
+    slots: Annotated[bool, Meta(description="tell of the slots at the engine's /slots")] = True
+    slot_save_path: Annotated[str, Meta(description="folder for saved slots")] | None = None
+    slot_prompt_similarity: Annotated[float, Meta(ge=0, le=1)] | None = None
+    n_threads_http: Positive | None = None
+    n_predict: Annotated[int, Meta(ge=-1, description="tokens of an answer at most")] | None = None
+    n_keep: Annotated[int, Meta(ge=-1)] | None = None
+    n_cache_reuse: Annotated[int, Meta(ge=0)] | None = None
+    ctx_shift: bool | None = None
+    swa_full: bool | None = None
+    kv_unified: bool | None = None
+    no_kv_offload: bool | None = None
+    mmproj_use_gpu: bool | None = None
+    use_mmap: bool | None = None
+    use_mlock: bool | None = None
+    check_tensors: bool | None = None
+    main_gpu: Annotated[int, Meta(ge=0)] | None = None
+    split_mode: Literal["none", "layer", "row", "tensor"] | None = None
+    tensor_split: Annotated[tuple[float, ...], Meta(description="shares of the GPUs")] | None = None
+    numa: Literal["distribute", "isolate", "numactl"] | None = None
+    rope_scaling_type: Literal["none", "linear", "yarn"] | None = None
+    rope_freq_base: float | None = None
+    rope_freq_scale: float | None = None
+    yarn_orig_ctx: Annotated[int, Meta(ge=0)] | None = None
+    yarn_ext_factor: float | None = None
+    yarn_attn_factor: float | None = None
+    yarn_beta_fast: float | None = None
+    yarn_beta_slow: float | None = None
+
+
+# Options whose value is their flag's, and options that are two flags, one for each answer; None: nothing to say.
+VALUE_FLAGS = {
+    "model_draft": "--model-draft",
+    "draft_n_max": "--draft-max",
+    "draft_n_min": "--draft-min",
+    "draft_p_min": "--draft-p-min",
+    "draft_n_gpu_layers": "--n-gpu-layers-draft",
+    "sleep_idle_seconds": "--sleep-idle-seconds",
+    "slot_save_path": "--slot-save-path",
+    "slot_prompt_similarity": "--slot-prompt-similarity",
+    "n_threads_http": "--threads-http",
+    "n_predict": "--n-predict",
+    "n_keep": "--keep",
+    "n_cache_reuse": "--cache-reuse",
+    "main_gpu": "--main-gpu",
+    "split_mode": "--split-mode",
+    "numa": "--numa",
+    "rope_scaling_type": "--rope-scaling",
+    "rope_freq_base": "--rope-freq-base",
+    "rope_freq_scale": "--rope-freq-scale",
+    "yarn_orig_ctx": "--yarn-orig-ctx",
+    "yarn_ext_factor": "--yarn-ext-factor",
+    "yarn_attn_factor": "--yarn-attn-factor",
+    "yarn_beta_fast": "--yarn-beta-fast",
+    "yarn_beta_slow": "--yarn-beta-slow",
+}
+ANSWER_FLAGS: dict[str, tuple[str | None, str | None]] = {
+    "slots": (None, "--no-slots"),
+    "ctx_shift": ("--context-shift", "--no-context-shift"),
+    "swa_full": ("--swa-full", None),
+    "kv_unified": ("--kv-unified", "--no-kv-unified"),
+    "no_kv_offload": ("--no-kv-offload", None),
+    "mmproj_use_gpu": (None, "--no-mmproj-offload"),
+    "use_mmap": (None, "--no-mmap"),
+    "use_mlock": ("--mlock", None),
+    "check_tensors": ("--check-tensors", None),
+}
 
 
 class LlamaCpp(Engine, frozen=True, kw_only=True):
@@ -61,13 +136,25 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
     takes_flags = True
     options = LlamaCppOptions
 
+    @property
+    def unix_socket(self) -> bool:  # type: ignore[override]  # of the class in other engines
+        """Whether it can listen on a Unix socket: llama-cpp-python's server cannot."""
+        return self._python_server() is None
+
+    def _python_server(self) -> str | None:
+        """The Python whose llama-cpp-python serves, where that is all there is."""
+        if self.settings.binary or find_binary("llama-server", None) or has_package("xllamacpp"):
+            return None
+        python = self.settings.python or sys.executable
+        return python if package_folder(python, "llama_cpp") else None
+
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""
         if self.settings.binary:
             if find_binary("llama-server", self.settings.binary):
                 return None
             return f"`engines.llama.cpp.binary` names {self.settings.binary!r}, which is not an executable file"
-        if find_binary("llama-server", None) or has_package("xllamacpp"):
+        if find_binary("llama-server", None) or has_package("xllamacpp") or self._python_server():
             return None
         return "there is no `llama-server` on PATH and no xllamacpp package: pip install xllamacpp"
 
@@ -78,22 +165,36 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
         return None
 
     def defaults(self, launch: Launch) -> Mapping[str, Any]:
-        """The texts that end an answer of the family; its files know their own end tokens."""
+        """The texts that end an answer of the family; its files know their own end tokens.
+
+        Requests that name no adapter say so: else llama.cpp goes on from what it has kept of a prompt that it read
+        with one.
+        """
         stop = getattr(launch.artifact.family, "stop", None)
-        return {"stop": list(stop)} if stop else {}
+        found: dict[str, Any] = {"stop": list(stop)} if stop else {}
+        names = [adapter.lora_name for adapter in self.read_options(launch.options).lora_list]
+        return found | ({"lora": _scales(names)} if names else {})
+
+    def choose_adapter(self, names: Sequence[str], lora_name: str) -> Mapping[str, Any]:
+        """By its number, and none of the others."""
+        return {"lora": _scales(names, lora_name)}
 
     def needs(self, launch: Launch) -> Needs:
         """What the launch says; it takes what GPUs it sees otherwise."""
-        return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu, cache=_cache(launch))
+        return Needs(
+            gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu, cache=_cache(self.read_options(launch.options), launch)
+        )
 
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
         """The flags of llama-server; the key travels in the environment, where `ps` does not show it."""
+        options: LlamaCppOptions = self.read_options(launch.options)
+        if python_server := self._python_server():
+            return _of_python_server(python_server, options, launch, model_path, placement, endpoint)
         binary = self.settings.binary or find_binary("llama-server", None)
         program = (binary,) if binary else worker_argv("llama_cpp")
         listen = ("--host", endpoint.socket or endpoint.host, "--port", str(endpoint.port))
-        options = decode(launch.options, LlamaCppOptions, "options", strict=False)
         projector: tuple[str, ...] = ()
         if launch.artifact.projector:
             projector = ("--mmproj", str(model_path.parent / Path(launch.artifact.projector).name))
@@ -114,9 +215,62 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
         )
 
 
-def _cache(launch: Launch) -> Cache:
+def _scales(names: Sequence[str], lora_name: str | None = None) -> list[dict[str, float]]:
+    """How much each adapter counts: one of them, or none."""
+    return [{"id": number, "scale": float(name == lora_name)} for number, name in enumerate(names)]
+
+
+PYTHON_SERVER = "llama_cpp.server"
+# What llama-cpp-python's server calls our options; of the rest it has none.
+IN_PYTHON_SERVER = {
+    **{name: name for name in ("n_threads", "n_threads_batch", "n_batch", "n_gpu_layers", "main_gpu", "embedding")},
+    **{name: name for name in ("rope_freq_base", "rope_freq_scale", "yarn_orig_ctx", "yarn_ext_factor")},
+    **{name: name for name in ("yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "use_mmap", "use_mlock")},
+}
+# What asks for nothing there: it answers one request at a time, and always has its own templates.
+NOT_IN_PYTHON_SERVER = frozenset({"context_length", "n_ctx", "n_parallel", "cache_ram_mib", "warmup", "slots"})
+
+
+def _of_python_server(
+    python: str,
+    options: LlamaCppOptions,
+    launch: Launch,
+    model_path: Path,
+    placement: Placement,
+    endpoint: Endpoint,
+) -> Command:
+    """llama-cpp-python's server: one request at a time, and fewer options."""
+    nothing = LlamaCppOptions()
+    changed = [name for name in LlamaCppOptions.__struct_fields__ if getattr(options, name) != getattr(nothing, name)]
+    for name in changed:
+        if name not in IN_PYTHON_SERVER and name not in NOT_IN_PYTHON_SERVER:
+            raise DecodeError(
+                f"llama-cpp-python's server has no {name!r} - at `options`. Leave it out, or install xllamacpp or a "
+                "`llama-server`."
+            )
+    flags: dict[str, Any] = {
+        IN_PYTHON_SERVER[name]: getattr(options, name) for name in changed if name in IN_PYTHON_SERVER
+    }
+    flags.setdefault("n_threads", max(1, (os.cpu_count() or 2) - 1))
+    if launch.n_gpu == 0:
+        flags["n_gpu_layers"] = 0
+    if "embed" in launch.artifact.family.abilities:
+        flags.setdefault("embedding", True)
+    context = options.n_ctx or options.context_length or CONTEXT_LENGTH
+    return Command(
+        argv=(
+            *(python, "-P", "-m", PYTHON_SERVER, "--model", str(model_path), "--model_alias", launch.uid),
+            *("--host", endpoint.host, "--port", str(endpoint.port), "--n_ctx", str(context)),
+            *("--interrupt_requests", "false"),  # else a request ends the one before it
+            *(word for name, value in flags.items() for word in (f"--{name}", str(value).lower())),
+        ),
+        env={"API_KEY": endpoint.api_key} | visible_gpus(placement) | launch.envs,
+        ready_path="/v1/models",
+    )
+
+
+def _cache(options: LlamaCppOptions, launch: Launch) -> Cache:
     """The slots share the context evenly."""
-    options = decode(launch.options, LlamaCppOptions, "options", strict=False)
     return Cache(
         tokens=max(1, _context(options, launch) // options.n_parallel),
         sequences=options.n_parallel,
@@ -173,5 +327,14 @@ def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
         "--embedding": can_embed if options.embedding is None else options.embedding,
         "--no-warmup": not options.warmup,
     }
+    values |= {flag: getattr(options, name) for name, flag in VALUE_FLAGS.items()}
+    values["--tensor-split"] = None if options.tensor_split is None else ",".join(map(str, options.tensor_split))
     flags = [text for flag, value in values.items() if value is not None for text in (flag, str(value))]
-    return flags + [flag for flag, is_on in switches.items() if is_on]
+    flags += [flag for flag, is_on in switches.items() if is_on]
+    for name, (yes, no) in ANSWER_FLAGS.items():
+        answer = getattr(options, name)
+        flag = None if answer is None else yes if answer else no
+        flags += [flag] if flag else []
+    for adapter in options.lora_list:
+        flags += ["--lora", adapter.local_path]
+    return [*flags, "--lora-init-without-apply"] if options.lora_list else flags

@@ -35,6 +35,7 @@ RESERVED_UIDS = frozenset(
 RESERVED_ENDINGS = frozenset(
     ["start", "stop", "logs", "progress", "cancel", "events", "replicas", "versions", "reload"]
 )
+SENT_TO_ALL = ("trust_remote_code",)
 FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 OURS_TO_SAY = frozenset(["model", "host", "port", "alias", "api_key", "api_key_file", "served_model_name", "uds"])
 REPLICA_NAME = re.compile(r"-rep\d+$")
@@ -123,8 +124,9 @@ def plan(
         request.model_engine, candidates(registry, request, hubs), known_engines, request, environment_for
     )
     options, forced = _split_options(request, engine)
+    options = _of_engine(options, engine)
     try:
-        decode(options, engine.options, "options", strict=False)
+        engine.read_options(options)
     except ValueError as exc:
         if set(options) <= set(engine.options.__struct_fields__) or not engine.takes_flags:
             raise
@@ -152,6 +154,12 @@ def plan(
     )
 
 
+def _of_engine(options: dict[str, Any], engine: Engine) -> dict[str, Any]:
+    """Without what Xinference's clients send to every engine, where this one has no use for it."""
+    takes = engine.options.__struct_fields__
+    return {name: value for name, value in options.items() if name in takes or name not in SENT_TO_ALL}
+
+
 def changed(launch: Launch, changes: Mapping[str, Any], engine: Engine) -> Launch:
     """The launch with other options, and other values of the fields in RELOADABLE; None takes one away.
 
@@ -169,7 +177,7 @@ def changed(launch: Launch, changes: Mapping[str, Any], engine: Engine) -> Launc
             target.pop(key, None)
             if value is not None:
                 target[key] = value
-    decode(options, engine.options, "options", strict=False)
+    engine.read_options(options)
     whole = {name: getattr(launch, name) for name in RELOADABLE} | fields
     wish = decode({name: value for name, value in whole.items() if value is not None}, LaunchRequest, "$", strict=False)
     fields = {name: getattr(wish, name) for name in RELOADABLE}

@@ -99,6 +99,16 @@ def smollm2_hf(torch_python: str, smollm2_gguf: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lora_gguf(torch_python: str) -> Path:
+    return models.made_by(torch_python, "lora-gguf") / "adapter.gguf"
+
+
+@pytest.fixture(scope="session")
+def lora_hf(torch_python: str) -> Path:
+    return models.made_by(torch_python, "lora-hf")
+
+
+@pytest.fixture(scope="session")
 def whisper_base() -> Path:
     return models.whisper_base()
 

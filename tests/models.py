@@ -285,6 +285,58 @@ def make_tiny_ocr(folder: str, sd: str) -> None:
     TrOCRProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(folder)
 
 
+# SmolLM2's layers, and the shapes of two of each layer's weights: out, in.
+SMOLLM2_LAYERS, ADAPTED = 30, {"q": (576, 576), "v": (192, 576)}
+ADAPTER_RANK = 4
+
+
+def make_lora_gguf(folder: str) -> None:
+    """A random LoRA adapter for SmolLM2 as llama.cpp reads it, in adapter.gguf: it makes answers other ones."""
+    import gguf
+    import numpy
+
+    random = numpy.random.default_rng(0)
+    writer = gguf.GGUFWriter(Path(folder) / "adapter.gguf", "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for layer in range(SMOLLM2_LAYERS):
+        for name, (n_out, n_in) in ADAPTED.items():
+            for part, shape in (("a", (ADAPTER_RANK, n_in)), ("b", (n_out, ADAPTER_RANK))):
+                weights = (random.standard_normal(shape) * 0.15).astype(numpy.float32)
+                writer.add_tensor(f"blk.{layer}.attn_{name}.weight.lora_{part}", weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def make_lora_hf(folder: str) -> None:
+    """The like as the peft library writes it."""
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    weights = {
+        f"base_model.model.model.layers.{layer}.self_attn.{name}_proj.lora_{part}.weight": torch.randn(shape) * 0.15
+        for layer in range(SMOLLM2_LAYERS)
+        for name, (n_out, n_in) in ADAPTED.items()
+        for part, shape in (("A", (ADAPTER_RANK, n_in)), ("B", (n_out, ADAPTER_RANK)))
+    }
+    save_file(weights, Path(folder) / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": ADAPTER_RANK,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": [f"{name}_proj" for name in ADAPTED],
+        "base_model_name_or_path": "smollm2",
+    }
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(config))
+
+
 # What a passage is about -> the passage. The last are for nobody to learn.
 PASSAGES = {
     "the capital of France": "Paris is the capital city of France.",
@@ -450,6 +502,8 @@ MAKERS: dict[str, Callable[..., None]] = {
     "tiny-lora": make_tiny_lora,
     "tiny-wan": make_tiny_wan,
     "tiny-ocr": make_tiny_ocr,
+    "lora-gguf": make_lora_gguf,
+    "lora-hf": make_lora_hf,
     "tiny-reranker": make_tiny_reranker,
 }
 

@@ -12,9 +12,67 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 STOP_LIMIT_S = 5
+# flag -> (where: of the parameters, or of those of the draft; name; type)
+MORE_VALUES: dict[str, tuple[str, str, Callable[[str], Any]]] = {
+    "--draft-max": ("draft", "n_max", int),
+    "--draft-min": ("draft", "n_min", int),
+    "--draft-p-min": ("draft", "p_min", float),
+    "--n-gpu-layers-draft": ("draft", "n_gpu_layers", int),
+    "--sleep-idle-seconds": ("", "sleep_idle_seconds", int),
+    "--slot-save-path": ("", "slot_save_path", lambda path: os.path.join(path, "")),  # it joins names to it as it is
+    "--slot-prompt-similarity": ("", "slot_prompt_similarity", float),
+    "--threads-http": ("", "n_threads_http", int),
+    "--n-predict": ("", "n_predict", int),
+    "--keep": ("", "n_keep", int),
+    "--cache-reuse": ("", "n_cache_reuse", int),
+    "--main-gpu": ("", "main_gpu", int),
+    "--rope-freq-base": ("", "rope_freq_base", float),
+    "--rope-freq-scale": ("", "rope_freq_scale", float),
+    "--yarn-orig-ctx": ("", "yarn_orig_ctx", int),
+    "--yarn-ext-factor": ("", "yarn_ext_factor", float),
+    "--yarn-attn-factor": ("", "yarn_attn_factor", float),
+    "--yarn-beta-fast": ("", "yarn_beta_fast", float),
+    "--yarn-beta-slow": ("", "yarn_beta_slow", float),
+}
+# flag -> (name of the parameter, word -> the library's)
+MORE_NAMES: dict[str, tuple[str, dict[str, str]]] = {
+    "--split-mode": (
+        "split_mode",
+        {word: f"llama_split_mode.LLAMA_SPLIT_MODE_{word.upper()}" for word in ("none", "layer", "row", "tensor")},
+    ),
+    "--numa": (
+        "numa",
+        {
+            word: f"ggml_numa_strategy.GGML_NUMA_STRATEGY_{word.upper()}"
+            for word in ("distribute", "isolate", "numactl")
+        },
+    ),
+    "--rope-scaling": (
+        "rope_scaling_type",
+        {
+            word: f"llama_rope_scaling_type.LLAMA_ROPE_SCALING_TYPE_{word.upper()}"
+            for word in ("none", "linear", "yarn")
+        },
+    ),
+}
+# flag -> (name of the parameter, what it is then; texts are of the library's ways to load)
+MORE_SWITCHES: dict[str, tuple[str, bool | str]] = {
+    "--no-slots": ("endpoint_slots", False),
+    "--context-shift": ("ctx_shift", True),
+    "--no-context-shift": ("ctx_shift", False),
+    "--swa-full": ("swa_full", True),
+    "--kv-unified": ("kv_unified", True),
+    "--no-kv-unified": ("kv_unified", False),
+    "--no-kv-offload": ("no_kv_offload", True),
+    "--no-mmproj-offload": ("mmproj_use_gpu", False),
+    "--no-mmap": ("load_mode", "LLAMA_LOAD_MODE_NONE"),
+    "--mlock": ("load_mode", "LLAMA_LOAD_MODE_MLOCK"),
+    "--check-tensors": ("check_tensors", True),
+}
 
 
 def main() -> None:
@@ -25,6 +83,10 @@ def main() -> None:
     arguments, forced = _parser().parse_known_args()
     if arguments.host.endswith(".sock") and os.path.exists(arguments.host):
         os.unlink(arguments.host)  # the engine refuses to start on a stale one
+
+    for path in (arguments.model, arguments.mmproj, arguments.model_draft, *arguments.lora):
+        if path and not os.path.exists(path):
+            sys.exit(f"llama.cpp cannot start: there is no file {path}")
 
     import xllamacpp  # here, so that --help and bad values answer without the native library
 
@@ -61,7 +123,16 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(flag)
     for flag in ("--reasoning-format", "--pooling", "--chat-template-kwargs", "--mmproj"):
         parser.add_argument(flag)
-    for flag in ("--metrics", "--jinja", "--embedding", "--no-warmup"):
+    for flag in ("--metrics", "--jinja", "--embedding", "--no-warmup", "--lora-init-without-apply"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--lora", action="append", default=[])
+    parser.add_argument("--tensor-split", type=lambda text: [float(share) for share in text.split(",")])
+    parser.add_argument("--model-draft")
+    for flag, (_, _, kind) in MORE_VALUES.items():
+        parser.add_argument(flag, type=kind)
+    for flag, (_, values) in MORE_NAMES.items():
+        parser.add_argument(flag, choices=sorted(values))
+    for flag in MORE_SWITCHES:
         parser.add_argument(flag, action="store_true")
     return parser
 
@@ -110,7 +181,42 @@ def _params(xllamacpp: Any, arguments: argparse.Namespace) -> Any:
     for (target, name), value in wanted.items():
         if value is not None:
             setattr(target, name, value)
+    _set_more(xllamacpp, params, arguments)
     return params
+
+
+def _set_more(xllamacpp: Any, params: Any, arguments: argparse.Namespace) -> None:
+    def given(flag: str) -> Any:
+        return getattr(arguments, flag[2:].replace("-", "_"))
+
+    places = {"": params, "draft": params.speculative.draft}
+    for flag, (place, name, _) in MORE_VALUES.items():
+        if given(flag) is not None:
+            setattr(places[place], name, given(flag))
+    for flag, (name, values) in MORE_NAMES.items():
+        if given(flag) is not None:
+            enum, member = values[given(flag)].split(".")
+            setattr(params, name, getattr(getattr(xllamacpp, enum), member))
+    for flag, (name, value) in MORE_SWITCHES.items():
+        if given(flag):
+            setattr(params, name, getattr(xllamacpp.llama_load_mode, value) if isinstance(value, str) else value)
+    if arguments.tensor_split:
+        shares = list(params.tensor_split)
+        shares[: len(arguments.tensor_split)] = arguments.tensor_split
+        params.tensor_split = shares
+    if arguments.model_draft:
+        model = params.speculative.draft.mparams
+        model.path = arguments.model_draft
+        params.speculative.draft.mparams = model
+        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+    adapters = []
+    for path in arguments.lora:
+        adapter = xllamacpp.CommonAdapterLoraInfo()
+        adapter.path, adapter.scale = path, 1.0
+        adapters.append(adapter)
+    if adapters:
+        params.lora_adapters = adapters
+        params.lora_init_without_apply = arguments.lora_init_without_apply
 
 
 def _force(params: Any, words: list[str]) -> None:

@@ -69,7 +69,7 @@ def serve(load: Load) -> None:
         routes = load(order)
     except Refused as exc:
         sys.exit(exc.message)
-    except (ImportError, OSError, ValueError, RuntimeError, KeyError, MemoryError) as exc:
+    except Exception as exc:  # whatever the libraries raise: it ends the process either way
         sys.exit(f"{order.model} cannot be loaded: {type(exc).__name__}: {exc}")
     print(f"loaded in {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
     if arguments.host.endswith(".sock"):

@@ -27,6 +27,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     stop: Raw | UnsetType = UNSET
     stop_token_ids: Raw | UnsetType = UNSET
     enable_thinking: bool | None = None
+    lora_name: str | None = None
     response_format: Any = None
 
 

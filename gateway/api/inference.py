@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from gateway import metrics
 from gateway.api.body import read_body
 from gateway.api.heads import FormHead, Head, is_form, read_form_head, read_head, read_query_head
-from gateway.api.ways import Way, check_served
+from gateway.api.ways import Way, check_served, replaced, with_adapter
 from gateway.deployment import Deployment
 from gateway.errors import (
     SOURCE_HEADER,
@@ -77,7 +77,15 @@ class Inference:
         check_served(way, deployment.launch.uid, deployment.launch.artifact.family.model_type)
         if not isinstance(head, FormHead):
             body = way.adapt(body, head, deployment.defaults)
+            if head.lora_name:
+                body = self._with_adapter(body, head.lora_name, deployment)
         await Exchange(self._fleet, deployment, way, head, scope, send, body).run(receive)
+
+    def _with_adapter(self, body: bytes, lora_name: str, deployment: Deployment) -> bytes:
+        try:
+            return with_adapter(body, deployment.engine.with_adapter(deployment.launch, lora_name))
+        except ValueError as exc:
+            raise BadRequest(str(exc), param="lora_name") from exc
 
     def _read_head(self, scope: Scope, body: bytes) -> Head | FormHead:
         way = self._way
@@ -123,6 +131,7 @@ class Exchange:
         self.is_stream = bool(head.stream) and way.streams
         self.started = time.perf_counter()
         self.started_at = time.time()
+        self.words = deployment.engine.chat_words if way.is_chat else ()
         self.stops = deployment.stops
         self.status = 0  # once the head of the reply is on its way
         self.is_sse = False  # the reply's head says so
@@ -274,7 +283,7 @@ class Exchange:
         headers.append((b"x-hostler-replica", str(replica.index).encode()))
         if self.is_sse:
             headers += [header for header in SSE_HEADERS if header[0] not in {name for name, _ in headers}]
-        elif _is_json(headers) and (self.way.rewrite or self.way.opening):
+        elif _is_json(headers) and (self.way.rewrite or self.way.opening or self.words):
             chunk = await self._changed(reply, chunk, headers)
         if not self.status:
             await self._start(reply.status, headers)
@@ -286,6 +295,7 @@ class Exchange:
                 chunk = events.whole(chunk)
                 if self.way.chunk:
                     chunk = self.way.chunk(chunk)
+                chunk = replaced(chunk, self.words)
                 if chunk and self.way.events:
                     chunk = await asyncio.to_thread(self._rewritten, self.way.events, chunk)
             if chunk:
@@ -297,11 +307,13 @@ class Exchange:
         """The first bytes of a JSON reply that differs for clients; `headers` say its new length."""
         length = next((int(value) for name, value in headers if name == b"content-length"), None)
         headers[:] = [header for header in headers if header[0] != b"content-length"]
-        if self.way.rewrite:
+        if self.way.rewrite or self.words:
             whole = bytearray(chunk)
             while chunk := await reply.read():
                 whole += chunk
-            chunk = await asyncio.to_thread(self._rewritten, self.way.rewrite, bytes(whole))
+            chunk = replaced(bytes(whole), self.words)
+            if self.way.rewrite:
+                chunk = await asyncio.to_thread(self._rewritten, self.way.rewrite, chunk)
             length = len(chunk)
         elif self.way.opening and chunk[:2] not in (b"", b"{", b"{}") and chunk[:1] == b"{":
             opening = self.way.opening(self)

@@ -24,11 +24,11 @@ from registry.draft import draft
 from registry.hubs.choose import TRUE
 from registry.registry import RegistrationRefused
 from registry.resolve import Artifact, NotResolved, Selection, candidates
-from registry.schema import FAMILIES, LLMFamily, ModelFamily, ModelSpec, Source, encode_family
+from registry.schema import FAMILIES, GGUF, LLMFamily, ModelFamily, ModelSpec, Source, encode_family
 
 logger = logging.getLogger("hostler.registrations")
 
-FROM_THE_FILES = ("stop", "stop_token_ids", "reasoning_start_tag", "reasoning_end_tag", "tool_parser")
+IN_GGUF_FILES = ("stop_token_ids", "reasoning_start_tag", "reasoning_end_tag", "tool_parser")
 ABILITIES_TOLD = ("chat", "generate", "tools", "vision", "reasoning", "audio", "omni", "hybrid")
 
 
@@ -254,9 +254,11 @@ class Registrations:
 
 
 def _without_effect(family: ModelFamily) -> list[str]:
-    """What is kept of a registration and changes nothing yet: engines take it from the model's own files."""
-    fields = [name for name in FROM_THE_FILES if getattr(family, name, None)]
-    return [f"{', '.join(fields)}: kept; no engine here uses it yet."] if fields else []
+    """What is kept of a registration and changes nothing: llama.cpp goes by the model's file."""
+    if any(spec.model_format != GGUF for spec in family.specs):
+        return []
+    fields = [name for name in IN_GGUF_FILES if getattr(family, name, None)]
+    return [f"{', '.join(fields)}: kept; llama.cpp goes by what the model's file says."] if fields else []
 
 
 def _source_of(spec: ModelSpec, sources: list[tuple[ModelSpec, Source]]) -> Source | None:

@@ -6,7 +6,7 @@ path, as pure functions of bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -19,6 +19,7 @@ from gateway.errors import BadRequest
 if TYPE_CHECKING:
     from gateway.api.inference import Exchange
 
+JOINED = ("stop", "stop_token_ids")  # the defaults' are added to a request's own
 DONE = b"data: [DONE]\n\n"
 EMPTY_DELTA, DELTA = b'"delta":{}', b'"delta":{"content":""}'
 
@@ -34,7 +35,8 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
     `upstream` is the engine's path if it differs for all engines. `adapt` makes the body that the engine gets of the
     client's; `opening` gives what goes behind the first brace of a reply's JSON; `rewrite` makes the client's reply
     out of the engine's whole one, in a thread; `chunk` changes what is streamed, `events` the whole events of a stream
-    that may be large, in a thread. `abilities` choose a model for a request that names none.
+    that may be large, in a thread. `abilities` choose a model for a request that names none. `is_chat` says that the
+    reply holds messages, whose words engines differ in.
     """
 
     path: str
@@ -50,6 +52,7 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
     chunk: Callable[[bytes], bytes] | None = None
     events: Callable[[bytes, Exchange], bytes] | None = None
     abilities: tuple[str, ...] = ()
+    is_chat: bool = False
     error_event: bytes = b""
     done: bytes = DONE
 
@@ -66,7 +69,8 @@ def with_defaults(body: bytes, head: Head, defaults: Mapping[str, Any]) -> bytes
     fields = msgspec.json.decode(body, type=dict[str, Raw])
     for name, value in defaults.items():
         given = msgspec.json.decode(fields[name]) if name in fields else None
-        fields[name] = Raw(msgspec.json.encode(value if given is None else _joined(given, value)))
+        if given is None or name in JOINED:
+            fields[name] = Raw(msgspec.json.encode(value if given is None else _joined(given, value)))
     if head.enable_thinking is not None:
         del fields["enable_thinking"]
         kwargs = msgspec.json.decode(fields.get("chat_template_kwargs", Raw(b"null")))
@@ -83,6 +87,13 @@ def _joined(given: Any, more: Any) -> Any:
         return given
     own = given if isinstance(given, list) else [given]
     return [*own, *(one for one in more if one not in own)]
+
+
+def with_adapter(body: bytes, chosen: Mapping[str, Any]) -> bytes:
+    """`lora_name` in the words of the engine."""
+    fields = msgspec.json.decode(body, type=dict[str, Raw])
+    del fields["lora_name"]
+    return msgspec.json.encode(fields | {name: Raw(msgspec.json.encode(value)) for name, value in chosen.items()})
 
 
 def with_content(body: bytes, head: Head, defaults: Mapping[str, Any]) -> bytes:
@@ -107,6 +118,13 @@ def with_content_in_deltas(chunk: bytes) -> bytes:
     return chunk.replace(EMPTY_DELTA, DELTA) if EMPTY_DELTA in chunk else chunk
 
 
+def replaced(data: bytes, words: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """The reply in the words of clients. Keys only: within a JSON text no quote stands without a backslash."""
+    for word, ours in words:
+        data = data.replace(word, ours)
+    return data
+
+
 LLM = ("LLM",)
 IMAGE = ("image",)
 AUDIO = ("audio",)
@@ -121,6 +139,7 @@ WAYS: tuple[Way, ...] = (
         head=ChatHead,
         adapt=with_defaults,
         chunk=with_content_in_deltas,
+        is_chat=True,
     ),
     Way(path="/v1/completions", model_types=LLM, head=PromptHead, adapt=with_defaults),
     Way(path="/v1/responses", model_types=LLM, head=InputHead),

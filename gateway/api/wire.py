@@ -40,7 +40,6 @@ REFUSED = {
 WITHOUT_EFFECT = (
     "worker_ip",
     "n_worker",
-    "trust_remote_code",
 )
 
 
@@ -294,6 +293,7 @@ def read_launch(body: dict[str, Any]) -> tuple[str | None, LaunchRequest]:
             raise ValueError(f"`{key}` cannot be used here: {reason}")
     for key in WITHOUT_EFFECT:
         given.pop(key, None)
+    _read_adapters(given)
     if "download_hub" in given:
         hub = given.pop("download_hub")
         given |= {} if str(hub).lower() == "auto" else {"model_hub": hub}
@@ -339,6 +339,17 @@ def _read_replica(given: dict[str, Any], body: dict[str, Any]) -> None:
     if not isinstance(replica, int) or isinstance(replica, bool) or replica < 1:
         raise ValueError(f"`replica` is how many copies to run, a whole number from 1 on, not {body.get('replica')!r}.")
     given["replica"] = replica
+
+
+def _read_adapters(given: dict[str, Any]) -> None:
+    """LoRA adapters, and how images load them: each an option of the engines that can."""
+    adapters = given.pop("peft_model_config", None) or {}
+    if not isinstance(adapters, dict):
+        raise ValueError(
+            '`peft_model_config` is an object such as {"lora_list": [{"lora_name": "a", "local_path": "/b"}]}, not '
+            f"{adapters!r}."
+        )
+    given.update((key, value) for key, value in adapters.items() if value not in (None, [], {}))
 
 
 def _read_gpus(given: dict[str, Any]) -> None:

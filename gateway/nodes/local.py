@@ -44,6 +44,8 @@ class LocalNode:
 
     def run(self, command: Command, log: Path) -> AbstractAsyncContextManager[EngineProcess]:
         """The command as a process group, for the length of a block."""
+        for name, text in command.files.items():
+            (self.folder / name).write_text(text)
         return engine_process(command.argv, command.env, log, folder=self.folder, grace_s=command.grace_s)
 
 

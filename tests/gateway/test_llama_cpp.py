@@ -1,0 +1,86 @@
+"""Further options of llama.cpp, by the real engine: LoRA adapters, a draft model, and sleep."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from harness import Gateway
+from xinference_client import RESTfulClient
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+
+SMALL = {"n_threads": 1, "context_length": 512, "n_parallel": 2, "model_engine": "llama.cpp"}
+FRANCE = {"prompt": "The capital of France is", "max_tokens": 6, "temperature": 0}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
+    gateway = await Gateway.start(tmp_path_factory.mktemp("home"), {})
+    yield gateway
+    assert await gateway.end() == 0
+
+
+async def test_an_adapter_is_used_by_requests_that_name_it(
+    gateway: Gateway, smollm2_gguf: Path, lora_gguf: Path
+) -> None:
+    def launch_and_ask() -> list[str]:
+        client = RESTfulClient(gateway.address)
+        adapters = {"lora_list": [{"lora_name": "odd", "local_path": str(lora_gguf)}]}
+        client.launch_model(
+            "smol",
+            model_uid="smol",
+            model_path=str(smollm2_gguf),
+            peft_model_config=adapters,
+            trust_remote_code=True,
+            **SMALL,
+        )
+        model = client.get_model("smol")
+        prompt, config = FRANCE["prompt"], {"max_tokens": 6, "temperature": 0}
+        named = config | {"lora_name": "odd"}
+        return [model.generate(prompt, how)["choices"][0]["text"] for how in (config, named, config)]
+
+    plain, odd, again = await asyncio.to_thread(launch_and_ask)
+    assert plain.startswith(" Paris")
+    assert (again, odd != plain) == (plain, True)
+    answer = await gateway.complete("smol", **FRANCE, lora_name="other")
+    assert (answer.status, answer.error["param"]) == (400, "lora_name")
+    assert "It has odd." in answer.error["message"]
+
+
+async def test_a_draft_model_changes_nothing_of_the_answer(gateway: Gateway, smollm2_gguf: Path) -> None:
+    launch: dict[str, Any] = {
+        "model_uid": "drafted",
+        "model_path": str(smollm2_gguf),
+        "model_draft": str(smollm2_gguf),
+        "draft_n_max": 4,
+    }
+    assert (await gateway.post("/v1/models", launch | SMALL)).status == 200
+    answer = await gateway.complete("drafted", **FRANCE)
+    assert answer.json["choices"][0]["text"].startswith(" Paris")
+    assert answer.json["timings"]["draft_n"] > 0
+
+
+async def test_an_idle_engine_gives_its_memory_back_and_wakes_up(gateway: Gateway, smollm2_gguf: Path) -> None:
+    launch = {"model_uid": "sleeper", "model_path": str(smollm2_gguf), "sleep_idle_seconds": 2} | SMALL
+    assert (await gateway.post("/v1/models", launch)).status == 200
+    awake = (await gateway.until("sleeper", state="ready"))["memory_bytes"]
+    async with asyncio.timeout(30):
+        while (await gateway.until("sleeper", state="ready"))["memory_bytes"] > awake / 2:
+            await asyncio.sleep(0.2)
+    assert (await gateway.complete("sleeper", **FRANCE)).json["choices"][0]["text"].startswith(" Paris")
+
+
+async def test_an_adapter_that_is_not_there_ends_in_a_sentence(
+    gateway: Gateway, smollm2_gguf: Path, tmp_path: Path
+) -> None:
+    missing = str(tmp_path / "missing.gguf")
+    launch = {"model_uid": "without", "model_path": str(smollm2_gguf)} | SMALL
+    launch["lora_list"] = [{"lora_name": "a", "local_path": missing}]
+    answer = await gateway.post("/v1/models", launch)
+    assert answer.status >= 400
+    assert missing in answer.error["message"]
