@@ -154,7 +154,7 @@ def test_an_engine_that_is_asked_for_and_refuses_says_why(engine: Kiln, reason: 
 
 
 def test_an_engine_that_there_is_not_is_told_with_the_nearest() -> None:
-    said = refusal(a_kiln(name="llama.cpp"), a_kiln(name="vllm"), model_engine="llama-cpp")
+    said = refusal(a_kiln(name="llama.cpp"), a_kiln(name="vllm"), model_engine="lama.cpp")
     assert said == "There is no engine 'llama-cpp'. Did you mean 'llama.cpp'?"
 
 
