@@ -172,7 +172,8 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
         """
         stop = getattr(launch.artifact.family, "stop", None)
         found: dict[str, Any] = {"stop": list(stop)} if stop else {}
-        names = [adapter.lora_name for adapter in self.read_options(launch.options).lora_list]
+        adapters = launch.options.get("lora_list") and self.read_options(launch.options).lora_list
+        names = [adapter.lora_name for adapter in adapters or ()]
         return found | ({"lora": _scales(names)} if names else {})
 
     def choose_adapter(self, names: Sequence[str], lora_name: str) -> Mapping[str, Any]:

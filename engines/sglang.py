@@ -157,8 +157,8 @@ class Sglang(Engine, frozen=True, kw_only=True):
         family = launch.artifact.family
         ends = {name: getattr(family, name, None) for name in ("stop", "stop_token_ids")}
         found: dict[str, Any] = {name: list(value) for name, value in ends.items() if value}
-        thinking = self.read_options(launch.options).enable_thinking
-        if thinking is not None:
+        if launch.options.get("enable_thinking") is not None:
+            thinking = self.read_options(launch.options).enable_thinking
             found["chat_template_kwargs"] = {"enable_thinking": thinking, "thinking": thinking}
         return found
 

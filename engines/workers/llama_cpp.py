@@ -84,15 +84,14 @@ def main() -> None:
     if arguments.host.endswith(".sock") and os.path.exists(arguments.host):
         os.unlink(arguments.host)  # the engine refuses to start on a stale one
 
-    for path in (arguments.model, arguments.mmproj, arguments.model_draft, *arguments.lora):
-        if path and not os.path.exists(path):
-            sys.exit(f"llama.cpp cannot start: there is no file {path}")
-
     import xllamacpp  # here, so that --help and bad values answer without the native library
 
     try:
         params = _params(xllamacpp, arguments)
         _force(params, forced)
+        for path in (arguments.model, arguments.mmproj, arguments.model_draft, *arguments.lora):
+            if path and not os.path.exists(path):
+                raise RuntimeError(f"there is no file {path}")
         server = xllamacpp.Server(params)
     except ValueError as exc:
         _parser().error(str(exc))
