@@ -8,10 +8,13 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from engines.base import Engine, EngineSettings
+from engines.command import ServerCommand
+from engines.flexible import Flexible
 from engines.llama_cpp import LlamaCpp
+from engines.remote import Remote
 from registry.decode import did_you_mean
 
-ENGINES: tuple[Engine, ...] = (LlamaCpp(),)
+ENGINES: tuple[Engine, ...] = (LlamaCpp(), Flexible(), ServerCommand(), Remote())
 
 logger = logging.getLogger("hostler.engines")
 

@@ -21,6 +21,7 @@ class Deployment:
         self.launch = launch
         self.engine = engine
         self.defaults = engine.defaults(launch)  # of requests
+        self.served_name = engine.served_name(launch)
         self.replicas: Sequence[Replica] = ()
         self.waiting = 0  # requests that wait for a replica
         self._drain_timeout_s = drain_timeout_s
@@ -161,6 +162,8 @@ class Deployment:
 
     def failure_text(self) -> str:
         """Why it does not serve, and what to do."""
+        if self.engine.retry_s:
+            return f"{self.reason_text()} It is tried again every {self.engine.retry_s:g} s."
         remedy = f"after mending it, say `hostler start {self.launch.uid}`."
         return f"{self.reason_text()} It is not tried again by itself; {remedy}"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 import engines
-from engines.base import Engine, Launch, Placement
+from engines.base import Engine, EngineSettings, Launch, Placement
 from gateway.config import Settings
 from gateway.deployment import Deployment
 from gateway.errors import BadRequest, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
@@ -118,6 +118,7 @@ class Fleet:
             raise BadRequest(f"Model is already in the model list, uid: {uid}. Choose another uid.", param="model_uid")
         try:
             launch = plan(uid, request, self.registry, self.engines, hubs or self.settings.preferred_hubs)
+            self._check_allowed(launch)
         except ValueError as exc:
             raise BadRequest(str(exc)) from exc
         path = launch.artifact.local_path
@@ -173,9 +174,19 @@ class Fleet:
                 logger.warning("%s was launched before and is now declared in the settings, which win.", launch.uid)
                 continue
             try:
+                self._check_allowed(launch)
                 self._deploy(launch)
             except ValueError as exc:
                 logger.error("%s was launched before and cannot be served now: %s", launch.uid, exc)
+
+    def _check_allowed(self, launch: Launch) -> None:
+        """Raises ValueError if such a launch is for the settings file alone."""
+        engine = engines.find(launch.engine, self.engines)
+        if engine.runs_given_programs and not self.settings.allow_command_launches:
+            raise ValueError(
+                f"A launch on engine {engine.name} runs any program that it names, so it belongs into the settings "
+                "file, below `models`; or set `allow_command_launches: true` there, if whoever has a key may do so."
+            )
 
     def _deploy(self, launch: Launch) -> Deployment:
         engine = engines.find(launch.engine, self.engines)
@@ -190,6 +201,8 @@ class Fleet:
                 log=self.settings.home_path / "logs" / file_name(launch.uid) / f"{index}.log",
                 restart_limit=self.settings.restart_limit,
                 download_stall_s=self.settings.download_stall_s,
+                probe_interval_s=self.settings.probe_interval_s,
+                probe_failures=self.settings.probe_failures,
                 changed=deployment.notify,
                 placements=self._placements,
                 tell=partial(self.events.add, launch.uid),
@@ -236,8 +249,10 @@ def available_engines(settings: Settings) -> tuple[Engine, ...]:
     Raises:
         SettingsError: the settings name an engine that there is not.
     """
+    flexible = settings.engines.get("flexible", EngineSettings())
+    flexible = msgspec.structs.replace(flexible, launchers=flexible.launchers + settings.flexible_launchers)
     try:
-        return engines.available(settings.engines, settings.home_path / "environments")
+        return engines.available(settings.engines | {"flexible": flexible}, settings.home_path / "environments")
     except ValueError as exc:
         raise SettingsError(f"$.engines: {exc}") from exc
 

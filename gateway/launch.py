@@ -12,7 +12,7 @@ import engines
 from engines.base import LOAD_TIMEOUT_S, START_TIMEOUT_S, Engine, Launch
 from registry.decode import decode
 from registry.registry import Registry
-from registry.resolve import Artifact, Selection, candidates
+from registry.resolve import Artifact, Selection, candidates, without_files
 
 UID = re.compile(r"(?!.*//)[^\s/\\?%#&=+]([^\s\\?%#&=+]{0,98}[^\s/\\?%#&=+])?")
 # Paths below /v1/models that mean something else than a uid.
@@ -62,7 +62,8 @@ def plan(
         ValueError: it cannot be done; the text says why and what there is instead.
     """
     check_uid(uid)
-    artifact, engine = _choose(request.model_engine, candidates(registry, request, hubs), known_engines)
+    artifacts = _artifacts(uid, request, registry, known_engines, hubs)
+    artifact, engine = _choose(request.model_engine, artifacts, known_engines)
     decode(request.options, engine.options, "options", strict=False)
     if request.gpu_idx is not None and len(set(request.gpu_idx)) < len(request.gpu_idx):
         raise ValueError(f"gpu_idx {list(request.gpu_idx)} names a GPU twice.")
@@ -83,6 +84,16 @@ def plan(
         start_timeout_s=request.start_timeout_s,
         load_timeout_s=request.load_timeout_s,
     )
+
+
+def _artifacts(
+    uid: str, request: LaunchRequest, registry: Registry, known: Sequence[Engine], hubs: Sequence[str]
+) -> tuple[Artifact, ...]:
+    """What could be launched, best first."""
+    engine = engines.find(request.model_engine, tuple(known)) if request.model_engine else None
+    if engine and not engine.wants_files(request.options) and not (request.model_path or request.model_id):
+        return (without_files(registry, request, uid),)
+    return candidates(registry, request, hubs)
 
 
 def check_uid(uid: str) -> None:
@@ -124,7 +135,7 @@ def _choose(name: str | None, artifacts: Sequence[Artifact], known: Sequence[Eng
             return artifact, _choose_engine(name, artifact, known)
         except ValueError as exc:
             accepting = any(
-                (name is None or engine.name.casefold() == name.casefold())
+                (not engine.by_name_only if name is None else engine.name.casefold() == name.casefold())
                 and artifact.family.model_type in engine.model_types
                 and engine.accepts(artifact) is None
                 for engine in known
@@ -144,6 +155,8 @@ def _choose_engine(name: str | None, artifact: Artifact, known: Sequence[Engine]
         return engine
     refusals = []
     for engine in known:
+        if engine.by_name_only:
+            continue
         reason = _why_not(engine, artifact)
         if reason is None:
             return engine

@@ -36,7 +36,7 @@ PACKAGE_MAY_IMPORT = {
 GATEWAY_LAYERS = (
     ("addresses", "errors", "files", "gpus", "metrics", "upstream", "watchdog", "launch"),
     ("calls",),
-    ("client", "async_client", "placement", "process", "store"),
+    ("client", "async_client", "placement", "probe", "process", "store"),
     ("config", "sdk"),
     ("downloads", "nodes"),
     ("replica",),

@@ -109,7 +109,11 @@ class Registrations:
         if family is None:
             return json_answer(None)
         artifacts = await asyncio.to_thread(self._artifacts, family)
-        known = [engine for engine in self._fleet.engines if family.model_type in engine.model_types]
+        known = [
+            engine
+            for engine in self._fleet.engines
+            if family.model_type in engine.model_types and not engine.by_name_only
+        ]
         return json_answer({engine.name: _offers(engine, artifacts) for engine in known})
 
     async def families(self, request: Request) -> Response:

@@ -69,6 +69,8 @@ async def deployed(
                 placements=list,
                 tell=lambda kind, text: None,
                 download_stall_s=60,
+                probe_interval_s=10,
+                probe_failures=3,
                 changed=deployment.notify,
             )
             for index in range(replica)
