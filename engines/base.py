@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Self
 import msgspec
 from msgspec import Meta
 
-from engines.environments import absolute_program, worker_argv
+from engines.environments import Environment, absolute_program, worker_argv
 from registry.resolve import Artifact
 
 START_TIMEOUT_S = 600.0
@@ -35,6 +35,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     idle_timeout_s: float | None = None
     start_timeout_s: float = START_TIMEOUT_S
     load_timeout_s: float = LOAD_TIMEOUT_S
+    environment: Environment | None = None
 
 
 class Needs(msgspec.Struct, frozen=True, kw_only=True):

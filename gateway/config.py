@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 import yaml
@@ -22,10 +22,12 @@ from gateway.errors import SettingsError
 from gateway.launch import LaunchRequest, Seconds
 from registry.decode import DecodeError, Secret, decode, did_you_mean
 from registry.hubs import HUBS
+from registry.hubs.choose import TRUE
 
 ENV_PREFIX = "HOSTLER_"
 XINFERENCE_HUB_VARIABLE = "XINFERENCE_MODEL_SRC"
 XINFERENCE_LAUNCHERS_VARIABLE = "XINFERENCE_FLEXIBLE_LAUNCHERS"
+XINFERENCE_ENVIRONMENTS_VARIABLE = "XINFERENCE_ENABLE_VIRTUAL_ENV"
 # ${NAME}, ${NAME:-default}, ${file:/path}; $${...} stands for itself.
 REFERENCE = re.compile(r"(?P<escape>\$)?\$\{(?P<inner>[^}]*)(?P<end>\})?")
 VARIABLE = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re.DOTALL)
@@ -73,6 +75,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     catalogue_files: Annotated[
         tuple[str, ...], Meta(description="catalogues of the site, over the built-in one; in the form of the built-in")
     ] = ()
+    model_environments: Annotated[
+        bool, Meta(description="give models the Python environments that they ask for, unless a launch says otherwise")
+    ] = True
+    wheel_folders: Annotated[
+        tuple[str, ...], Meta(description="folders of wheels for environments; else `wheels` in `home`")
+    ] = ()
+    environment_builder: Annotated[
+        Literal["auto", "pip", "uv"], Meta(description="what installs packages; auto: uv where it is found")
+    ] = "auto"
     engines: Annotated[dict[str, EngineSettings], Meta(description="settings of engines, by engine name")] = {}
     models: Annotated[dict[str, LaunchRequest], Meta(description="models to serve, by uid")] = {}
 
@@ -85,6 +96,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def cache_path(self) -> Path:
         """Where fetched files are kept, absolute."""
         return Path(self.cache).expanduser().absolute() if self.cache else self.home_path / "cache"
+
+    @property
+    def environments_path(self) -> Path:
+        """Where Python environments of engines and models are kept, absolute."""
+        return self.home_path / "environments"
+
+    @property
+    def wheel_paths(self) -> tuple[Path, ...]:
+        """The folders of wheels, absolute."""
+        folders = tuple(Path(folder).expanduser().absolute() for folder in self.wheel_folders)
+        return folders or (self.home_path / "wheels",)
 
 
 def load(file: str | None, flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Settings:
@@ -107,6 +129,8 @@ def load(file: str | None, flags: Mapping[str, Any], environment: Mapping[str, s
         raise SettingsError(f"{file or 'The settings'}: a value holds itself, by an anchor and its alias.") from exc
     for field in ("home", "cache", "api_keys_file"):
         _check_folder_of_user(field, getattr(settings, field))
+    for folder in settings.wheel_folders:
+        _check_folder_of_user("wheel_folders", folder)
     if settings.api_keys_file:
         keys = _keys_in(Path(settings.api_keys_file).expanduser())
         settings = msgspec.structs.replace(settings, api_keys=settings.api_keys + keys)
@@ -115,6 +139,8 @@ def load(file: str | None, flags: Mapping[str, Any], environment: Mapping[str, s
     if launchers := environment.get(XINFERENCE_LAUNCHERS_VARIABLE):
         named = tuple(name.strip() for name in launchers.split(",") if name.strip())
         settings = msgspec.structs.replace(settings, flexible_launchers=settings.flexible_launchers + named)
+    if "model_environments" not in data and (says := environment.get(XINFERENCE_ENVIRONMENTS_VARIABLE)):
+        settings = msgspec.structs.replace(settings, model_environments=says.lower() in TRUE)
     for hub in settings.preferred_hubs:
         if hub not in HUBS:
             raise SettingsError(f"$.preferred_hubs: there is no hub {hub!r}. {did_you_mean(hub, HUBS)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -17,9 +18,11 @@ import engines
 from engines.base import Engine, EngineSettings, Launch, Placement
 from gateway.config import Settings
 from gateway.deployment import Deployment
+from gateway.environments import Recipe, is_offline_build
 from gateway.errors import BadRequest, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
 from gateway.files import Files
-from gateway.launch import LaunchRequest, file_name, plan
+from gateway.gpus import cuda_version
+from gateway.launch import LaunchRequest, Site, file_name, plan
 from gateway.nodes.local import LocalNode, open_node
 from gateway.replica import Replica
 from gateway.store import Store
@@ -117,7 +120,8 @@ class Fleet:
         if uid in self._deployments:
             raise BadRequest(f"Model is already in the model list, uid: {uid}. Choose another uid.", param="model_uid")
         try:
-            launch = plan(uid, request, self.registry, self.engines, hubs or self.settings.preferred_hubs)
+            hubs = hubs or self.settings.preferred_hubs
+            launch = plan(uid, request, self.registry, self.engines, hubs, site_of(self.settings))
             self._check_allowed(launch)
         except ValueError as exc:
             raise BadRequest(str(exc)) from exc
@@ -203,6 +207,8 @@ class Fleet:
                 download_stall_s=self.settings.download_stall_s,
                 probe_interval_s=self.settings.probe_interval_s,
                 probe_failures=self.settings.probe_failures,
+                environments=self.settings.environments_path,
+                recipe=recipe_of(self.settings),
                 changed=deployment.notify,
                 placements=self._placements,
                 tell=partial(self.events.add, launch.uid),
@@ -224,10 +230,30 @@ def plan_declared(settings: Settings, registry: Registry, known_engines: tuple[E
     launches = []
     for uid, request in settings.models.items():
         try:
-            launches.append(plan(uid, request, registry, known_engines, settings.preferred_hubs))
+            launches.append(plan(uid, request, registry, known_engines, settings.preferred_hubs, site_of(settings)))
         except ValueError as exc:
             raise SettingsError(f"The model {uid!r} of the settings cannot be served: {exc}") from exc
     return launches
+
+
+def site_of(settings: Settings) -> Site:
+    """What the settings and the machine say of Python environments."""
+    return Site(
+        model_environments=settings.model_environments,
+        environments_folder=settings.environments_path,
+        wheel_folders=settings.wheel_paths,
+        engines=settings.engines,
+        cuda_version=cuda_version(),
+    )
+
+
+def recipe_of(settings: Settings) -> Recipe:
+    """How the site builds environments."""
+    return Recipe(
+        builder=settings.environment_builder,
+        offline=is_offline_build(os.environ),
+        wheel_folders=settings.wheel_paths,
+    )
 
 
 def open_registry(settings: Settings) -> Registry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -36,6 +37,24 @@ def list_gpus() -> list[Gpu]:
         return []
     finally:
         pynvml.nvmlShutdown()
+
+
+@cache
+def cuda_version() -> str | None:
+    """The newest CUDA that the driver knows, such as "12.8"; None without a driver."""
+    import pynvml  # only when asked
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        version = pynvml.nvmlSystemGetCudaDriverVersion()
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _observe(index: int) -> Gpu:

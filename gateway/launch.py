@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta
 
 import engines
-from engines.base import LOAD_TIMEOUT_S, START_TIMEOUT_S, Engine, Launch
+from engines.base import LOAD_TIMEOUT_S, START_TIMEOUT_S, Engine, EngineSettings, Launch
+from engines.environments import (
+    WITHOUT_PYTHON,
+    Environment,
+    asks_for,
+    facts_of,
+    find_python,
+    is_ours,
+    model_environment,
+)
+from engines.requirements import same_name
 from registry.decode import decode
 from registry.registry import Registry
 from registry.resolve import Artifact, Selection, candidates, without_files
@@ -45,6 +57,31 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
     load_timeout_s: Annotated[
         Seconds, Meta(description="how long a request that is not streamed waits for the model")
     ] = LOAD_TIMEOUT_S
+    enable_virtual_env: Annotated[
+        bool | None, Meta(description="a Python environment of its own; else as the site says")
+    ] = None
+    virtual_env_packages: Annotated[tuple[str, ...], Meta(description="requirements for that environment")] = ()
+    virtual_env_find_links: Annotated[
+        tuple[str, ...], Meta(description="folders of wheels for it, below one of the site's wheel_folders")
+    ] = ()
+
+
+class Site(msgspec.Struct, frozen=True, kw_only=True):
+    """What a site says of Python environments.
+
+    Args:
+        model_environments: whether models get those that they ask for.
+        environments_folder: where environments are.
+        wheel_folders: below which launches may name folders of wheels.
+        engines: the settings of engines, by name.
+        cuda_version: as the driver says; None without a GPU.
+    """
+
+    model_environments: bool = True
+    environments_folder: Path | None = None
+    wheel_folders: tuple[Path, ...] = ()
+    engines: Mapping[str, EngineSettings] = {}
+    cuda_version: str | None = None
 
 
 def plan(
@@ -53,17 +90,24 @@ def plan(
     registry: Registry,
     known_engines: Sequence[Engine],
     hubs: Sequence[str] = (),
+    site: Site = Site(),  # noqa: B008 (frozen)
 ) -> Launch:
     """Make every choice that the request leaves open.
 
     Args:
         hubs: those that the site prefers, best first.
+        site: what it says of Python environments.
     Raises:
         ValueError: it cannot be done; the text says why and what there is instead.
     """
     check_uid(uid)
     artifacts = _artifacts(uid, request, registry, known_engines, hubs)
-    artifact, engine = _choose(request.model_engine, artifacts, known_engines)
+    _check_find_links(request.virtual_env_find_links, site.wheel_folders)
+
+    def environment_for(artifact: Artifact, engine: Engine) -> Environment | None:
+        return _environment(request, artifact, engine, site)
+
+    artifact, engine = _choose(request.model_engine, artifacts, known_engines, request, environment_for)
     decode(request.options, engine.options, "options", strict=False)
     if request.gpu_idx is not None and len(set(request.gpu_idx)) < len(request.gpu_idx):
         raise ValueError(f"gpu_idx {list(request.gpu_idx)} names a GPU twice.")
@@ -83,6 +127,7 @@ def plan(
         idle_timeout_s=request.idle_timeout_s,
         start_timeout_s=request.start_timeout_s,
         load_timeout_s=request.load_timeout_s,
+        environment=environment_for(artifact, engine),
     )
 
 
@@ -123,7 +168,63 @@ def file_name(uid: str) -> str:
     return uid.replace("/", "%2F")
 
 
-def _choose(name: str | None, artifacts: Sequence[Artifact], known: Sequence[Engine]) -> tuple[Artifact, Engine]:
+def _check_find_links(folders: Sequence[str], allowed: Sequence[Path]) -> None:
+    for folder in folders:
+        path = Path(folder)
+        if not path.is_absolute():
+            raise ValueError(f"virtual_env_find_links: {folder!r} is no absolute path.")
+        real = path.resolve()
+        if not any(real == root.resolve() or root.resolve() in real.parents for root in allowed):
+            shown = ", ".join(map(str, allowed)) or "none"
+            raise ValueError(
+                f"virtual_env_find_links: {folder} is below none of the site's `wheel_folders` ({shown}). Put the "
+                "wheels there, or add the folder to that setting."
+            )
+        if not path.is_dir():
+            raise ValueError(f"virtual_env_find_links: there is no folder {folder}.")
+
+
+EnvironmentFor = Callable[[Artifact, Engine], Environment | None]
+
+
+def _environment(request: LaunchRequest, artifact: Artifact, engine: Engine, site: Site) -> Environment | None:
+    """The environment that the model gets with this engine.
+
+    Raises:
+        ValueError: what it asks for cannot be had.
+    """
+    if engine.by_name_only:  # what runs there is not ours to equip
+        return None
+    is_on = site.model_environments if request.enable_virtual_env is None else request.enable_virtual_env
+    if not is_on:
+        if request.virtual_env_packages:
+            raise ValueError("virtual_env_packages are given, and environments of models are off here.")
+        return None
+    block = artifact.family.virtualenv
+    is_wished = request.enable_virtual_env is True
+    if not (is_wished or request.virtual_env_packages or (block and block.packages)):
+        return None
+    base = None
+    if same_name(engine.name) not in WITHOUT_PYTHON:
+        base = find_python(engine.name, (), site.engines.get(engine.name, EngineSettings()), site.environments_folder)
+    return model_environment(
+        artifact.family.model_name,
+        engine.name,
+        block,
+        facts_of(None if base is None or is_ours(base) else base, site.cuda_version),
+        packages=request.virtual_env_packages,
+        find_links=request.virtual_env_find_links,
+        is_wished=is_wished,
+    )
+
+
+def _choose(
+    name: str | None,
+    artifacts: Sequence[Artifact],
+    known: Sequence[Engine],
+    request: LaunchRequest,
+    environment_for: EnvironmentFor,
+) -> tuple[Artifact, Engine]:
     """The first artifact that an engine here takes, and that engine.
 
     Raises:
@@ -132,7 +233,7 @@ def _choose(name: str | None, artifacts: Sequence[Artifact], known: Sequence[Eng
     refusal, is_near = None, False
     for artifact in artifacts:
         try:
-            return artifact, _choose_engine(name, artifact, known)
+            return artifact, _choose_engine(name, artifact, known, request, environment_for)
         except ValueError as exc:
             accepting = any(
                 (not engine.by_name_only if name is None else engine.name.casefold() == name.casefold())
@@ -145,26 +246,47 @@ def _choose(name: str | None, artifacts: Sequence[Artifact], known: Sequence[Eng
     raise refusal or ValueError("There is nothing to choose from.")
 
 
-def _choose_engine(name: str | None, artifact: Artifact, known: Sequence[Engine]) -> Engine:
+def _choose_engine(
+    name: str | None,
+    artifact: Artifact,
+    known: Sequence[Engine],
+    request: LaunchRequest,
+    environment_for: EnvironmentFor,
+) -> Engine:
     """The engine asked for, or the first that is installed and accepts the artifact."""
     what = f"{artifact.family.model_name} ({artifact.spec.model_format})"
     if name is not None:
         engine = engines.find(name, tuple(known))
-        if reason := _why_not(engine, artifact):
+        if reason := _why_not(engine, artifact, request, environment_for):
             raise ValueError(f"{what} cannot run on {engine.name}: {reason}.")
         return engine
     refusals = []
     for engine in known:
         if engine.by_name_only:
             continue
-        reason = _why_not(engine, artifact)
+        reason = _why_not(engine, artifact, request, environment_for)
         if reason is None:
             return engine
         refusals.append(f"{engine.name}: {reason}")
     raise ValueError(f"No engine here can run {what}. " + "; ".join(refusals) + ".")
 
 
-def _why_not(engine: Engine, artifact: Artifact) -> str | None:
+def _why_not(engine: Engine, artifact: Artifact, request: LaunchRequest, environment_for: EnvironmentFor) -> str | None:
     if artifact.family.model_type not in engine.model_types:
         return f"it serves {', '.join(engine.model_types)} models, not {artifact.family.model_type}"
-    return engine.accepts(artifact) or engine.installed()
+    if reason := engine.accepts(artifact):
+        return reason
+    try:
+        environment = environment_for(artifact, engine)
+    except ValueError as exc:
+        return str(exc).rstrip(".")
+    if environment is not None and _brings_engine(engine, artifact, request):
+        return None
+    return engine.installed()
+
+
+def _brings_engine(engine: Engine, artifact: Artifact, request: LaunchRequest) -> bool:
+    """Whether the model's environment is meant to hold the engine too."""
+    block = artifact.family.virtualenv
+    packages = (*(block.packages if block else ()), *request.virtual_env_packages)
+    return request.enable_virtual_env is True or asks_for(engine.name, packages)

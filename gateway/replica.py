@@ -22,6 +22,7 @@ import msgspec
 from engines.base import Command, Engine, Launch, Placement
 from gateway import metrics
 from gateway.downloads import DownloadFailed, Progress, fetch
+from gateway.environments import CannotBuild, Recipe, mark_used, prepare
 from gateway.nodes.local import LocalNode
 from gateway.placement import place
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
@@ -92,6 +93,8 @@ class Replica:
         download_stall_s: float,
         probe_interval_s: float,
         probe_failures: int,
+        environments: Path,
+        recipe: Recipe,
         changed: Callable[[], None],
         placements: Callable[[], list[Placement]],
         tell: Callable[[str, str], None],
@@ -121,6 +124,8 @@ class Replica:
         self._probe_interval_s = probe_interval_s
         self._probe_failures = probe_failures
         self._silence: Failure | None = None  # of this life
+        self._environments = environments
+        self._recipe = recipe
         self._changed = changed
         self._placements = placements
         self._tell = tell
@@ -173,12 +178,15 @@ class Replica:
         """One life, from files to exit. Always ends with ReplicaFailed or cancelled."""
         self.served, self.ready_since, self._silence = 0, None, None
         model_path = await self._fetch()
+        python = await self._prepare()
         placement = await self._place()
         self._enter(State.STARTING)
         self.starts += 1
         endpoint = self._node.new_endpoint(unix_socket=self._engine.listens_on_socket(self.launch))
-        command = self._engine.command(self.launch, model_path, placement, endpoint)
+        command = self._engine.command(self.launch, model_path, placement, endpoint, python)
         endpoint = command.endpoint or endpoint
+        if command.argv:
+            mark_used(command.argv[0], self._environments)
         upstream = Upstream(endpoint)
         try:
             async with self._node.run(command, self.log) as process:
@@ -236,6 +244,26 @@ class Replica:
             raise ReplicaFailed(
                 _failure(f"its files cannot be had: {str(exc).rstrip('.')}", advice, final=exc.permanent)
             ) from exc
+        finally:
+            self.progress = None
+
+    async def _prepare(self) -> str | None:
+        """The Python of the model's own environment, built if need be; None if it wants none."""
+        if (environment := self.launch.environment) is None:
+            return None
+
+        def report(stage: str) -> None:
+            if self.state is not State.DOWNLOADING:
+                self._enter(State.DOWNLOADING)
+            self.progress = Progress(stage=stage)
+
+        try:
+            return await prepare(
+                environment, self._environments, recipe=self._recipe, run_folder=self._node.folder, report=report
+            )
+        except CannotBuild as exc:
+            advice = "Correct the model's packages." if exc.permanent else "It is tried again."
+            raise ReplicaFailed(_failure(str(exc), advice, final=exc.permanent)) from exc
         finally:
             self.progress = None
 

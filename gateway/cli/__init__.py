@@ -27,6 +27,7 @@ VERBS = {
     "schema": "Print the JSON Schema of a model type's registrations.",
     "import": "Take over the registrations of another server.",
     "engine": "Show which engines run a model, and in which formats.",
+    "engines": "Install, list, upgrade or remove the Python environments of engines.",
     "vllm-models": "List the models that vLLM runs.",
     "cal-model-mem": "Estimate the GPU memory that a model needs.",
     "cached": "List the downloaded models.",

@@ -48,6 +48,8 @@ def command(file: str | None, as_json: bool) -> None:
 def _examine(settings: Any) -> dict[str, dict[str, str]]:
     import psutil
 
+    from gateway.cli.engines import describe
+    from gateway.environments import list_environments
     from gateway.fleet import available_engines
     from gateway.gpus import list_gpus
 
@@ -69,6 +71,10 @@ def _examine(settings: Any) -> dict[str, dict[str, str]]:
             engine.name: f"cannot run: {reason}" if (reason := engine.installed()) else "can run"
             for engine in available_engines(settings)
         },
+        "Environments": {
+            f"{listed.name}"[:16]: describe(listed) for listed in list_environments(settings.environments_path)
+        }
+        or {"none": "engines run on Python that is here; see `hostler engines install --help`"},
         "GPUs": gpus or {"none": "NVML sees no NVIDIA GPU: models run on the CPU"},
         "Machine": {
             "CPUs": str(psutil.cpu_count()),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import packaging
 import pytest
 
 from engines.base import Endpoint as EngineEndpoint
@@ -153,16 +154,17 @@ def test_a_binary_on_the_path_is_installed(tmp_path: Path, monkeypatch: pytest.M
     program = a_program(tmp_path / "llama-server")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert LlamaCpp().installed() is None
-    assert LlamaCpp().command(a_launch(), MODEL, ANYWHERE, SOCKET).argv[0] == program
+    assert LlamaCpp().command(a_launch(), MODEL, ANYWHERE, SOCKET, None).argv[0] == program
 
 
 def test_without_a_binary_and_a_package_it_says_what_to_install(tmp_path: Path) -> None:
     code = "from engines.llama_cpp import LlamaCpp; print(LlamaCpp().installed())"
-    # No site-packages: an interpreter that has our code and nothing else but msgspec.
+    # No site-packages: an interpreter that has our code and nothing else but what that imports.
     path = tmp_path / "only"
     path.mkdir()
     root = Path(__file__).parents[2]
-    for package in (root / "engines", root / "registry", Path(msgspec.__file__).parent):
+    libraries = (Path(msgspec.__file__).parent, Path(packaging.__file__).parent)
+    for package in (root / "engines", root / "registry", *libraries):
         (path / package.name).symlink_to(package)
     env = {"PATH": "/nowhere", "PYTHONPATH": str(path)}
     done = subprocess.run([sys.executable, "-S", "-c", code], env=env, capture_output=True, text=True, timeout=60)
@@ -173,7 +175,7 @@ def test_without_a_binary_and_a_package_it_says_what_to_install(tmp_path: Path) 
 
 def test_a_configured_binary_that_has_gone_is_not_replaced_by_another_program(tmp_path: Path) -> None:
     engine = LlamaCpp(settings=EngineSettings(binary=str(tmp_path / "gone")))
-    assert engine.command(a_launch(), MODEL, ANYWHERE, SOCKET).argv[0] == str(tmp_path / "gone")
+    assert engine.command(a_launch(), MODEL, ANYWHERE, SOCKET, None).argv[0] == str(tmp_path / "gone")
 
 
 # --- the command
@@ -181,7 +183,7 @@ def test_a_configured_binary_that_has_gone_is_not_replaced_by_another_program(tm
 
 def test_the_whole_command_by_a_binary(binary: LlamaCpp) -> None:
     launch = a_launch({"n_threads": 2, "n_parallel": 2}, envs={"GGML_X": "1"})
-    command = binary.command(launch, MODEL, ANYWHERE, SOCKET)
+    command = binary.command(launch, MODEL, ANYWHERE, SOCKET, None)
     assert command.argv == (
         binary.settings.binary,
         *("--model", "/models/q4.gguf", "--alias", "qwen", "--host", "/run/a.sock", "--port", "0"),
@@ -202,7 +204,7 @@ def test_the_worker_gets_the_same_flags_under_our_python(binary: LlamaCpp, worke
 
 def test_the_key_is_in_the_environment_and_never_in_the_argv(binary: LlamaCpp, worker: LlamaCpp) -> None:
     for engine in (binary, worker):
-        command = engine.command(a_launch(ALL_OPTIONS), MODEL, ANYWHERE, PORT)
+        command = engine.command(a_launch(ALL_OPTIONS), MODEL, ANYWHERE, PORT, None)
         assert not [word for word in command.argv if "the-secret-key" in word]
         assert command.env["LLAMA_API_KEY"] == "the-secret-key"
 
@@ -211,7 +213,7 @@ def test_the_key_is_in_the_environment_and_never_in_the_argv(binary: LlamaCpp, w
     ("endpoint", "host", "port"), [(SOCKET, "/run/a.sock", "0"), (PORT, "127.0.0.1", "4321")], ids=["socket", "port"]
 )
 def test_it_listens_where_it_is_told(endpoint: EngineEndpoint, host: str, port: str, binary: LlamaCpp) -> None:
-    flags = flags_of(binary.command(a_launch(), MODEL, ANYWHERE, endpoint).argv)
+    flags = flags_of(binary.command(a_launch(), MODEL, ANYWHERE, endpoint, None).argv)
     assert (flags["--host"], flags["--port"]) == (host, port)
 
 
@@ -237,12 +239,12 @@ def test_it_listens_where_it_is_told(endpoint: EngineEndpoint, host: str, port: 
     ids=str,
 )
 def test_an_option_becomes_its_flag(options: dict[str, Any], expected: dict[str, str | None], binary: LlamaCpp) -> None:
-    flags = flags_of(binary.command(a_launch(options), MODEL, ANYWHERE, SOCKET).argv)
+    flags = flags_of(binary.command(a_launch(options), MODEL, ANYWHERE, SOCKET, None).argv)
     assert {flag: flags.get(flag, "missing") for flag in expected} == expected
 
 
 def test_options_that_are_not_given_are_left_to_the_engine(binary: LlamaCpp) -> None:
-    flags = flags_of(binary.command(a_launch(), MODEL, ANYWHERE, SOCKET).argv)
+    flags = flags_of(binary.command(a_launch(), MODEL, ANYWHERE, SOCKET, None).argv)
     assert not {"--n-gpu-layers", "--flash-attn", "--batch-size", "--pooling", "--embedding", "--no-warmup"} & set(
         flags
     )
@@ -252,31 +254,33 @@ def test_options_that_are_not_given_are_left_to_the_engine(binary: LlamaCpp) -> 
 @pytest.mark.parametrize("of_the_model", [512, 131072])
 def test_a_request_gets_a_sane_context_whatever_the_model_could_do(of_the_model: int, binary: LlamaCpp) -> None:
     launch = a_launch({"n_parallel": 2}, an_artifact(context_length=of_the_model))
-    assert flags_of(binary.command(launch, MODEL, ANYWHERE, SOCKET).argv)["--ctx-size"] == "8192"
+    assert flags_of(binary.command(launch, MODEL, ANYWHERE, SOCKET, None).argv)["--ctx-size"] == "8192"
 
 
 @pytest.mark.parametrize(("option", "is_on"), [(None, True), (True, True), (False, False)])
 def test_a_model_that_can_embed_does_unless_told_otherwise(option: bool | None, is_on: bool, binary: LlamaCpp) -> None:
     options = {} if option is None else {"embedding": option}
-    argv = binary.command(a_launch(options, an_artifact(ability=("embed",))), MODEL, ANYWHERE, SOCKET).argv
+    argv = binary.command(a_launch(options, an_artifact(ability=("embed",))), MODEL, ANYWHERE, SOCKET, None).argv
     assert ("--embedding" in argv) == is_on
 
 
 @pytest.mark.parametrize("options", [{}, {"n_gpu_layers": 99}], ids=str)
 def test_without_gpus_no_layer_goes_to_one(options: dict[str, Any], binary: LlamaCpp) -> None:
-    command = binary.command(a_launch(options, n_gpu=0), MODEL, Placement(gpu_uuids=()), SOCKET)
+    command = binary.command(a_launch(options, n_gpu=0), MODEL, Placement(gpu_uuids=()), SOCKET, None)
     assert flags_of(command.argv)["--n-gpu-layers"] == "0"
     assert command.env["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_it_sees_the_gpus_of_its_placement_by_uuid(binary: LlamaCpp) -> None:
-    command = binary.command(a_launch(), MODEL, Placement(gpu_uuids=("GPU-b", "GPU-a")), SOCKET)
+    command = binary.command(a_launch(), MODEL, Placement(gpu_uuids=("GPU-b", "GPU-a")), SOCKET, None)
     assert command.env["CUDA_VISIBLE_DEVICES"] == "GPU-b,GPU-a"
 
 
 def test_a_launchs_own_environment_goes_before_ours(binary: LlamaCpp) -> None:
     launch = a_launch(envs={"CUDA_VISIBLE_DEVICES": "7"})
-    assert binary.command(launch, MODEL, Placement(gpu_uuids=("GPU-a",)), SOCKET).env["CUDA_VISIBLE_DEVICES"] == "7"
+    assert (
+        binary.command(launch, MODEL, Placement(gpu_uuids=("GPU-a",)), SOCKET, None).env["CUDA_VISIBLE_DEVICES"] == "7"
+    )
 
 
 @pytest.mark.parametrize(
@@ -291,7 +295,7 @@ def test_a_launchs_own_environment_goes_before_ours(binary: LlamaCpp) -> None:
 )
 def test_a_wrong_option_is_refused_by_its_name(options: dict[str, Any], words: list[str], binary: LlamaCpp) -> None:
     with pytest.raises(DecodeError) as caught:
-        binary.command(a_launch(options), MODEL, ANYWHERE, SOCKET)
+        binary.command(a_launch(options), MODEL, ANYWHERE, SOCKET, None)
     assert [word for word in words if word not in str(caught.value)] == []
 
 
@@ -305,7 +309,7 @@ def test_the_list_of_all_options_here_is_complete() -> None:
 
 
 def test_the_workers_parser_takes_every_flag_that_the_engine_can_emit(worker: LlamaCpp) -> None:
-    argv = worker.command(a_launch(ALL_OPTIONS), MODEL, ANYWHERE, PORT).argv[4:]
+    argv = worker.command(a_launch(ALL_OPTIONS), MODEL, ANYWHERE, PORT, None).argv[4:]
     arguments = vars(_parser().parse_args(argv))
     assert arguments == {
         "model": "/models/q4.gguf",
@@ -337,7 +341,7 @@ def test_the_workers_parser_takes_every_flag_that_the_engine_can_emit(worker: Ll
 
 def test_the_worker_takes_a_chat_template_that_begins_with_dashes(worker: LlamaCpp) -> None:
     template = "--- {{ messages }}"
-    argv = worker.command(a_launch({"chat_template": template}), MODEL, ANYWHERE, SOCKET).argv[4:]
+    argv = worker.command(a_launch({"chat_template": template}), MODEL, ANYWHERE, SOCKET, None).argv[4:]
     assert _parser().parse_args(argv).chat_template == template
 
 

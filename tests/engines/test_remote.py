@@ -76,7 +76,8 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], said: str
 
 def test_keys_are_not_shown() -> None:
     options = decode(
-        {"base_url": "https://a.example", "api_key": "very-secret", "headers": {"api-key": "very-secret"}}, RemoteOptions
+        {"base_url": "https://a.example", "api_key": "very-secret", "headers": {"api-key": "very-secret"}},
+        RemoteOptions,
     )
     assert isinstance(options.api_key, Secret)
     assert "very-secret" not in repr(options)

@@ -19,6 +19,7 @@ import pytest
 from engines.base import EngineSettings, Launch
 from engines.llama_cpp import LlamaCpp
 from gateway.deployment import Deployment
+from gateway.environments import Recipe
 from gateway.errors import ModelFailed, ShuttingDown
 from gateway.nodes.local import open_node
 from gateway.replica import Replica, State
@@ -71,6 +72,8 @@ async def deployed(
                 download_stall_s=60,
                 probe_interval_s=10,
                 probe_failures=3,
+                environments=folder / "environments",
+                recipe=Recipe(),
                 changed=deployment.notify,
             )
             for index in range(replica)

@@ -71,9 +71,7 @@ async def test_an_engine_that_computes_and_answers_nobody_meanwhile_is_busy_and_
     assert (await gateway.until())["starts"] == 1
 
 
-async def test_an_engine_that_answers_is_never_taken_for_hung(
-    start_gateway: StartGateway, tmp_path: Path
-) -> None:
+async def test_an_engine_that_answers_is_never_taken_for_hung(start_gateway: StartGateway, tmp_path: Path) -> None:
     gateway = await start_gateway(fake={"tokens": 60, "token_delay_s": 0.05}, probe_interval_s=0.3, probe_failures=1)
     lines = await gateway.stream()
     assert lines[-1] == "data: [DONE]"

@@ -24,12 +24,6 @@ PROMPT = "The capital of France is"
 FEW = {"max_tokens": 6, "temperature": 0}
 UNTIL_STOPPED = {"generate_config": FEW | {"max_tokens": 20}}
 
-LAST_DELTA_IS_EMPTY = pytest.mark.xfail(
-    raises=KeyError,
-    strict=True,
-    reason="ChatXinference reads `content` of each delta, and the last one of llama.cpp is {}",
-)
-
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def made() -> AsyncIterator[list[Any]]:
@@ -82,7 +76,6 @@ async def test_a_chat_answers(chat: ChatXinference) -> None:
     assert (await chat.ainvoke(messages)).content == answer.content
 
 
-@LAST_DELTA_IS_EMPTY
 async def test_a_chat_is_streamed(chat: ChatXinference) -> None:
     pieces = await asyncio.to_thread(lambda: [piece.content for piece in chat.stream("Say hello.")])
     assert len(pieces) > 2

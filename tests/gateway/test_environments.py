@@ -1,0 +1,448 @@
+"""Environments built for real, offline, from small wheels made here: whole or not at all, once, side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from harness import until
+
+from engines.environments import Environment, find_built
+from gateway import environments
+from gateway.environments import (
+    CannotBuild,
+    EnvironmentInUse,
+    Recipe,
+    is_offline_build,
+    list_environments,
+    pip_argv,
+    prepare,
+    read_pip_config,
+    remove,
+    remove_for,
+    uv_argv,
+)
+
+ROOT = Path(__file__).parents[2]
+Build = Callable[..., Any]
+
+
+def make_wheel(
+    folder: Path, name: str, version: str, *, requires: tuple[str, ...] = (), text: str | None = None
+) -> Path:
+    """A pure-Python wheel of one module, by hand."""
+    folder.mkdir(parents=True, exist_ok=True)
+    info = f"{name}-{version}.dist-info"
+    needed = "".join(f"Requires-Dist: {one}\n" for one in requires)
+    files = {
+        f"{name}.py": f"__version__ = {version!r}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needed}",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = ""
+    for path, content in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest()).rstrip(b"=").decode()
+        record += f"{path},sha256={digest},{len(content.encode())}\n"
+    wheel = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, content in (files | {f"{info}/RECORD": f"{record}{info}/RECORD,,\n"}).items():
+            archive.writestr(path, content)
+    return wheel
+
+
+def make_slow_source(folder: Path, marker: Path) -> Path:
+    """A source distribution whose build says that it runs, and then takes a minute."""
+    source = folder / "slow-1.0.zip"
+    backend = f"""
+import pathlib, time
+def get_requires_for_build_wheel(config_settings=None): return []
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    pathlib.Path({str(marker)!r}).touch()
+    time.sleep(60)
+def build_wheel(*_, **__): raise SystemExit
+"""
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(source, "w") as archive:
+        archive.writestr(
+            "slow-1.0/pyproject.toml",
+            '[build-system]\nrequires = []\nbuild-backend = "slow_build"\nbackend-path = ["."]\n'
+            '[project]\nname = "slow"\nversion = "1.0"\n',
+        )
+        archive.writestr("slow-1.0/slow_build.py", backend)
+        archive.writestr("slow-1.0/PKG-INFO", "Metadata-Version: 2.1\nName: slow\nVersion: 1.0\n")
+    return source
+
+
+def says(python: str, code: str) -> str:
+    """What a Python prints, without this test's own import path."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    folder = tmp_path / "wheels"
+    make_wheel(folder, "tinyclay", "1.0")
+    make_wheel(folder, "tinyclay", "2.0")
+    make_wheel(folder, "tinykiln", "1.0", requires=("tinyclay<2",))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "environments"
+
+
+@pytest.fixture
+def build(tmp_path: Path, folder: Path, wheels: Path) -> Build:
+    """`await build("tinyclay==1.0")` gives the Python of such an environment."""
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+
+    async def build(*packages: str, steps: list[str] | None = None, builder: Any = "pip", **fields: Any) -> str:
+        environment = Environment(**({"engine": "kiln"} | fields), packages=packages)
+        recipe = Recipe(builder=builder, offline=True, wheel_folders=(wheels,))
+        report = steps.append if steps is not None else (lambda _: None)
+        return await prepare(environment, folder, recipe=recipe, run_folder=run_folder, report=report)
+
+    return build
+
+
+# --- building
+
+
+async def test_an_environment_holds_its_packages_and_what_these_need(build: Build) -> None:
+    steps: list[str] = []
+    python = await build("tinykiln", steps=steps)
+    assert says(python, "import tinykiln, tinyclay; print(tinykiln.__version__, tinyclay.__version__)") == "1.0 1.0"
+    assert steps[:2] == ["making an environment for kiln", "installing 1 package for kiln"]
+
+
+async def test_versions_that_exclude_each_other_live_side_by_side(build: Build) -> None:
+    pythons = [await build("tinyclay==1.0"), await build("tinyclay==2.0")]
+    assert [says(python, "import tinyclay; print(tinyclay.__version__)") for python in pythons] == ["1.0", "2.0"]
+
+
+async def test_its_modules_are_compiled_though_our_own_environment_says_not_to(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    python = await build("tinyclay")
+    assert list(Path(python).parents[1].rglob("tinyclay.*.pyc"))
+
+
+async def test_without_dependencies_it_holds_exactly_its_packages(build: Build) -> None:
+    python = await build("tinykiln", without_dependencies=True)
+    assert says(python, "import tinykiln, importlib.util as u; print(u.find_spec('tinyclay'))") == "None"
+
+
+async def test_it_sees_nothing_of_ours_unless_it_inherits(build: Build) -> None:
+    code = "import importlib.util as u; print(u.find_spec('msgspec') is not None)"
+    assert says(await build("tinyclay"), code) == "False"
+    assert says(await build("tinyclay", inherit_packages=True), code) == "True"
+
+
+async def test_what_the_base_has_is_not_installed_again_and_its_own_goes_before(build: Build) -> None:
+    base = await build("tinyclay==2.0")
+    same = await build("tinyclay", python=base, inherit_packages=True)
+    other = await build("tinykiln", python=base, inherit_packages=True)
+    code = "import tinyclay; print(tinyclay.__version__, tinyclay.__file__)"
+    version, file = says(same, code).split()
+    assert (version, Path(file).is_relative_to(Path(base).parents[1])) == ("2.0", True)
+    version, file = says(other, code).split()
+    assert (version, Path(file).is_relative_to(Path(other).parents[1])) == ("1.0", True)
+
+
+async def test_equal_ones_are_built_once_and_shared(build: Build, folder: Path) -> None:
+    first = await build("tinyclay", "tinykiln", engine="one")
+    steps: list[str] = []
+    assert await build("tinykiln", "tinyclay", engine="two", model="m", steps=steps) == first
+    assert steps == []
+    [listed] = list_environments(folder)
+    assert listed.users == (("one", None), ("two", "m"))
+
+
+async def test_two_builds_of_one_at_once_become_one(build: Build, folder: Path) -> None:
+    steps: list[str] = []
+    pythons = await asyncio.gather(*(build("tinykiln", steps=steps) for _ in range(3)))
+    assert len(set(pythons)) == 1
+    assert steps.count("making an environment for kiln") == 1
+    assert len(list(Path(pythons[0]).parents[2].glob("build-*"))) == 1
+
+
+async def test_a_failure_tells_the_exit_the_last_lines_and_the_log(build: Build, folder: Path) -> None:
+    with pytest.raises(CannotBuild) as caught:
+        await build("no-such-clay==9")
+    said = str(caught.value)
+    assert "The environment of kiln cannot be built: the installer ended with exit code 1." in said
+    assert "No matching distribution found for no-such-clay==9" in said
+    log = Path(said.rpartition("The whole log is ")[2])
+    assert "no-such-clay" in log.read_text()
+    assert caught.value.permanent
+    assert list_environments(folder) == []
+
+
+async def test_packages_that_exclude_each_other_are_a_lasting_failure(build: Build) -> None:
+    with pytest.raises(CannotBuild, match="ResolutionImpossible") as caught:
+        await build("tinykiln", "tinyclay==2.0")
+    assert caught.value.permanent
+
+
+async def test_a_network_that_fails_is_a_failure_that_may_pass(tmp_path: Path, folder: Path) -> None:
+    environment = Environment(
+        engine="kiln", packages=("tinyclay",), index_url="http://127.0.0.1:9/simple", inherit_pip_config=False
+    )
+    with pytest.raises(CannotBuild) as caught:
+        await asyncio.wait_for(
+            prepare(environment, folder, recipe=Recipe(builder="pip"), run_folder=tmp_path, report=lambda _: None), 60
+        )
+    assert not caught.value.permanent
+
+
+async def test_a_cancel_ends_a_build_at_once_and_leaves_nothing(build: Build, folder: Path, wheels: Path) -> None:
+    marker = wheels.parent / "building"
+    make_slow_source(wheels, marker)
+    building = asyncio.ensure_future(build("slow", no_build_isolation=True))
+    await until(marker.exists)
+    building.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(building, 20)
+    assert list_environments(folder) == []
+    assert await build("tinyclay")
+
+
+def test_a_build_that_is_killed_is_not_taken_for_whole_and_the_next_clears_it_away(
+    tmp_path: Path, folder: Path, wheels: Path
+) -> None:
+    marker = tmp_path / "building"
+    source = make_slow_source(wheels, marker)
+    environment = Environment(engine="kiln", packages=("slow",), no_build_isolation=True)
+    code = f"""
+import asyncio, msgspec
+from pathlib import Path
+from engines.environments import Environment
+from gateway.environments import Recipe, prepare
+from gateway.nodes.local import open_node
+environment = msgspec.json.decode({msgspec.json.encode(environment).decode()!r}, type=Environment)
+async def main():
+    async with open_node() as node:
+        recipe = Recipe(builder="pip", offline=True, wheel_folders=(Path({str(wheels)!r}),))
+        print(await prepare(
+            environment, Path({str(folder)!r}), recipe=recipe, run_folder=node.folder, report=lambda _: None
+        ))
+asyncio.run(main())
+"""
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    argv, env = [sys.executable, "-P", "-c", code], os.environ | {"PYTHONPATH": path}
+    builder = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE)
+    try:
+        asyncio.run(until(marker.exists))
+        [listed] = list_environments(folder)
+        assert (listed.is_building, listed.is_whole, listed.users) == (True, False, (("kiln", None),))
+        with pytest.raises(EnvironmentInUse, match="being built"):
+            remove(listed.fingerprint, folder)
+    finally:
+        builder.send_signal(signal.SIGKILL)
+        builder.wait()
+    [left] = list_environments(folder)
+    assert (left.is_building, left.is_whole) == (False, False)
+    assert find_built(environment, folder) is None
+
+    source.unlink()
+    make_wheel(wheels, "slow", "1.0")
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert says(done.stdout.strip(), "import slow; print(slow.__version__)") == "1.0"
+    assert len(list((folder / environment.folder_name).glob("build-*"))) == 1
+
+
+async def test_an_environment_whose_python_is_gone_is_built_again(build: Build, folder: Path) -> None:
+    python = Path(await build("tinyclay"))
+    python.unlink()
+    assert [listed.is_whole for listed in list_environments(folder)] == [False]
+    assert says(await build("tinyclay"), "import tinyclay; print(1)") == "1"
+
+
+async def test_a_base_that_is_gone_is_told(build: Build, tmp_path: Path) -> None:
+    with pytest.raises(CannotBuild, match=r"its base .*/gone/bin/python is gone"):
+        await build("tinyclay", python=str(tmp_path / "gone" / "bin" / "python"), inherit_packages=True)
+
+
+# --- listing, removing
+
+
+async def test_the_list_tells_who_uses_what(build: Build, folder: Path) -> None:
+    await build("tinyclay", engine="kiln")
+    python = await build("tinyclay==1.0", engine="kiln", model="m")
+    of_engine, of_model = list_environments(folder)
+    assert [(one.kind, one.name, one.is_whole) for one in (of_engine, of_model)] == [
+        ("engine", "kiln", True),
+        ("model", "model m", True),
+    ]
+    assert of_model.python == python
+    assert of_model.packages == ("tinyclay==1.0",)
+    assert of_model.python_version == sys.version.split()[0]
+    assert of_model.size_bytes > 0
+
+
+async def test_an_environment_is_removed_for_its_last_user_only(build: Build, folder: Path) -> None:
+    python = await build("tinyclay", engine="one")
+    await build("tinyclay", engine="two")
+    [listed] = list_environments(folder)
+    assert remove_for(("one", None), listed.fingerprint, folder) == 0
+    assert Path(python).exists()
+    assert remove_for(("two", None), listed.fingerprint, folder) > 0
+    assert list_environments(folder) == []
+    assert remove(listed.fingerprint, folder) == 0
+
+
+async def test_an_environment_in_use_is_not_removed(build: Build, folder: Path) -> None:
+    python = await build("tinyclay")
+    [listed] = list_environments(folder)
+    with subprocess.Popen([python, "-c", "import time; print(flush=True); time.sleep(60)"], stdout=-1) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            with pytest.raises(EnvironmentInUse, match=f"in use by process {process.pid}"):
+                remove(listed.fingerprint, folder)
+        finally:
+            process.kill()
+    assert remove(listed.fingerprint, folder) > 0
+
+
+async def test_an_environment_that_another_is_built_on_is_not_removed(build: Build, folder: Path) -> None:
+    base = await build("tinyclay")
+    await build("tinykiln", python=base, inherit_packages=True, model="m")
+    name = Path(base).parents[2].name
+    with pytest.raises(EnvironmentInUse, match="of model m is built on"):
+        remove(name, folder)
+
+
+@pytest.mark.parametrize("name", ["..", "locks", "", "0123456789abcdef", "../../etc"])
+def test_what_is_no_environment_is_not_removed(name: str, folder: Path) -> None:
+    (folder / "locks").mkdir(parents=True)
+    assert remove(name, folder) == 0
+    assert (folder / "locks").exists()
+
+
+# --- what the installers are told
+
+
+A = Environment(
+    engine="kiln",
+    packages=("a", "b==1"),
+    index_url="https://index.example/simple",
+    extra_index_url=("https://one.example", "https://two.example"),
+    find_links=("/wheels",),
+    trusted_host=("one.example",),
+    index_strategy="first-index",
+    no_build_isolation=True,
+)
+FLAGS = (
+    *("--index-url", "https://index.example/simple"),
+    *("--extra-index-url", "https://one.example", "--extra-index-url", "https://two.example"),
+    *("--find-links", "/wheels", "--trusted-host", "one.example", "--no-build-isolation"),
+)
+
+
+def test_pip_gets_every_field_and_reads_its_own_configuration() -> None:
+    argv, env = pip_argv(A, "/venv/bin/python", Recipe(), {"cert": "/ca"})
+    assert argv == (
+        *(sys.executable, "-P", "-m", "pip", "--python", "/venv/bin/python", "install"),
+        *("--no-input", "--disable-pip-version-check", "--progress-bar", "off", *FLAGS, "--", "a", "b==1"),
+    )
+    assert env == {}
+
+
+def test_pip_that_is_not_to_inherit_its_configuration_keeps_only_the_way_to_the_network() -> None:
+    environment = msgspec.structs.replace(A, inherit_pip_config=False)
+    argv, env = pip_argv(environment, "/p", Recipe(), {"cert": "/ca"})
+    assert "--isolated" in argv
+    assert argv[argv.index("--cert") + 1] == "/ca"
+    assert env == {"PIP_CONFIG_FILE": os.devnull}
+
+
+def test_uv_gets_every_field_and_pips_configuration(tmp_path: Path) -> None:
+    pip = {"extra-index-url": "https://three.example", "constraint": "/c.txt", "cert": "/ca", "timeout": "9"}
+    argv, _ = uv_argv("uv", A, "/p", tmp_path, Recipe(), pip)
+    assert argv == (
+        *("uv", "pip", "install", "--python", "/p", "--no-progress", "--color", "never", "--compile-bytecode"),
+        *("--no-python-downloads", *FLAGS, "--cert", "/ca", "--extra-index-url", "https://three.example"),
+        *("--constraints", "/c.txt", "--index-strategy", "first-index", "--", "a", "b==1"),
+    )
+
+
+def test_uv_that_is_not_to_inherit_does_not(tmp_path: Path) -> None:
+    environment = msgspec.structs.replace(A, inherit_pip_config=False)
+    argv, _ = uv_argv("uv", environment, "/p", tmp_path, Recipe(), {"find-links": "/secret"})
+    assert "/secret" not in argv
+
+
+def test_offline_no_index_is_asked(tmp_path: Path) -> None:
+    recipe = Recipe(offline=True, wheel_folders=(tmp_path, tmp_path / "gone"))
+    plain = Environment(engine="kiln", packages=("a",))
+    for argv, _ in (pip_argv(plain, "/p", recipe, {}), uv_argv("uv", plain, "/p", tmp_path, recipe, {})):
+        assert "--no-index" in argv
+        assert [argv[at + 1] for at, word in enumerate(argv) if word == "--find-links"] == [str(tmp_path)]
+
+
+def test_pips_listing_is_read_with_the_environment_before_the_command_before_the_site() -> None:
+    listing = "\n".join(
+        [
+            ":env:.find-links='/of/env'",
+            "global.find-links='/of/global'",
+            "global.extra-index-url='https://a.example https://b.example'",
+            "install.constraint='/c'",
+            "global.constraint='/other'",
+            "freeze.all='true'",
+            "nonsense",
+        ]
+    )
+    assert read_pip_config(listing) == {
+        "find-links": "/of/env",
+        "extra-index-url": "https://a.example https://b.example",
+        "constraint": "/c",
+    }
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_offline"),
+    [
+        ({}, False),
+        ({"HOSTLER_OFFLINE": "1"}, True),
+        ({"XINFERENCE_VIRTUAL_ENV_OFFLINE_INSTALL": "1"}, True),
+        ({"XINFERENCE_VIRTUAL_ENV_OFFLINE_INSTALL": "0"}, False),
+        ({"HF_HUB_OFFLINE": "1"}, False),
+    ],
+    ids=str,
+)
+def test_builds_are_offline(environ: dict[str, str], is_offline: bool) -> None:
+    assert is_offline_build(environ) is is_offline
+
+
+async def test_uv_that_is_asked_for_and_not_here_is_told(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments, "find_uv", lambda: None)
+    with pytest.raises(CannotBuild, match="there is no uv on PATH"):
+        await build("tinyclay", builder="uv")
+
+
+@pytest.mark.skipif(environments.find_uv() is None, reason="there is no uv on PATH")
+async def test_uv_builds_the_same(build: Build) -> None:
+    base = await build("tinyclay==2.0", builder="uv")
+    assert says(base, "import tinyclay; print(tinyclay.__version__)") == "2.0"
+    python = await build("tinyclay", python=base, inherit_packages=True, builder="uv")
+    assert says(python, "import tinyclay; print(tinyclay.__version__)") == "2.0"
+    assert not list(Path(python).parents[1].rglob("tinyclay.py"))
