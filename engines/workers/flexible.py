@@ -127,7 +127,7 @@ def load(order: Order) -> list[BaseRoute]:
         raise
     except Exception as exc:  # the launcher is a stranger's
         raise Refused(f"The launcher {launcher} cannot load the model: {type(exc).__name__}: {exc}") from exc
-    return [Route("/v1/flexible/infers", _Infers(model), methods=["POST"])]
+    return [Route("/v1/flexible/infers", _Infers(model).answer, methods=["POST"])]
 
 
 def _named(launcher: str) -> Callable[..., Any]:
@@ -167,16 +167,16 @@ class _Infers:
         self._turns = Turns()
         self._is_async = inspect.iscoroutinefunction(model.infer)
 
-    async def __call__(self, request: Request) -> Response:
+    async def answer(self, request: Request) -> Response:
         body = await read_json(request)
         body.pop("model", None)
         args = body.pop("args", None) or []
         if not isinstance(args, list):
             raise Refused("`args` is a list of the positional arguments.", param="args")
-        text = await unless_client_leaves(request, self._answer(args, body))
+        text = await unless_client_leaves(request, self._infer_as_text(args, body))
         return Response(text, media_type="application/json")
 
-    async def _answer(self, args: list[Any], kwargs: dict[str, Any]) -> str:
+    async def _infer_as_text(self, args: list[Any], kwargs: dict[str, Any]) -> str:
         try:
             inspect.signature(self._infer).bind(*args, **kwargs)
         except TypeError as exc:

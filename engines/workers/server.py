@@ -31,6 +31,7 @@ OPTIONS_VARIABLE = "WORKER_OPTIONS"
 OPEN_PATHS = ("/health",)
 SHUTDOWN_LIMIT_S = 5
 BACKLOG = 1024
+FAILURE_LIMIT = 1000  # characters
 
 T = TypeVar("T")
 
@@ -65,9 +66,9 @@ def serve(load: Load) -> None:
     try:
         routes = load(order)
     except Refused as exc:
-        sys.exit(exc.message)
+        sys.exit(_one_line(exc.message))
     except (ImportError, OSError, ValueError, RuntimeError, KeyError, MemoryError) as exc:
-        sys.exit(f"{order.model} cannot be loaded: {type(exc).__name__}: {exc}")
+        sys.exit(_one_line(f"{order.model} cannot be loaded: {type(exc).__name__}: {exc}"))
     print(f"loaded in {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
     if arguments.host.endswith(".sock"):
         with contextlib.suppress(FileNotFoundError):
@@ -94,6 +95,12 @@ def create_app(routes: Iterable[BaseRoute], key: str) -> ASGIApp:
         exception_handlers={Refused: _refusal, HTTPException: _no_route, Cancelled: _nobody, Exception: _failure},
     )
     return _Guard(app, key)
+
+
+def _one_line(text: str) -> str:
+    """What users read of a failure is a log's last lines; libraries' errors may have many."""
+    line = " ".join(text.split())
+    return line if len(line) <= FAILURE_LIMIT else f"{line[:FAILURE_LIMIT]}..."
 
 
 def _arguments() -> argparse.Namespace:
@@ -148,11 +155,16 @@ async def _nobody(request: Request, exc: Exception) -> Response:
 async def _failure(request: Request, exc: Exception) -> Response:
     if is_out_of_memory(exc):
         return error(
-            f"There was not enough memory for this request: {exc}. Send a smaller one, or give the model more memory.",
+            f"There was not enough memory for this request{_reason(exc)}. Send a smaller one, or give the model more "
+            "memory.",
             status=503,
             code="out_of_memory",
         )
     return error(f"The model failed: {type(exc).__name__}: {exc}", status=500)
+
+
+def _reason(exc: BaseException) -> str:
+    return f": {text.rstrip('.')}" if (text := str(exc)) else ""
 
 
 def is_out_of_memory(exc: BaseException) -> bool:
