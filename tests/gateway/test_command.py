@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -55,8 +56,6 @@ async def test_the_openai_sdk_knows_the_model_by_its_uid_and_the_server_by_its_o
 @pytest.mark.engine
 @pytest.mark.asyncio(loop_scope="module")
 async def test_xinferences_client_talks_to_it(gateway: Gateway) -> None:
-    import asyncio
-
     def talk() -> Any:
         client = RESTfulClient(gateway.address)
         described = client.list_models()["mine"]
