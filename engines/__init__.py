@@ -33,6 +33,8 @@ def available(
     for entry in entry_points(group="hostler.engines"):
         try:
             engine = entry.load()
+            if not isinstance(engine, Engine):
+                raise TypeError(f"{engine!r} is no engines.base.Engine")
         except Exception:  # a stranger's package must not keep the others from starting
             logger.exception("The engine %s (%s) cannot be loaded and is left out.", entry.name, entry.value)
             continue

@@ -87,6 +87,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         without_dependencies: install exactly these.
         python: the interpreter that it is built on; None is the gateway's own.
         inherit_packages: what that one has can be imported too, after what is installed here.
+        skip_installed: what that one has and is good enough is not installed again.
     """
 
     engine: str
@@ -95,6 +96,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     without_dependencies: bool = False
     python: str | None = None
     inherit_packages: bool = False
+    skip_installed: bool = True
     inherit_pip_config: bool = True
     index_url: str | None = None
     extra_index_url: tuple[str, ...] = ()
@@ -234,6 +236,7 @@ def model_environment(
     packages: Sequence[str] = (),
     find_links: Sequence[str] = (),
     is_wished: bool = False,
+    skip_installed: bool = True,
 ) -> Environment | None:
     """The environment that a model wants for itself, on top of what runs its engine; None if it wants none.
 
@@ -242,6 +245,7 @@ def model_environment(
     Args:
         packages, find_links: of the launch.
         facts: of the Python that runs the engine, or else of ours.
+        skip_installed: whether what is there already need not be installed again.
         is_wished: have one, though only for the engine's own packages where nothing here has them.
     Raises:
         ValueError: it cannot be had; with a sentence.
@@ -267,6 +271,7 @@ def model_environment(
         packages=resolved,
         python=facts.python,
         inherit_packages=True,
+        skip_installed=skip_installed,
         inherit_pip_config=block.inherit_pip_config,
         index_url=block.index_url,
         extra_index_url=_several(block.extra_index_url),

@@ -6,6 +6,7 @@ object with `load()` and `infer(*args, **kwargs)`. It is code that runs here, so
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Flexible(Engine, frozen=True, kw_only=True):
         """The worker, with the family as its launcher reads it."""
         family = launch.artifact.family
         assert isinstance(family, FlexibleFamily)
-        program = python or find_python(self.name, BUILTIN.get(family.launcher, ()), self.settings, self.environments)
+        program = python or self._python(family.launcher)
         spec = encode_family(family)
         spec["model_uri"] = str(model_path) if launch.artifact.has_files else None
         args: dict[str, Any] = msgspec.json.decode(family.launcher_args) if family.launcher_args else {}
@@ -74,4 +75,9 @@ class Flexible(Engine, frozen=True, kw_only=True):
             "args": launch.options | args,
             "spec": spec,
         }
-        return worker_command("flexible", program or "", launch, model_path, placement, endpoint, options)
+        return worker_command("flexible", program, launch, model_path, placement, endpoint, options)
+
+    def _python(self, launcher: str) -> str:
+        """The Python that has what the launcher needs, as far as that is known; else ours, which says what it lacks."""
+        name = "transformers" if launcher in BUILTIN else self.name
+        return find_python(name, BUILTIN.get(launcher, ()), self.settings, self.environments) or sys.executable

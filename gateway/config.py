@@ -28,6 +28,7 @@ ENV_PREFIX = "HOSTLER_"
 XINFERENCE_HUB_VARIABLE = "XINFERENCE_MODEL_SRC"
 XINFERENCE_LAUNCHERS_VARIABLE = "XINFERENCE_FLEXIBLE_LAUNCHERS"
 XINFERENCE_ENVIRONMENTS_VARIABLE = "XINFERENCE_ENABLE_VIRTUAL_ENV"
+XINFERENCE_WHEELS_VARIABLE = "XINFERENCE_VIRTUAL_ENV_FIND_LINKS_ALLOWED_ROOTS"
 # ${NAME}, ${NAME:-default}, ${file:/path}; $${...} stands for itself.
 REFERENCE = re.compile(r"(?P<escape>\$)?\$\{(?P<inner>[^}]*)(?P<end>\})?")
 VARIABLE = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re.DOTALL)
@@ -141,6 +142,9 @@ def load(file: str | None, flags: Mapping[str, Any], environment: Mapping[str, s
         settings = msgspec.structs.replace(settings, flexible_launchers=settings.flexible_launchers + named)
     if "model_environments" not in data and (says := environment.get(XINFERENCE_ENVIRONMENTS_VARIABLE)):
         settings = msgspec.structs.replace(settings, model_environments=says.lower() in TRUE)
+    if (roots := environment.get(XINFERENCE_WHEELS_VARIABLE)) and not settings.wheel_folders:
+        folders = tuple(root.strip() for root in roots.replace(",", os.pathsep).split(os.pathsep) if root.strip())
+        settings = msgspec.structs.replace(settings, wheel_folders=folders)
     for hub in settings.preferred_hubs:
         if hub not in HUBS:
             raise SettingsError(f"$.preferred_hubs: there is no hub {hub!r}. {did_you_mean(hub, HUBS)}")

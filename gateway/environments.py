@@ -34,10 +34,10 @@ from engines.environments import (
     child_environment,
     facts_of,
     find_built,
+    module_argv,
     python_of,
     read_stamp,
     site_folders,
-    worker_argv,
 )
 from engines.requirements import is_satisfied
 from gateway.process import Exit, start, tail
@@ -288,11 +288,13 @@ def pip_argv(
         proxy: of pip's configuration, what says how to reach any index at all.
     """
     flags = ["--no-input", "--disable-pip-version-check", "--progress-bar", "off", *_flags(environment, recipe)]
-    env = {}
+    env = {"PIP_USER": "0"}  # a site's `user = true` is not meant for environments
+    if not environment.skip_installed:
+        flags.append("--ignore-installed")
     if not environment.inherit_pip_config:
         env["PIP_CONFIG_FILE"] = os.devnull
         flags = ["--isolated", *flags, *(text for name, value in proxy.items() for text in (f"--{name}", value))]
-    return (*worker_argv("pip"), "--python", python, "install", *flags, "--", *environment.packages), env
+    return (*module_argv("pip"), "--python", python, "install", *flags, "--", *environment.packages), env
 
 
 def uv_argv(
@@ -312,7 +314,7 @@ def uv_argv(
     # pip searches all indexes and takes the best; so that both build the same, uv does so too unless told otherwise.
     flags += ["--index-strategy", environment.index_strategy or "unsafe-best-match"]
     packages = environment.packages
-    if environment.inherit_packages:
+    if environment.inherit_packages and environment.skip_installed:
         installed = facts_of(environment.python, None).installed
         satisfied = [one for one in packages if is_satisfied(one, installed)]
         packages = tuple(one for one in packages if one not in satisfied)
@@ -358,7 +360,7 @@ def _pip_config() -> dict[str, str]:
     """pip's settings for `install`, as its own `pip config list` tells them."""
     import subprocess
 
-    argv = (*worker_argv("pip"), "config", "list")
+    argv = (*module_argv("pip"), "config", "list")
     try:
         done = subprocess.run(
             argv, capture_output=True, text=True, timeout=CONFIG_LIMIT_S, env=child_environment({}), check=False

@@ -27,10 +27,12 @@ from gateway.nodes.local import LocalNode, open_node
 from gateway.replica import Replica
 from gateway.store import Store
 from registry.decode import did_you_mean
+from registry.hubs.choose import TRUE
 from registry.registry import Registry
 
 logger = logging.getLogger("hostler.fleet")
 
+SKIP_INSTALLED_VARIABLE = "XINFERENCE_VIRTUAL_ENV_SKIP_INSTALLED"
 EVENTS_PER_MODEL = 100
 MODELS_WITH_EVENTS = 1000
 
@@ -240,6 +242,7 @@ def site_of(settings: Settings) -> Site:
     """What the settings and the machine say of Python environments."""
     return Site(
         model_environments=settings.model_environments,
+        skip_installed=os.environ.get(SKIP_INSTALLED_VARIABLE, "1").lower() in TRUE,
         environments_folder=settings.environments_path,
         wheel_folders=settings.wheel_paths,
         engines=settings.engines,

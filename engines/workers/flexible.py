@@ -119,9 +119,14 @@ def load(order: Order) -> list[BaseRoute]:
         if callable(getattr(model, "load", None)):
             model.load()
     except ImportError as exc:
+        where = (
+            "Say `hostler engines install transformers`"
+            if launcher in BUILTIN
+            else "Name it in the model's `virtualenv`"
+        )
         raise Refused(
-            f"The launcher {launcher} needs what {sys.executable} does not have: {exc}. Name a Python that has it as "
-            "`engines.flexible.python` in the settings."
+            f"The launcher {launcher} needs what {sys.executable} does not have: {exc}. {where}, or name a Python "
+            "that has it as `engines.flexible.python` in the settings."
         ) from exc
     except Refused:
         raise

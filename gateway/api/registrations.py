@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -12,12 +13,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engines.base import Engine
+from engines.environments import asks_for
 from gateway.api.body import read_body
 from gateway.api.wire import json_answer, version_of
 from gateway.errors import BadRequest, CannotKeep
 from gateway.fleet import Fleet
 from registry import cache
 from registry.decode import did_you_mean
+from registry.hubs.choose import TRUE
 from registry.registry import RegistrationRefused
 from registry.resolve import Artifact, NotResolved, Selection, candidates
 from registry.schema import FAMILIES, LLMFamily, ModelFamily, ModelSpec, Source, encode_family
@@ -114,7 +117,10 @@ class Registrations:
             for engine in self._fleet.engines
             if family.model_type in engine.model_types and not engine.by_name_only
         ]
-        return json_answer({engine.name: _offers(engine, artifacts) for engine in known})
+        wish = request.query_params.get("enable_virtual_env")
+        is_on = self._fleet.settings.model_environments if wish is None else wish.lower() in TRUE
+        packages = family.virtualenv.packages if is_on and family.virtualenv else ()
+        return json_answer({engine.name: _offers(engine, artifacts, packages) for engine in known})
 
     async def families(self, request: Request) -> Response:
         """Ability -> the names of the language models that have it."""
@@ -210,8 +216,6 @@ class Registrations:
 def _without_effect(family: ModelFamily) -> list[str]:
     """What is kept of a registration and changes nothing yet: engines take it from the model's own files."""
     fields = [name for name in FROM_THE_FILES if getattr(family, name, None)]
-    if family.virtualenv and family.virtualenv.packages:
-        fields.append("virtualenv")
     return [f"{', '.join(fields)}: kept; no engine here uses it yet."] if fields else []
 
 
@@ -219,9 +223,13 @@ def _source_of(spec: ModelSpec, sources: list[tuple[ModelSpec, Source]]) -> Sour
     return next((source for known, source in sources if known == spec), None)
 
 
-def _offers(engine: Engine, artifacts: list[Artifact]) -> list[dict[str, Any]] | str:
-    """What the engine could run, grouped as clients show it; else its reason."""
-    if reason := engine.installed():
+def _offers(engine: Engine, artifacts: list[Artifact], packages: Sequence[str]) -> list[dict[str, Any]] | str:
+    """What the engine could run, grouped as clients show it; else its reason.
+
+    Args:
+        packages: of the model's own environment, which may bring the engine.
+    """
+    if not asks_for(engine.name, packages) and (reason := engine.installed()):
         return reason
     refusals = [engine.accepts(artifact) for artifact in artifacts]
     specs = [artifact.spec for artifact, refusal in zip(artifacts, refusals, strict=True) if refusal is None]

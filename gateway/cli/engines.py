@@ -58,7 +58,7 @@ def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
 @with_settings
 def list_all(settings: Settings, as_json: bool) -> None:
     """Show the environments that are here, of engines and of models."""
-    from engines.environments import PINS, library_version
+    from engines.environments import PINS, engine_environment, find_built, library_version
     from gateway.environments import list_environments
 
     found = list_environments(settings.environments_path)
@@ -67,8 +67,12 @@ def list_all(settings: Settings, as_json: bool) -> None:
         return
     if found:
         print_table(COLUMNS, [row for listed in found for row in _rows(listed)])
-    installed = {engine for listed in found for engine, model in listed.users if model is None}
-    missing = [f"{name} {library_version(pins)}" for name, pins in PINS.items() if name not in installed]
+    folder = settings.environments_path
+    missing = [
+        f"{name} {library_version(pins)}"
+        for name, pins in PINS.items()
+        if not find_built(engine_environment(name), folder)
+    ]
     if missing:
         click.echo(f"Can be installed: {', '.join(missing)}.")
 
@@ -118,7 +122,10 @@ def upgrade(settings: Settings, names: tuple[str, ...], offline: bool) -> None:
         for listed in list_environments(folder):
             is_older = (name, None) in listed.users and listed.fingerprint != environment.folder_name
             if is_older and (kept.get(name) is None or _version(name, listed) != kept[name]):
-                _remove(name, listed, folder)
+                try:
+                    _remove(name, listed, folder)
+                except click.ClickException as exc:
+                    click.echo(f"{listed.fingerprint} stays: {exc.message}", err=True)
 
 
 @command.command("remove")

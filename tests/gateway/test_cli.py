@@ -210,11 +210,12 @@ def test_the_doctors_report_for_programs(tmp_path: Path) -> None:
     done = run(tmp_path, "doctor", "--json", "-c", a_file(tmp_path))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert list(report) == ["Hostler", "Packages", "Engines", "GPUs", "Machine"]
+    assert list(report) == ["Hostler", "Packages", "Engines", "Environments", "GPUs", "Machine"]
     assert set(report["Hostler"]) == {"version", "python", "data folder"}
     assert report["Hostler"]["data folder"] == f"{tmp_path}/.hostler"
     assert report["Engines"]["llama.cpp"] == "can run"
     assert {"msgspec", "starlette", "aiohttp", "xllamacpp"} <= set(report["Packages"])
+    assert list(report["Environments"]) == ["none"]
     assert report["GPUs"]
     assert set(report["Machine"]) == {"CPUs", "memory", "disk"}
 

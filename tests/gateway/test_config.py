@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +341,9 @@ EVERY_FIELD: dict[str, tuple[str, Any]] = {
     "access_log": ("false", False),
     "keepalive_interval_s": ("0.5", 0.5),
     "drain_timeout_s": ("0", 0.0),
+    "model_environments": ("false", False),
+    "wheel_folders": ("/srv/wheels, ~/wheels", ("/srv/wheels", "~/wheels")),
+    "environment_builder": ("pip", "pip"),
     "restart_limit": ("2", 2),
     "probe_interval_s": ("0.5", 0.5),
     "probe_failures": ("1", 1),
@@ -366,6 +370,22 @@ def test_every_setting_is_an_environment_variable(field: str, tmp_path: Path) ->
     if isinstance(expected, str):
         text, expected = text.format(tmp_path=tmp_path), expected.format(tmp_path=tmp_path)
     assert getattr(load(None, {}, {f"HOSTLER_{field.upper()}": text}), field) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_on"),
+    [({"XINFERENCE_ENABLE_VIRTUAL_ENV": "0"}, False), ({"XINFERENCE_ENABLE_VIRTUAL_ENV": "1"}, True), ({}, True),
+     ({"XINFERENCE_ENABLE_VIRTUAL_ENV": "0", "HOSTLER_MODEL_ENVIRONMENTS": "true"}, True)],
+)  # fmt: skip
+def test_xinferences_variable_says_whether_models_get_environments(environment: dict[str, str], is_on: bool) -> None:
+    assert load(None, {}, environment).model_environments is is_on
+
+
+def test_folders_of_wheels_are_xinferences_or_else_in_the_data_folder(tmp_path: Path) -> None:
+    assert load(None, {"home": str(tmp_path)}, {}).wheel_paths == (tmp_path / "wheels",)
+    roots = {"XINFERENCE_VIRTUAL_ENV_FIND_LINKS_ALLOWED_ROOTS": f"/a{os.pathsep}/b,/c"}
+    assert load(None, {}, roots).wheel_paths == (Path("/a"), Path("/b"), Path("/c"))
+    assert load(None, {"wheel_folders": ["/d"]}, roots).wheel_paths == (Path("/d"),)
 
 
 def test_a_variable_with_a_wrong_value_is_told_with_its_setting() -> None:

@@ -12,10 +12,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from engines.base import Command, Endpoint, Engine, Launch, Placement
-from gateway.launch import RESERVED_UIDS, LaunchRequest, check_uid, file_name, plan
+from gateway.launch import RESERVED_UIDS, LaunchRequest, Site, check_uid, file_name, plan
 from registry.registry import Registry
 from registry.resolve import Artifact
-from registry.schema import LLMFamily, ModelSpec
+from registry.schema import LLMFamily, ModelSpec, Virtualenv
 
 
 class KilnOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -208,6 +208,93 @@ def test_a_gpu_that_is_named_twice_is_refused() -> None:
 
 def test_a_model_that_there_is_not_is_told_with_the_nearest() -> None:
     assert refusal(model_name="qwem") == "No model is named 'qwem'. Did you mean 'qwen'?"
+
+
+# --- the model's own environment
+
+
+def a_model_with(*packages: str) -> Registry:
+    spec = ModelSpec(model_format="pytorch", model_size_in_billions=1, model_id="org/a")
+    return Registry([LLMFamily(model_name="qwen", model_specs=(spec,), virtualenv=Virtualenv(packages=packages))])
+
+
+def planned(registry: Registry, *engines: Engine, site: Site | None = None, **wishes: Any) -> Launch:
+    return plan("m", LaunchRequest(model_name="qwen", **wishes), registry, engines or (Kiln(),), (), site or Site())
+
+
+def packages_of(launch: Launch) -> tuple[str, ...] | None:
+    return launch.environment and launch.environment.packages
+
+
+def test_a_launch_holds_the_environment_that_the_model_asks_for() -> None:
+    launch = planned(a_model_with("clay>1", 'wood ; #engine# == "kiln"'))
+    assert packages_of(launch) == ("clay>1", "wood")
+    assert msgspec.json.decode(msgspec.json.encode(launch), type=Launch) == launch
+
+
+@pytest.mark.parametrize(
+    ("of_site", "of_launch", "has_one"),
+    [(True, None, True), (False, None, False), (True, False, False), (False, True, True)],
+)
+def test_a_launch_says_whether_there_is_one_else_the_site(of_site: bool, of_launch: bool | None, has_one: bool) -> None:
+    launch = planned(a_model_with("clay"), site=Site(model_environments=of_site), enable_virtual_env=of_launch)
+    assert (launch.environment is not None) is has_one
+
+
+def test_packages_of_the_launch_go_before_those_of_the_model() -> None:
+    assert packages_of(planned(a_model_with("clay==1", "wood"), virtual_env_packages=("clay==2",))) == (
+        "wood",
+        "clay==2",
+    )
+    assert packages_of(planned(a_registry(), virtual_env_packages=("clay==2",))) == ("clay==2",)
+
+
+def test_packages_are_refused_where_environments_are_off() -> None:
+    with pytest.raises(ValueError, match="environments of models are off"):
+        planned(a_registry(), virtual_env_packages=("clay",), enable_virtual_env=False)
+
+
+def test_an_engine_that_the_model_does_not_list_is_not_chosen() -> None:
+    registry = a_model_with('clay ; #engine# == "two"')
+    assert planned(registry, a_kiln(name="one"), a_kiln(name="two")).engine == "two"
+    with pytest.raises(ValueError, match="Engine one is not listed in virtualenv packages for model qwen"):
+        planned(registry, a_kiln(name="one"), a_kiln(name="two"), model_engine="one")
+
+
+def test_an_engine_that_is_not_installed_runs_a_model_whose_environment_brings_it() -> None:
+    engine = a_kiln(name="diffusers", not_installed="pip install diffusers")
+    assert planned(a_model_with("diffusers==0.40"), engine).engine == "diffusers"
+    assert planned(a_registry(), engine, enable_virtual_env=True).engine == "diffusers"
+    with pytest.raises(ValueError, match="pip install diffusers"):
+        planned(a_model_with("einops"), engine)
+    with pytest.raises(ValueError, match="pip install diffusers"):
+        planned(a_model_with("diffusers==0.40"), engine, enable_virtual_env=False)
+
+
+def test_a_wrong_package_is_refused_with_its_sentence() -> None:
+    with pytest.raises(ValueError, match=r"cannot run on kiln: '--pre' is no package"):
+        planned(a_registry(), virtual_env_packages=("--pre",), model_engine="kiln")
+
+
+def test_folders_of_wheels_are_below_one_that_the_site_allows(tmp_path: Path) -> None:
+    inside = tmp_path / "wheels" / "mine"
+    inside.mkdir(parents=True)
+    (tmp_path / "wheels" / "out").symlink_to(tmp_path)
+    site = Site(wheel_folders=(tmp_path / "wheels",))
+
+    def refused(folder: Path | str) -> str:
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 (whose text is the result)
+            planned(a_registry(), site=site, virtual_env_packages=("a",), virtual_env_find_links=(str(folder),))
+        return str(caught.value)
+
+    launch = planned(a_registry(), site=site, virtual_env_packages=("a",), virtual_env_find_links=(str(inside),))
+    assert launch.environment is not None
+    assert launch.environment.find_links == (str(inside),)
+    assert "is no absolute path" in refused("wheels")
+    assert "below none of the site's `wheel_folders`" in refused(tmp_path)
+    assert "below none of the site's `wheel_folders`" in refused(tmp_path / "wheels" / "..")
+    assert "below none of the site's `wheel_folders`" in refused(tmp_path / "wheels" / "out")
+    assert "there is no folder" in refused(inside / "gone")
 
 
 # --- uids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
-from harness import until
+from harness import StartGateway, is_running, until
 
-from engines.environments import Environment, find_built
+from engines.base import EngineSettings
+from engines.environments import PINS, Environment, find_built, find_python
 from gateway import environments
 from gateway.environments import (
     CannotBuild,
@@ -36,6 +39,7 @@ from gateway.environments import (
 
 ROOT = Path(__file__).parents[2]
 Build = Callable[..., Any]
+FRAME = {"python_multipart": "0.0.34", "starlette": "1.10.0", "uvicorn": "0.54.0"}
 
 
 def make_wheel(
@@ -164,6 +168,14 @@ async def test_what_the_base_has_is_not_installed_again_and_its_own_goes_before(
     assert (version, Path(file).is_relative_to(Path(base).parents[1])) == ("2.0", True)
     version, file = says(other, code).split()
     assert (version, Path(file).is_relative_to(Path(other).parents[1])) == ("1.0", True)
+
+
+@pytest.mark.parametrize("builder", ["pip", *(["uv"] if environments.find_uv() else [])])
+async def test_what_the_base_has_is_installed_again_where_the_site_says_so(build: Build, builder: str) -> None:
+    base = await build("tinyclay==2.0")
+    python = await build("tinyclay", python=base, inherit_packages=True, skip_installed=False, builder=builder)
+    file = says(python, "import tinyclay; print(tinyclay.__file__)")
+    assert Path(file).is_relative_to(Path(python).parents[1])
 
 
 async def test_equal_ones_are_built_once_and_shared(build: Build, folder: Path) -> None:
@@ -364,7 +376,7 @@ def test_pip_gets_every_field_and_reads_its_own_configuration() -> None:
         *(sys.executable, "-P", "-m", "pip", "--python", "/venv/bin/python", "install"),
         *("--no-input", "--disable-pip-version-check", "--progress-bar", "off", *FLAGS, "--", "a", "b==1"),
     )
-    assert env == {}
+    assert env == {"PIP_USER": "0"}
 
 
 def test_pip_that_is_not_to_inherit_its_configuration_keeps_only_the_way_to_the_network() -> None:
@@ -372,7 +384,7 @@ def test_pip_that_is_not_to_inherit_its_configuration_keeps_only_the_way_to_the_
     argv, env = pip_argv(environment, "/p", Recipe(), {"cert": "/ca"})
     assert "--isolated" in argv
     assert argv[argv.index("--cert") + 1] == "/ca"
-    assert env == {"PIP_CONFIG_FILE": os.devnull}
+    assert env["PIP_CONFIG_FILE"] == os.devnull
 
 
 def test_uv_gets_every_field_and_pips_configuration(tmp_path: Path) -> None:
@@ -446,3 +458,204 @@ async def test_uv_builds_the_same(build: Build) -> None:
     python = await build("tinyclay", python=base, inherit_packages=True, builder="uv")
     assert says(python, "import tinyclay; print(tinyclay.__version__)") == "2.0"
     assert not list(Path(python).parents[1].rglob("tinyclay.py"))
+
+
+# --- as users meet them
+
+ENGINE = """
+import sys
+from engines.base import Command, Engine
+
+SERVER = '''
+import json, sys, tinyclay
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self, data):
+        body = json.dumps(data).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.answer({})
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.answer({"clay": tinyclay.__version__, "python": sys.executable})
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+'''
+
+class Kiln(Engine, frozen=True, kw_only=True):
+    name = "kiln"
+    model_types = ("LLM",)
+    unix_socket = False
+    def installed(self): return None
+    def accepts(self, artifact): return None
+    def command(self, launch, model_path, placement, endpoint, python=None):
+        return Command(argv=(python or sys.executable, "-P", "-c", SERVER, str(endpoint.port)))
+
+ENGINE = Kiln()
+"""
+
+
+@pytest.fixture
+def with_kiln(tmp_path: Path) -> dict[str, str]:
+    """The environment of a gateway that has one more engine, of another distribution."""
+    folder = tmp_path / "other"
+    info = folder / "otherkiln-1.0.dist-info"
+    info.mkdir(parents=True)
+    (folder / "otherkiln.py").write_text(ENGINE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: otherkiln\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[hostler.engines]\nkiln = otherkiln:ENGINE\n")
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "XINFERENCE_VIRTUAL_ENV_OFFLINE_INSTALL": "1"}
+
+
+async def test_a_model_is_served_from_its_own_environment_which_can_be_listed_and_removed(
+    start_gateway: StartGateway, with_kiln: dict[str, str], wheels: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    gateway = await start_gateway(env=with_kiln, wheel_folders=[str(wheels)], environment_builder="pip")
+
+    async def launch(uid: str, *packages: str) -> None:
+        body = {"model_uid": uid, "model_name": uid, "model_path": str(model), "model_engine": "kiln"}
+        fields = {"virtual_env_packages": packages, "virtual_env_find_links": [str(wheels)]}
+        assert (await gateway.post("/v1/models", body | fields)).status == 200
+
+    async def environments_of(uid: str) -> list[dict[str, Any]]:
+        return (await gateway.get("/v1/virtualenvs", params={"model_name": uid})).json["list"]
+
+    await launch("one", "tinyclay==1.0")
+    await launch("two", "tinyclay==2.0")
+    one, two = (await gateway.complete("one")).json, (await gateway.complete("two")).json
+    assert (one["clay"], two["clay"]) == ("1.0", "2.0")
+
+    [listed] = await environments_of("one")
+    assert (listed["model_name"], listed["model_engine"]) == ("one", "kiln")
+    assert listed["python_version"] == sys.version.split()[0]
+    assert Path(one["python"]).is_relative_to(listed["path"])
+    assert len((await gateway.get("/v1/virtualenvs")).json["list"]) == 2
+
+    refused = await gateway.request("DELETE", "/v1/virtualenvs", params={"model_name": "one"})
+    assert (refused.status, "in use by one" in refused.error["message"]) == (400, True)
+    assert (await gateway.request("DELETE", "/v1/models/one")).status == 200
+    other = {"model_name": "one", "model_engine": "other"}
+    assert (await gateway.request("DELETE", "/v1/virtualenvs", params=other)).json == {"result": False}
+    assert (await gateway.request("DELETE", "/v1/virtualenvs", params={"model_name": "one"})).json == {"result": True}
+    assert await environments_of("one") == []
+    assert (await gateway.complete("two")).json == two
+
+
+async def test_an_environment_that_cannot_be_built_fails_the_model_and_says_why(
+    start_gateway: StartGateway, with_kiln: dict[str, str], wheels: Path, tmp_path: Path
+) -> None:
+    gateway = await start_gateway(
+        env=with_kiln,
+        environment_builder="pip",
+        models={
+            "m": {"model_path": str(tmp_path), "model_engine": "kiln", "virtual_env_packages": ["no-such-clay"]},
+        },
+    )
+    answer = await gateway.complete("m")
+    assert answer.status == 503
+    assert "No matching distribution found for no-such-clay" in answer.error["message"]
+    assert "Correct the model's packages." in answer.error["message"]
+    assert (await gateway.replicas())[0]["state"] == "failed"
+
+
+async def test_a_gateway_that_is_killed_in_a_build_leaves_no_installer(
+    start_gateway: StartGateway, with_kiln: dict[str, str], wheels: Path, tmp_path: Path
+) -> None:
+    marker = tmp_path / "building"
+    make_slow_source(wheels, marker)
+    registered = {
+        "version": 2,
+        "model_name": "mine",
+        "model_family": "other",
+        "model_lang": ["en"],
+        "model_ability": ["generate"],
+        "model_specs": [
+            {
+                "model_format": "pytorch",
+                "model_size_in_billions": 1,
+                "quantization": "none",
+                "model_uri": str(wheels),
+                "model_id": "org/mine",
+            }
+        ],
+        "virtualenv": {"packages": ["slow"], "no_build_isolation": True, "find_links": str(wheels)},
+    }
+    gateway = await start_gateway(env=with_kiln, environment_builder="pip", models={})
+    body = {"model": json.dumps(registered), "persist": False}
+    registration = await gateway.post("/v1/model_registrations/LLM", body)
+    assert registration.status == 200, registration.body
+    launch = {"model_uid": "mine", "model_name": "mine", "model_engine": "kiln"}
+    assert (await gateway.post("/v1/models?wait_ready=false", launch)).status == 200
+    await until(marker.exists)
+    replica = await gateway.until("mine", state="downloading")
+    assert replica["progress"].startswith("installing 1 package for model mine")
+
+    build = str(gateway.home / "environments")
+    installers = [pid for pid in psutil.pids() if build in " ".join(command_of(pid))]
+    assert installers
+    gateway.process.kill()
+    await until(lambda: not any(is_running(pid) for pid in installers))
+    assert [listed.is_whole for listed in list_environments(gateway.home / "environments")] == [False]
+
+
+def command_of(pid: int) -> list[str]:
+    try:
+        return psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return []
+
+
+def hostler(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-P", "-m", "gateway.cli", *words]
+    return subprocess.run(
+        argv, capture_output=True, text=True, timeout=120, env=os.environ | {"HOSTLER_HOME": str(home)}
+    )
+
+
+def test_the_command_line_installs_lists_and_removes_an_engine_offline(tmp_path: Path) -> None:
+    home, wheels = tmp_path / "home", tmp_path / "links"
+    for requirement in PINS["piper"].packages:
+        name = requirement.split("=")[0].split(">")[0].replace("-", "_")
+        make_wheel(wheels, name, requirement.split("==")[1] if "==" in requirement else FRAME[name])
+    install = ("engines", "install", "piper", "--offline", "--find-links", str(wheels))
+
+    done = hostler(home, *install, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "installing 5 packages for piper" in done.stderr
+    python = json.loads(done.stdout)["python"]
+    assert find_python("piper", ("no_such_module",), EngineSettings(), home / "environments") == python
+
+    assert f"piper is installed: {python}" in hostler(home, *install).stdout
+    [listed] = json.loads(hostler(home, "engines", "list", "--json").stdout)
+    assert (listed["name"], listed["versions"], listed["state"]) == ("piper", {"piper": "1.8.0"}, "whole")
+    table = hostler(home, "engines", "list").stdout
+    assert "1.8.0" in table
+    assert "Can be installed: vllm" in table
+    assert "piper 1.8.0, " in hostler(home, "doctor").stdout
+
+    make_wheel(wheels, "piper_tts", "1.7.0")
+    assert hostler(home, *install, "--version", "1.7.0").returncode == 0
+    versions = [one["versions"]["piper"] for one in json.loads(hostler(home, "engines", "list", "--json").stdout)]
+    assert sorted(versions) == ["1.7.0", "1.8.0"]
+    upgraded = hostler(home, "engines", "upgrade", "--offline")
+    assert "piper is up to date" in upgraded.stdout, upgraded.stderr
+    [listed] = json.loads(hostler(home, "engines", "list", "--json").stdout)
+    assert listed["versions"] == {"piper": "1.8.0"}
+
+    assert hostler(home, "engines", "remove", "piper", "-y").returncode == 0
+    assert json.loads(hostler(home, "engines", "list", "--json").stdout) == []
+    assert "No environment here is named 'piper'" in hostler(home, "engines", "remove", "piper", "-y").stderr
+
+
+def test_the_command_line_says_what_an_installer_said(tmp_path: Path) -> None:
+    done = hostler(tmp_path, "engines", "install", "piper", "--offline", "--find-links", str(tmp_path))
+    assert done.returncode == 1
+    assert "The environment of piper cannot be built: the installer ended with exit code 1" in done.stderr
+    assert "There is no environment 'pipe'" in hostler(tmp_path, "engines", "install", "pipe").stderr
