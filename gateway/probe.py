@@ -12,7 +12,7 @@ PAUSE_FIRST_S = 0.02
 PAUSE_LIMIT_S = 0.5
 READY_LIMIT_S = 3.0
 REMOTE_LIMIT_S = 10.0
-BUSY_SHARE = 0.5  # of one core
+BUSY_SHARE = 0.05  # of one core; others may want it too, and what hangs uses none
 
 
 class NotReady(Exception):

@@ -327,7 +327,8 @@ class Exchange:
         parts = [chunk]
         while chunk := await reply.read():
             parts.append(chunk)
-        lines = b"".join(parts).splitlines()
+        whole = b"".join(parts)
+        lines = (self.back.put(whole) if self.back else whole).splitlines()
         await self._finish(b"".join(b"data: " + line + b"\n" for line in lines) + b"\n" + self.way.done)
 
     async def _relay_error(self, reply: Reply, chunk: bytes) -> None:

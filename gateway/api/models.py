@@ -197,7 +197,9 @@ class Models:
         lines = _number(request, "lines", 100, LOG_LINES_LIMIT)
         log = deployment.replicas[index].log
         if not log.exists():
-            raise NotFound(f"{deployment.launch.uid!r} has no log yet: replica {index} was never started.")
+            raise NotFound(
+                f"{deployment.launch.uid!r} has no log: replica {index} was never started, or runs elsewhere."
+            )
         if request.query_params.get("follow", "").lower() in ("1", "true", "yes"):
             return StreamingResponse(self._follow(log, lines), media_type="text/plain")
         return Response("".join(f"{line}\n" for line in tail(log, lines)), media_type="text/plain")
