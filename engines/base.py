@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from engines.environments import Environment, absolute_program, worker_argv
+from registry.memory import Cache
 from registry.resolve import Artifact
 
 START_TIMEOUT_S = 600.0
@@ -29,6 +30,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     gpu_idx: tuple[int, ...] | None = None
     n_gpu: int | None = None
     options: dict[str, Any] = {}
+    forced_options: dict[str, Any] = {}
     envs: dict[str, str] = {}
     preload: bool = False
     request_limits: int | None = None
@@ -41,11 +43,13 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
     """What one replica asks of the machine.
 
-    `gpu_idx` names the GPUs; else `n_gpu` says how many, 0 being the CPU alone and None whatever is there.
+    `gpu_idx` names the GPUs; else `n_gpu` says how many, 0 being the CPU alone and None whatever is there. `cache` is
+    the cache of keys and values that it sets up at its start; None where the engine does not say.
     """
 
     gpu_idx: tuple[int, ...] | None = None
     n_gpu: int | None = None
+    cache: Cache | None = None
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,6 +146,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """After how long a replica that has failed is tried again by itself; None: not before somebody says so."""
     options: ClassVar[type[msgspec.Struct]] = NoOptions
     """The Struct that a launch's options decode to; its fields are the options there are."""
+    takes_flags: ClassVar[bool] = False
+    """Whether its program gets a launch's `forced_options` as flags."""
     routes: ClassVar[Mapping[str, str]] = {}
     """Public path -> upstream path, only where they differ."""
 
@@ -224,3 +230,19 @@ def visible_gpus(placement: Placement) -> dict[str, str]:
     if placement.gpu_uuids is None:
         return {}
     return {"CUDA_VISIBLE_DEVICES": ",".join(placement.gpu_uuids)}
+
+
+def forced_flags(launch: Launch) -> list[str]:
+    """The options that we do not know as flags: `--key value`, or `--key` alone for true; false and null are left out.
+
+    A list repeats the flag, an object is written as JSON.
+    """
+    flags: list[str] = []
+    for key, given in launch.forced_options.items():
+        flag = f"--{key.replace('_', '-')}"
+        for value in given if isinstance(given, list | tuple) else (given,):
+            if value is None or value is False:
+                continue
+            text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+            flags += [flag] if value is True else [flag, text]
+    return flags

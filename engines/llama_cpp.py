@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.base import Command, Endpoint, Engine, Launch, Placement, visible_gpus
+from engines.base import Command, Endpoint, Engine, Launch, Needs, Placement, forced_flags, visible_gpus
 from engines.environments import find_binary, has_package, worker_argv
 from registry.decode import decode
+from registry.memory import CACHE_BITS, Cache
 from registry.resolve import Artifact
 
 CONTEXT_LENGTH = 4096  # of one request, where the launch does not say; the engine caps it at the model's own
@@ -56,6 +57,7 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
 
     name = "llama.cpp"
     model_types = ("LLM", "embedding")
+    takes_flags = True
     options = LlamaCppOptions
 
     def installed(self) -> str | None:
@@ -79,6 +81,10 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
         stop = getattr(launch.artifact.family, "stop", None)
         return {"stop": list(stop)} if stop else {}
 
+    def needs(self, launch: Launch) -> Needs:
+        """What the launch says; it takes what GPUs it sees otherwise."""
+        return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu, cache=_cache(launch))
+
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
@@ -101,9 +107,26 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
                 *listen,
                 *projector,
                 *_flags(options, launch),
+                *forced_flags(launch),
             ),
             env=env | launch.envs,
         )
+
+
+def _cache(launch: Launch) -> Cache:
+    """The slots share the context evenly."""
+    options = decode(launch.options, LlamaCppOptions, "options", strict=False)
+    return Cache(
+        tokens=max(1, _context(options) // options.n_parallel),
+        sequences=options.n_parallel,
+        key_bits=CACHE_BITS[options.cache_type_k or "f16"],
+        value_bits=CACHE_BITS[options.cache_type_v or "f16"],
+    )
+
+
+def _context(options: LlamaCppOptions) -> int:
+    """Tokens of all slots together."""
+    return options.n_ctx or (options.context_length or CONTEXT_LENGTH) * options.n_parallel
 
 
 def _template_kwargs(options: LlamaCppOptions) -> str | None:
@@ -111,11 +134,10 @@ def _template_kwargs(options: LlamaCppOptions) -> str | None:
 
 
 def _flags(options: LlamaCppOptions, launch: Launch) -> list[str]:
-    per_request = options.context_length or CONTEXT_LENGTH
     can_embed = "embed" in launch.artifact.family.abilities
     threads = options.n_threads or max(1, (os.cpu_count() or 2) - 1)
     values: dict[str, object] = {
-        "--ctx-size": options.n_ctx or per_request * options.n_parallel,
+        "--ctx-size": _context(options),
         "--parallel": options.n_parallel,
         "--threads": threads,
         "--threads-batch": options.n_threads_batch or threads,

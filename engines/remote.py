@@ -21,7 +21,7 @@ class RemoteOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Where it is, and how it is asked."""
 
     base_url: Annotated[str, Meta(description="as OpenAI's clients take it, mostly with /v1 at its end; http or https")]
-    api_key: Annotated[Secret, Meta(description="sent as bearer token")] = Secret("")
+    api_key: Annotated[Secret | None, Meta(description="sent as bearer token")] = None
     model: Annotated[str, Meta(min_length=1, description="the model's name there, if not the uid")] | None = None
     headers: Annotated[dict[str, Secret], Meta(description="sent with every request")] = {}
     timeout_s: Annotated[Seconds, Meta(description="without a byte for so long, an answer counts as lost")] = 600.0
@@ -83,7 +83,7 @@ class Remote(Engine, frozen=True, kw_only=True):
             argv=(),
             ready_path=options.ready_path,
             endpoint=Endpoint(
-                url=options.url, api_key=options.api_key, headers=options.headers, silence_s=options.timeout_s
+                url=options.url, api_key=options.api_key or "", headers=options.headers, silence_s=options.timeout_s
             ),
             probe_interval_s=options.probe_interval_s,
         )

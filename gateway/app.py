@@ -14,16 +14,33 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.auth import Guard
+from gateway.api.autostart import Autostart
 from gateway.api.cached import CachedFiles
+from gateway.api.check import Check
 from gateway.api.cluster import Cluster
+from gateway.api.history import History
 from gateway.api.inference import Inference
 from gateway.api.models import Models
 from gateway.api.registrations import Registrations
+from gateway.api.reload import Reloads
 from gateway.api.system import System
 from gateway.api.trace import HEADER, Trace
 from gateway.api.ways import WAYS
-from gateway.errors import BadRequest, HostlerError, NotFound, answer
+from gateway.errors import BadRequest, HostlerError, NotFound, NotImplementedYet, answer
 from gateway.fleet import Fleet
+
+# What restarts parts of a cluster: there is one process here.
+RELAUNCHES = (
+    "/v1/api/relaunch",
+    "/v1/api-relaunches",
+    "/v1/api-relaunches/{operation}",
+    "/v1/supervisor/relaunch",
+    "/v1/supervisor-relaunches",
+    "/v1/supervisor-relaunches/{operation}",
+    "/v1/workers/{address}/relaunch",
+    "/v1/worker-relaunches",
+    "/v1/worker-relaunches/{operation}",
+)
 
 # Pages that this machine itself serves; see Guard for the others.
 LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -46,6 +63,7 @@ def create_app(fleet: Fleet) -> Starlette:
     """The door in front of a fleet, as an ASGI app."""
     system, cluster, models = System(fleet), Cluster(fleet), Models(fleet)
     registrations, cached = Registrations(fleet), CachedFiles(fleet)
+    autostart, history, reloads = Autostart(fleet), History(fleet), Reloads(fleet)
     routes = [
         Route("/", system.root),
         Route("/health", system.health),
@@ -80,13 +98,25 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/virtualenvs", cached.list_virtualenvs),
         Route("/v1/virtualenvs", cached.remove_virtualenv, methods=["DELETE"]),
         #
+        Route("/v1/launch_history", history.list_all),
+        Route("/v1/launch_history", history.add, methods=["POST"]),
+        Route("/v1/launch_history/{model_name}", history.remove, methods=["DELETE"]),
+        Route("/v1/launch_history/{model_name}/{model_uid:path}", history.remove, methods=["DELETE"]),
+        Route("/v1/autostart/models", autostart.get),
+        Route("/v1/autostart/models", autostart.upsert, methods=["POST"]),
+        Route("/v1/autostart/models/summary", autostart.summary),
+        Route("/v1/autostart/models/{uid:path}", autostart.remove, methods=["DELETE"]),
+        #
         Route("/v1/replicas", models.list_replicas),
         Route("/v1/models", models.list_models),
         Route("/v1/models", models.launch, methods=["POST"]),
+        Route("/v1/models/check", Check(fleet).check, methods=["POST"]),
         # Fixed words go before uids, which may not be any of them.
         Route("/v1/models/families", registrations.families),
         Route("/v1/models/prompts", registrations.prompts),
         Route("/v1/models/vllm-supported", registrations.vllm_supported),
+        Route("/v1/models/update_type", registrations.update_type, methods=["POST"]),
+        Route("/v1/models/llm/auto-register", registrations.draft, methods=["POST"]),
         Route("/v1/models/instances", models.instances),
         Route("/v1/models/instance", models.launch_version, methods=["POST"]),
         Route("/v1/models/{model_type}/{model_name}/versions", registrations.versions),
@@ -99,11 +129,15 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/models/{uid:path}/cancel", models.cancel, methods=["POST"]),
         Route("/v1/models/{uid:path}/events", models.events),
         Route("/v1/models/{uid:path}/replicas", models.model_replicas),
-        Route("/v1/models/{uid:path}/replicas", models.change_replicas, methods=["POST"]),
-        Route("/v1/models/{uid:path}/replicas/{replica:int}", models.change_replicas, methods=["DELETE"]),
+        Route("/v1/models/{uid:path}/replicas", models.add_replicas, methods=["POST"]),
+        Route("/v1/models/{uid:path}/replicas/{replica:int}", models.remove_replica, methods=["DELETE"]),
+        Route("/v1/models/{uid:path}/reload", reloads.status),
+        Route("/v1/models/{uid:path}/reload", reloads.start, methods=["POST"]),
+        Route("/v1/models/{uid:path}/reload/config", reloads.config),
         Route("/v1/models/{uid:path}", models.get_model),
         Route("/v1/models/{uid:path}", models.terminate, methods=["DELETE"]),
     ]
+    routes += [Route(path, _is_one_process, methods=["GET", "POST"]) for path in RELAUNCHES]
     settings = fleet.settings
     cross_origin = Middleware(
         CrossOrigin,
@@ -138,3 +172,10 @@ async def _starlettes(request: Request, exc: Exception) -> Response:
     refusal.status_code = exc.status_code
     refusal.headers.update(exc.headers or {})
     return refusal
+
+
+async def _is_one_process(request: Request) -> Response:
+    raise NotImplementedYet(
+        "This gateway is one process: restart it as it was started, by its service manager or by hand. Models that "
+        "were launched come back with it; `POST /v1/models/{uid}/reload` restarts the replicas of one."
+    )

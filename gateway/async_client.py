@@ -72,6 +72,10 @@ class AsyncClient:
         named = {"model_name": model_name, "model_uid": model_uid}
         return await self._read(calls.launch(wait, named | wish), str, "model_uid")
 
+    async def check(self, model_name: str | None = None, *, model_uid: str | None = None, **wish: Any) -> Json:
+        """What a launch of the same arguments would take and whether it fits; nothing is launched or downloaded."""
+        return await self._read(calls.check({"model_name": model_name, "model_uid": model_uid} | wish), dict)
+
     async def launch_progress(self, uid: str, pause_s: float = PROGRESS_PAUSE_S) -> AsyncIterator[Step]:
         """How far a launch is, again and again until it is ready.
 
@@ -101,6 +105,31 @@ class AsyncClient:
     async def terminate(self, uid: str) -> None:
         """Stop a launched model and forget it."""
         await self._json(Call("DELETE", model_path(uid), limit_s=None))
+
+    async def add_replicas(self, uid: str, count: int = 1, *, wait: bool = True) -> list[Json]:
+        """More copies of a model, of which each has a `replica_id`; waits until they are ready if it is loaded."""
+        return calls.replicas_of(await self._json(calls.add_replicas(uid, count, wait)))
+
+    async def remove_replica(self, uid: str, replica_id: int) -> int:
+        """End one copy after its requests in flight; how many remain. The last one's end is the model's."""
+        call = Call("DELETE", model_path(uid, f"/replicas/{replica_id}"), limit_s=None)
+        return await self._read(call, int, "remaining_replicas")
+
+    async def replicas_of(self, uid: str) -> list[Json]:
+        """The copies of one model."""
+        return await self._read(Call("GET", model_path(uid, "/replicas")), list)
+
+    async def reload(self, uid: str, *, drain_timeout_s: float = calls.DRAIN_TIMEOUT_S, **changes: Any) -> Json:
+        """Change options of a model that is served, None taking one away; its copies start anew one after the other.
+
+        Returns:
+            how far it is; see `reload_status`.
+        """
+        return await self._read(calls.reload(uid, changes, drain_timeout_s), dict)
+
+    async def reload_status(self, uid: str) -> Json:
+        """How far the last reload is: its `status` is reloading, ready or error, and `error` says why."""
+        return await self._read(Call("GET", model_path(uid, "/reload")), dict)
 
     async def start(self, uid: str) -> Json:
         """Load a model now; one that has failed is tried again."""

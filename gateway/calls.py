@@ -15,6 +15,8 @@ ENDPOINT_VARIABLE = "HOSTLER_ENDPOINT"
 ENDPOINT_VARIABLES = (ENDPOINT_VARIABLE, "XINFERENCE_ENDPOINT")  # the first that is set
 DEFAULT_ENDPOINT = "http://127.0.0.1:9997"
 LIMIT_S = 30.0
+CHECK_LIMIT_S = 90.0
+DRAIN_TIMEOUT_S = 300.0
 PROGRESS_PAUSE_S = 0.5
 NOTES_HEADER = "x-hostler-notes"
 
@@ -91,9 +93,31 @@ def launch(wait: bool, wish: Mapping[str, Any]) -> Call:
     return Call("POST", "/v1/models", {"wait_ready": wait}, body, limit_s=None if wait else LIMIT_S)
 
 
+def check(wish: Mapping[str, Any]) -> Call:
+    """What that launch would take. A hub may be asked for its files, which takes a while."""
+    return Call("POST", "/v1/models/check", {}, launch(False, wish).body, limit_s=CHECK_LIMIT_S)
+
+
 def instances(model_name: str | None = None, model_uid: str | None = None) -> Call:
     """Launches and how they are."""
     return Call("GET", "/v1/models/instances", {"model_name": model_name, "model_uid": model_uid})
+
+
+def add_replicas(uid: str, count: int, wait: bool) -> Call:
+    """More copies of a model."""
+    path = model_path(uid, "/replicas")
+    return Call("POST", path, {"wait_ready": wait}, {"replica": count}, limit_s=None if wait else LIMIT_S)
+
+
+def replicas_of(answer: Json) -> list[Json]:
+    """The copies that were added: the answer has one, or a list of them."""
+    return read(answer, list, "replicas") if "replicas" in answer else [answer]
+
+
+def reload(uid: str, changes: Mapping[str, Any], drain_timeout_s: float) -> Call:
+    """Change options of a model that is served."""
+    body = {"model_config": dict(changes), "drain_timeout": drain_timeout_s}
+    return Call("POST", model_path(uid, "/reload"), body=body)
 
 
 def logs(uid: str, lines: int, replica: int, follow: bool) -> Call:

@@ -44,6 +44,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     api_keys: Annotated[tuple[Secret, ...], Meta(description="who sends one of these may do everything")] = ()
     api_keys_file: Annotated[str, Meta(description="a file with one key a line, added to api_keys")] | None = None
     allowed_origins: Annotated[tuple[str, ...], Meta(description="web pages of these origins may call; '*': all")] = ()
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Meta(description="without api_keys: names, beside `host`, that the gateway is called by; '*': all"),
+    ] = ()
     max_body_bytes: Annotated[int, Meta(ge=1024, description="a larger request is refused with 413")] = 64 * 2**20
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
     access_log: Annotated[bool, Meta(description="one line a request")] = True
@@ -74,7 +78,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         tuple[str, ...], Meta(description="hubs to take files from where several have them, best first")
     ] = ()
     catalogue_files: Annotated[
-        tuple[str, ...], Meta(description="catalogues of the site, over the built-in one; in the form of the built-in")
+        tuple[str, ...],
+        Meta(description="catalogues of the site, over the built-in one; in its form; paths, or http(s) URLs"),
+    ] = ()
+    model_roots: Annotated[
+        tuple[str, ...], Meta(description="folders of models, beside the cache, that registrations may be drafted from")
     ] = ()
     model_environments: Annotated[
         bool, Meta(description="give models the Python environments that they ask for, unless a launch says otherwise")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from engines.base import Engine, Launch
 from gateway.errors import ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
@@ -17,15 +18,17 @@ logger = logging.getLogger("hostler.deployment")
 class Deployment:
     """A Launch and its Replicas. `run` drives it; requests come through `acquire` and `release`."""
 
-    def __init__(self, launch: Launch, engine: Engine, *, drain_timeout_s: float) -> None:
+    def __init__(
+        self, launch: Launch, engine: Engine, *, drain_timeout_s: float, should_start: bool | None = None
+    ) -> None:
+        """`should_start` says whether it is loaded at once; else the launch does."""
         self.launch = launch
         self.engine = engine
-        self.defaults = engine.defaults(launch)  # of requests
-        self.served_name = engine.served_name(launch)
         self.replicas: Sequence[Replica] = ()
+        self._leaving: dict[Replica, float] = {}  # those that are to end, and how long their requests may go on
         self.waiting = 0  # requests that wait for a replica
         self._drain_timeout_s = drain_timeout_s
-        self._start_wanted = launch.preload
+        self._start_wanted = launch.preload if should_start is None else should_start
         self._is_running = False  # from the decision to start until all replicas have stopped
         self._stopping = False  # from the decision to stop until then
         self._is_forced = False
@@ -93,7 +96,7 @@ class Deployment:
     def _ready(self) -> list[Replica]:
         if self._stopping:
             return []
-        return [replica for replica in self.replicas if replica.state is State.READY]
+        return [replica for replica in self.staying if replica.state is State.READY]
 
     def take(self, replica: Replica) -> Replica:
         """Count the replica as in use until `release`."""
@@ -118,6 +121,11 @@ class Deployment:
     # --- what it says of itself
 
     @property
+    def staying(self) -> list[Replica]:
+        """Its replicas, without those that are being removed."""
+        return [replica for replica in self.replicas if replica not in self._leaving]
+
+    @property
     def in_flight(self) -> int:
         """Requests that its replicas are answering."""
         return sum(replica.in_flight for replica in self.replicas)
@@ -127,7 +135,7 @@ class Deployment:
         """The state of its best replica."""
         if self._stopping:
             return State.STOPPING
-        states = {replica.state for replica in self.replicas}
+        states = {replica.state for replica in self.staying or self.replicas}
         order = (State.READY, State.STARTING, State.DOWNLOADING, State.WAITING, State.BACKOFF, State.STOPPING)
         return next((state for state in (*order, State.FAILED) if state in states), State.STOPPED)
 
@@ -144,7 +152,18 @@ class Deployment:
     @property
     def has_failed(self) -> bool:
         """Whether every replica has given up; a stop and a start give it another chance."""
-        return bool(self.replicas) and all(replica.state is State.FAILED for replica in self.replicas)
+        staying = self.staying
+        return bool(staying) and all(replica.state is State.FAILED for replica in staying)
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """What requests get that do not say it themselves."""
+        return self.engine.defaults(self.launch)
+
+    @property
+    def served_name(self) -> str:
+        """By what name the engine knows the model."""
+        return self.engine.served_name(self.launch)
 
     def progress_text(self) -> str:
         """What a waiting client is told: the stage, how long it lasts, and the last failure if there is one."""
@@ -157,7 +176,7 @@ class Deployment:
 
     def reason_text(self) -> str:
         """Why it does not serve."""
-        failure = next((replica.failure for replica in self.replicas if replica.failure), None)
+        failure = next((replica.failure for replica in self.staying if replica.failure), None)
         return f"The model {self.launch.uid!r} does not start: {failure}"
 
     def failure_text(self) -> str:
@@ -196,6 +215,32 @@ class Deployment:
         while self._stopping:
             await self.changed()
 
+    def add(self, replica: Replica) -> None:
+        """One more; it starts now if the model is loaded."""
+        self.replicas = sorted((*self.replicas, replica), key=lambda one: one.index)
+        self.notify()
+
+    async def remove(self, replica: Replica, drain_timeout_s: float | None = None) -> None:
+        """End one and forget it, after its requests in flight; new ones go to the others from now on.
+
+        Args:
+            drain_timeout_s: how long those in flight may go on, if not as long as the settings say.
+        """
+        if replica in self.replicas:
+            self._leaving[replica] = self._drain_timeout_s if drain_timeout_s is None else drain_timeout_s
+        if not self._is_running:
+            self._forget_leaving([replica])
+        self.notify()
+        while replica in self.replicas:
+            await self.changed()
+
+    def _forget_leaving(self, ended: Iterable[Replica]) -> None:
+        gone = self._leaving.keys() & set(ended)
+        for replica in gone:
+            del self._leaving[replica]
+        self.replicas = [replica for replica in self.replicas if replica not in gone]
+        self.notify()
+
     async def close(self, *, force: bool) -> None:
         """Stop for good: whoever waits is told so."""
         self.is_closed = True
@@ -217,35 +262,55 @@ class Deployment:
             while self.is_closed or not (self._start_wanted or self.waiting):
                 await self.changed()
             self._is_running, self.is_cancelled = True, False
-            lives = [asyncio.create_task(replica.run(), name=str(replica)) for replica in self.replicas]
+            lives: dict[Replica, asyncio.Task[None]] = {}
             try:
-                await self._until_stopping()
-                await self._drain()
+                await self._keep_alive(lives)
+                if lives:
+                    await asyncio.wait(lives.values())
             finally:
-                for life in lives:
-                    life.cancel()
-                await asyncio.gather(*lives, return_exceptions=True)
+                self._stopping = self._is_forced = True
+                self.notify()  # lives are told, not cancelled: a second cancel would leave an engine behind
+                await asyncio.gather(*lives.values(), return_exceptions=True)
                 self._is_running = self._stopping = self._is_forced = False
-                self.notify()
+                self._forget_leaving(self._leaving.copy())
 
-    async def _until_stopping(self) -> None:
-        """Until a stop was asked for, or it has been idle for too long."""
+    async def _keep_alive(self, lives: dict[Replica, asyncio.Task[None]]) -> None:
+        """A life for each replica, also for those that come later, until the model is to stop."""
         while not self._stopping:
-            idle_timeout_s = self.launch.idle_timeout_s
-            if idle_timeout_s is None or self.in_flight or self.waiting or self.state is not State.READY:
-                await self.changed()
-                continue
-            rest_s = max(replica.last_used for replica in self.replicas) + idle_timeout_s - time.monotonic()
-            if rest_s <= 0:
-                logger.info("%s was idle for %g s and is unloaded", self.launch.uid, idle_timeout_s)
+            for replica in self.replicas:
+                if replica not in lives:
+                    lives[replica] = asyncio.create_task(self._live(replica), name=str(replica))
+            for replica in [gone for gone in lives if gone not in self.replicas]:
+                await lives.pop(replica)
+            if (rest_s := self._idle_rest_s()) is not None and rest_s <= 0:
+                logger.info("%s was idle for %g s and is unloaded", self.launch.uid, self.launch.idle_timeout_s)
                 self._unload(force=False)
                 return
             await self.changed(limit_s=rest_s)
 
-    async def _drain(self) -> None:
-        """Let the requests in flight end, for as long as the settings allow."""
-        deadline = time.monotonic() + self._drain_timeout_s
-        while self.in_flight and not self._is_forced and (rest_s := deadline - time.monotonic()) > 0:
+    async def _live(self, replica: Replica) -> None:
+        """Run one replica until it, or the whole model, is to end and its requests in flight have ended."""
+        running = asyncio.create_task(replica.run(), name=str(replica))
+        try:
+            while not (self._stopping or replica in self._leaving):
+                await self.changed()
+            await self._drain(replica)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            self._forget_leaving([replica])
+
+    def _idle_rest_s(self) -> float | None:
+        """How long until it has been idle for too long; None if it is not idle, or may be for ever."""
+        idle_timeout_s = self.launch.idle_timeout_s
+        if idle_timeout_s is None or self.in_flight or self.waiting or self.state is not State.READY:
+            return None
+        return max(replica.last_used for replica in self.replicas) + idle_timeout_s - time.monotonic()
+
+    async def _drain(self, replica: Replica) -> None:
+        """Let the replica's requests in flight end, for as long as the settings allow."""
+        deadline = time.monotonic() + self._leaving.get(replica, self._drain_timeout_s)
+        while replica.in_flight and not self._is_forced and (rest_s := deadline - time.monotonic()) > 0:
             await self.changed(limit_s=rest_s)
 
     # --- how waiters learn of it

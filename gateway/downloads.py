@@ -28,6 +28,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     rate_bytes_s: float | None = None
     eta_s: float | None = None
     path: str | None = None
+    files: dict[str, int] | None = None
     error: str | None = None
     permanent: bool = False
 
@@ -70,9 +71,37 @@ async def fetch(
     """
     if (path := hubs.find_cached(source, cache)) is not None:
         return path
-    order = msgspec.json.encode({"source": source, "cache": str(cache), "offline": is_offline(os.environ)}).decode()
+    last = await _order(source, cache, folder=folder, stall_s=stall_s, report=report)
+    return Path(last.path or "")
+
+
+async def list_files(source: Source, cache: Path, *, folder: Path, limit_s: float) -> dict[str, int]:
+    """What `fetch` would get from a hub, and the bytes of each file; 0 where the hub does not tell. Fetches nothing.
+
+    Args:
+        folder: as of `fetch`.
+        limit_s: give up after so long.
+    Raises:
+        DownloadFailed: with the hub's sentence.
+        CannotStart: the child cannot be started.
+    """
+    last = await _order(source, cache, folder=folder, stall_s=limit_s, report=lambda _: None, only_list=True)
+    return last.files or {}
+
+
+async def _order(
+    source: Source,
+    cache: Path,
+    *,
+    folder: Path,
+    stall_s: float,
+    report: Callable[[Progress], None],
+    only_list: bool = False,
+) -> Progress:
+    """The last line of a child that did what it was to do."""
+    words = {"source": source, "cache": str(cache), "offline": is_offline(os.environ), "only_list": only_list}
     process = await start(
-        (*module_argv("registry.hubs.fetch"), order),
+        (*module_argv("registry.hubs.fetch"), msgspec.json.encode(words).decode()),
         {},
         folder=folder,
         grace_s=GRACE_S,
@@ -86,15 +115,16 @@ async def fetch(
     try:
         while line := await asyncio.wait_for(process.stdout.readline(), stall_s):
             last = _decode_line(line)
-            report(last)
+            if last.files is None:
+                report(last)
         ended = await process.wait()
     except TimeoutError as exc:
         raise DownloadFailed(f"nothing arrived from hub {source.model_hub} for {stall_s:.0f} s") from exc
     finally:
         await process.end()
         heard = await chatter
-    if last.path:
-        return Path(last.path)
+    if last.path or last.files is not None:
+        return last
     said = last.error or f"the download ended with {ended}: {' | '.join(heard)}"
     raise DownloadFailed(said, permanent=last.permanent)
 

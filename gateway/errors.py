@@ -6,7 +6,9 @@ HostlerError
     BadRequest            400: the body or a parameter is wrong
     BadKey                401: no API key, or a wrong one
     Forbidden             403: a page of another site is calling
+    StrangeHost           403: the gateway is called by a name that it does not have
     NotFound              404: no such route or thing
+    Busy                  409: a change of the same thing is under way
     ModelNotFound         404: no such model
     BodyTooLarge          413: more bytes than `max_body_bytes`
     UnsupportedBody       415: compressed
@@ -77,6 +79,12 @@ class Forbidden(RequestRefused):
     code = "origin_not_allowed"
 
 
+class StrangeHost(Forbidden):
+    """The gateway is called by a name that it does not have, and there is no key to tell friend from foe."""
+
+    code = "host_not_allowed"
+
+
 class NotFound(RequestRefused):
     """There is no such route or thing."""
 
@@ -90,6 +98,14 @@ class ModelNotFound(NotFound):
 
     kind = "invalid_request_error"
     code = "model_not_found"
+
+
+class Busy(RequestRefused):
+    """A change of the same thing is under way."""
+
+    status = 409
+    code = "busy"
+    retry_after_s = 5
 
 
 class BodyTooLarge(RequestRefused):

@@ -32,8 +32,16 @@ RESERVED_UIDS = frozenset(
     ["prompts", "families", "instances", "instance", "vllm-supported", "update_type", "llm", "recommend", "update_spec"]
 )
 
-RESERVED_ENDINGS = frozenset(["start", "stop", "logs", "progress", "cancel", "events", "replicas", "versions"])
+RESERVED_ENDINGS = frozenset(
+    ["start", "stop", "logs", "progress", "cancel", "events", "replicas", "versions", "reload"]
+)
+FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+OURS_TO_SAY = frozenset(["model", "host", "port", "alias", "api_key", "api_key_file", "served_model_name", "uds"])
 REPLICA_NAME = re.compile(r"-rep\d+$")
+REPLICA_LIMIT = 64
+# Fields of a launch, beside the engine's options, that a model may change while it is served.
+OPTION_FIELDS = ("options", "forced_options")
+RELOADABLE = ("envs", "request_limits", "idle_timeout_s", "start_timeout_s", "load_timeout_s")
 FILE_NAME_BYTES = 200  # most file systems take 255; ours get endings
 
 Seconds = Annotated[float, Meta(gt=0)]
@@ -43,10 +51,13 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
     """A model that somebody wants served: which one, by which engine, how, and when."""
 
     model_engine: Annotated[str, Meta(description="engine; chosen if not given")] | None = None
-    replica: Annotated[int, Meta(ge=1, le=64, description="copies to run")] = 1
+    replica: Annotated[int, Meta(ge=1, le=REPLICA_LIMIT, description="copies to run")] = 1
     gpu_idx: Annotated[tuple[int, ...], Meta(description="these GPUs and no others")] | None = None
     n_gpu: Annotated[int, Meta(ge=0, description="how many GPUs; 0: the CPU alone")] | None = None
     options: Annotated[dict[str, Any], Meta(description="options of the engine, by its own names")] = {}
+    force_options: Annotated[
+        bool, Meta(description="pass options that are not known here to the engine's command line")
+    ] = False
     envs: Annotated[dict[str, str], Meta(description="environment of the engine's process")] = {}
     request_limits: Annotated[int, Meta(ge=0, description="requests of one replica at once; more get 429")] | None = (
         None
@@ -110,7 +121,13 @@ def plan(
         return _environment(request, artifact, engine, site)
 
     artifact, engine = _choose(request.model_engine, artifacts, known_engines, request, environment_for)
-    decode(request.options, engine.options, "options", strict=False)
+    options, forced = _split_options(request, engine)
+    try:
+        decode(options, engine.options, "options", strict=False)
+    except ValueError as exc:
+        if set(options) <= set(engine.options.__struct_fields__) or not engine.takes_flags:
+            raise
+        raise ValueError(f"{exc} `force_options` passes on what is not known here, unchecked.") from exc
     if request.gpu_idx is not None and len(set(request.gpu_idx)) < len(request.gpu_idx):
         raise ValueError(f"gpu_idx {list(request.gpu_idx)} names a GPU twice.")
     if request.gpu_idx is not None and request.n_gpu is not None and len(request.gpu_idx) != request.n_gpu:
@@ -122,7 +139,8 @@ def plan(
         replica=request.replica,
         gpu_idx=request.gpu_idx,
         n_gpu=request.n_gpu,
-        options=request.options,
+        options=options,
+        forced_options=forced,
         envs=request.envs,
         request_limits=request.request_limits,
         preload=request.preload,
@@ -141,6 +159,50 @@ def _artifacts(
     if engine and not engine.wants_files(request.options) and not (request.model_path or request.model_id):
         return (without_files(registry, request, uid),)
     return candidates(registry, request, hubs)
+
+
+def changed(launch: Launch, changes: Mapping[str, Any], engine: Engine) -> Launch:
+    """The launch with other options, and other values of the fields in RELOADABLE; None takes one away.
+
+    Raises:
+        ValueError: one cannot be changed, or not so; the text says what can be.
+    """
+    options, forced, fields = dict(launch.options), dict(launch.forced_options), dict[str, Any]()
+    for key, value in changes.items():
+        if key in RELOADABLE:
+            fields[key] = value
+        elif key in LaunchRequest.__struct_encode_fields__:
+            raise ValueError(f"{key!r} cannot be changed by a reload: launch the model anew, or under another uid.")
+        else:
+            target = forced if key in forced else options
+            target.pop(key, None)
+            if value is not None:
+                target[key] = value
+    decode(options, engine.options, "options", strict=False)
+    whole = {name: getattr(launch, name) for name in RELOADABLE} | fields
+    wish = decode({name: value for name, value in whole.items() if value is not None}, LaunchRequest, "$", strict=False)
+    fields = {name: getattr(wish, name) for name in RELOADABLE}
+    return msgspec.structs.replace(launch, options=options, forced_options=forced, **fields)
+
+
+def _split_options(request: LaunchRequest, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that the engine has here, and those that are forced on it.
+
+    Raises:
+        ValueError: some are forced, and the engine's program takes none, or they cannot be flags.
+    """
+    if not request.force_options:
+        return request.options, {}
+    known = engine.options.__struct_fields__
+    forced = {key: value for key, value in request.options.items() if key not in known}
+    if forced and not engine.takes_flags:
+        raise ValueError(f"{engine.name} takes no options but its own, so {', '.join(forced)} cannot be forced on it.")
+    for key in forced:
+        if not FLAG.fullmatch(key):
+            raise ValueError(f"{key!r} cannot be a flag of {engine.name}: letters, digits, - and _ make one.")
+        if key.replace("-", "_") in OURS_TO_SAY:
+            raise ValueError(f"{key!r} cannot be forced on {engine.name}: the gateway says it itself.")
+    return {key: value for key, value in request.options.items() if key in known}, forced
 
 
 def check_uid(uid: str) -> None:

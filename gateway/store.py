@@ -29,19 +29,12 @@ class Store:
         Raises:
             OSError: it could not be written; what was there before still is.
         """
-        path = self._path(launch.uid)
-        partial = path.with_suffix(".partial")
-        with open(partial, "wb", opener=_private) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(launch)))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        self._sync_folder()
+        write_durably(self._path(launch.uid), msgspec.json.format(msgspec.json.encode(launch)))
 
     def delete(self, uid: str) -> None:
         """Forget the launch; nothing happens if there is none."""
         self._path(uid).unlink(missing_ok=True)
-        self._sync_folder()
+        _sync(self.folder)
 
     def read_all(self) -> Iterator[Launch]:
         """Every launch that can be read; a damaged file is reported and left where it is."""
@@ -54,12 +47,28 @@ class Store:
     def _path(self, uid: str) -> Path:
         return self.folder / f"{file_name(uid)}.json"
 
-    def _sync_folder(self) -> None:
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file that only its owner reads; once this returns, it survives a crash of the machine.
+
+    Raises:
+        OSError: it could not be written; what was there before still is.
+    """
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb", opener=_private) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _private(path: str, flags: int) -> int:

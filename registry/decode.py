@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -82,6 +82,28 @@ def _decode(data: Any, kind: Any, path: str, strict: bool) -> Any:
     except msgspec.ValidationError as exc:
         text, _, where = str(exc).partition(" - at `$")
         raise DecodeError(f"{text} - at `{path}{where.rstrip('`')}`") from exc
+
+
+def faults(data: Any, kind: Any, path: str = "$", *, strict: bool = True) -> Iterator[str]:
+    """Everything that `decode` could complain of, place by place; keys that are not known aside."""
+    inner = _without_notes(kind)
+    if isinstance(inner, type) and issubclass(inner, msgspec.Struct) and isinstance(data, Mapping):
+        types = _types(inner)
+        for field in msgspec.structs.fields(inner):
+            key = field.encode_name
+            if key in data:
+                yield from faults(data[key], types[field.name], f"{path}.{key}", strict=strict)
+            elif field.required:
+                yield f"Required key {key!r} is missing - at `{path}`"
+        return
+    if get_origin(inner) is tuple and isinstance(data, list | tuple) and get_args(inner)[1:] == (...,):
+        for index, item in enumerate(data):
+            yield from faults(item, get_args(inner)[0], f"{path}[{index}]", strict=strict)
+        return
+    try:
+        _decode(data, kind, path, strict)
+    except DecodeError as exc:
+        yield str(exc)
 
 
 def _without_notes(kind: Any) -> Any:

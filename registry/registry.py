@@ -37,6 +37,7 @@ from registry.schema import (
     ModelSpec,
     decode_family,
     encode_family,
+    faults_of,
     unknown_keys,
 )
 from registry.sources import BadUri, is_gguf, local_path, source_of
@@ -111,6 +112,22 @@ class Registry:
         """
         return cls(catalogue=Catalogue(builtin=True, files=extra_files), folder=folder)
 
+    def replace_catalogue(self, extra_files: Iterable[Path]) -> None:
+        """Read the site's catalogue files again; registrations stay.
+
+        Raises:
+            DecodeError: one of the files is wrong; nothing was changed.
+            RegistrationRefused: they have a name that is registered here; nothing was changed.
+        """
+        catalogue = Catalogue(builtin=True, files=extra_files)
+        with self._writing:
+            for model_type, families in self._registered.items():
+                if taken := sorted(name for name in families if catalogue.has(model_type, name)):
+                    raise RegistrationRefused(
+                        f"The new catalogue has {', '.join(taken)}, which is registered here. Unregister it first."
+                    )
+            self._catalogue = catalogue
+
     # -- finding
 
     @property
@@ -165,6 +182,21 @@ class Registry:
 
     def _is_registered(self, family: ModelFamily) -> bool:
         return not self._catalogue.has(family.model_type, family.model_name)
+
+    def including(self, family: ModelFamily) -> Registry:
+        """A registry of the same catalogue and this family alone, unchecked and without a folder: to try things."""
+        other = Registry(catalogue=self._catalogue)
+        other._registered[family.model_type][family.model_name] = family
+        return other
+
+    def notes_on(self, model_type: str, model: str | bytes | Mapping[str, Any]) -> Registered:
+        """What registering would make of a model's JSON, without a look at its files, and without doing it.
+
+        Raises:
+            RegistrationRefused: the JSON is wrong.
+        """
+        family, lifted = _read(model_type, model)
+        return Registered(family=family, lifted=(*lifted, *_family_warnings(self._catalogue, family)))
 
     # -- registering
 
@@ -323,25 +355,52 @@ def _read(model_type: str, model: str | bytes | Mapping[str, Any]) -> tuple[Mode
         RegistrationRefused: it is damaged or breaks a rule that needs no look at the disk.
     """
     try:
-        data = parse(model, MAX_JSON_BYTES) if isinstance(model, str | bytes) else model
-        check_plain(data)
-        if not isinstance(data, Mapping):
-            raise DecodeError(f"Expected an object with a model_name, got `{type(data).__name__}` - at `$`")
-        data, lifted = lift(model_type, data)
-        _check_name(data.get("model_name"))
-        if model_type in ("LLM", "audio", "image") and _is_empty(data.get("model_family")):
-            raise RegistrationRefused(
-                f"You must specify `model_family` when registering custom {model_type} models. "
-                + _family_hint(model_type)
-            )
-        specs = data.get("model_specs")
-        if isinstance(specs, list | tuple) and len(specs) > MAX_SPECS:
-            raise DecodeError(f"There are {len(specs)} specs; {MAX_SPECS} at most - at `$.model_specs`")
+        data, lifted = lift(model_type, object_of(model))
+        for refusal in _refusals_by_hand(model_type, data):
+            raise refusal
         family = decode_family(model_type, data)
     except DecodeError as exc:
         raise RegistrationRefused(f"The model's JSON is wrong: {exc}") from exc
     family = msgspec.structs.replace(family, is_builtin=False)
     return family, [*_first(lifted), *_first(_unknown_sentences(model_type, data))]
+
+
+def object_of(model: str | bytes | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The object that a model's JSON holds.
+
+    Raises:
+        DecodeError: it is no JSON, or no object.
+    """
+    data = parse(model, MAX_JSON_BYTES) if isinstance(model, str | bytes) else model
+    check_plain(data)
+    if not isinstance(data, Mapping):
+        raise DecodeError(f"Expected an object with a model_name, got `{type(data).__name__}` - at `$`")
+    return data
+
+
+def all_refusals(model_type: str, model: str | bytes | Mapping[str, Any]) -> list[str]:
+    """Everything for which `Registry.register` could refuse a model's JSON, but for its files and its name being taken.
+
+    Raises:
+        DecodeError: it is no JSON, or no object.
+    """
+    data, _ = lift(model_type, object_of(model))
+    by_hand = [str(refusal) for refusal in _refusals_by_hand(model_type, data)]
+    is_family_told = any("`model_family`" in one for one in by_hand)
+    faults = [one for one in faults_of(model_type, data) if not (is_family_told and "'model_family' is missing" in one)]
+    return list(dict.fromkeys([*by_hand, *faults]))
+
+
+def _refusals_by_hand(model_type: str, data: Mapping[str, Any]) -> Iterator[ValueError]:
+    """What the decoder does not know of; in the order in which it is told."""
+    yield from _name_refusals(data.get("model_name"))
+    if model_type in ("LLM", "audio", "image") and _is_empty(data.get("model_family")):
+        yield RegistrationRefused(
+            f"You must specify `model_family` when registering custom {model_type} models. " + _family_hint(model_type)
+        )
+    specs = data.get("model_specs")
+    if isinstance(specs, list | tuple) and len(specs) > MAX_SPECS:
+        yield DecodeError(f"There are {len(specs)} specs; {MAX_SPECS} at most - at `$.model_specs`")
 
 
 def _first(sentences: Iterable[str]) -> list[str]:
@@ -358,6 +417,13 @@ def _family_hint(model_type: str) -> str:
         return "Name the built-in model that it derives from, or 'other'."
     example = "'whisper', 'ChatTTS'" if model_type == "audio" else "'stable_diffusion', 'ocr'"
     return f"It says what loads the model, such as {example}."
+
+
+def _name_refusals(name: object) -> Iterator[ValueError]:
+    try:
+        _check_name(name)
+    except (DecodeError, RegistrationRefused) as exc:
+        yield exc
 
 
 def _check_name(name: object) -> None:
@@ -406,14 +472,28 @@ def _check_sources(family: ModelFamily, model_type: str) -> list[str]:
     if not specs:
         said.append("model_specs is empty: a launch has to give a model_path.")
     for index, spec in enumerate(specs):
-        place = "the model" if isinstance(family, FlatFamily) and not family.model_specs else f"model_specs[{index}]"
-        if spec.model_uri is not None:
-            said += _check_uri(spec, place)
-        elif not spec.model_id:
-            said.append(f"{place} names no files: neither model_id nor model_uri. A launch has to give a model_path.")
-        elif spec.model_format == GGUF and not spec.model_file_name_template:
-            said.append(f"{place} has no model_file_name_template: a file with its quantization in its name is taken.")
+        said += check_source(spec, place_of(family, index))
     return said
+
+
+def place_of(family: ModelFamily, index: int) -> str:
+    """What sentences call a spec of the family."""
+    return "the model" if isinstance(family, FlatFamily) and not family.model_specs else f"model_specs[{index}]"
+
+
+def check_source(spec: ModelSpec, place: str) -> list[str]:
+    """What is doubtful about where a spec's files are.
+
+    Raises:
+        RegistrationRefused: its model_uri is of no use.
+    """
+    if spec.model_uri is not None:
+        return _check_uri(spec, place)
+    if not spec.model_id:
+        return [f"{place} names no files: neither model_id nor model_uri. A launch has to give a model_path."]
+    if spec.model_format == GGUF and not spec.model_file_name_template:
+        return [f"{place} has no model_file_name_template: a file with its quantization in its name is taken."]
+    return []
 
 
 def _check_uri(spec: ModelSpec, place: str) -> list[str]:

@@ -10,7 +10,7 @@ Older forms of the JSON are not known here; see `registry/compat.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from registry.decode import DecodeError, check_plain, decode, did_you_mean, nearest, schema
+from registry.decode import DecodeError, check_plain, decode, did_you_mean, faults, nearest, schema
 
 GGUF = "ggufv2"
 # In place of a hub: the model has no files of its own.
@@ -405,17 +405,27 @@ def decode_family(model_type: str, data: object) -> ModelFamily:
     if said_type != model_type and said_type in FAMILIES:
         raise DecodeError(f"This is a model of type {said_type!r}, not {model_type!r} - at `$.model_type`")
     known = _fields(kind).keys() - {"extra"}
-    own = _relaxed({key: value for key, value in data.items() if key in known}, kind)
-    _check_required(own, model_type)
+    own = _own(data, kind)
+    for fault in _missing(own, model_type):
+        raise DecodeError(fault)
     try:
         family: ModelFamily = msgspec.convert(own, kind)
     except msgspec.ValidationError:
         family = decode(own, kind)  # the slow way, which names the place
-    _check_words(family, model_type)
+    for fault in _wrong_words(own, model_type):
+        raise DecodeError(fault)
     if model_type in KEEPS_UNKNOWN:
         extra = {key: value for key, value in data.items() if key not in known and key != "model_type"}
         family = msgspec.structs.replace(family, extra=extra)
     return family
+
+
+def faults_of(model_type: str, data: Mapping[str, Any]) -> list[str]:
+    """All that `decode_family` could complain of, each with its path; none if it takes the data."""
+    kind = FAMILIES[model_type]
+    own = _own(data, kind)
+    found = [*_missing(own, model_type), *faults(own, kind), *_wrong_words(own, model_type)]
+    return list(dict.fromkeys(found))
 
 
 def encode_family(family: ModelFamily) -> dict[str, Any]:
@@ -556,55 +566,73 @@ def _relaxed_value(value: Any, wanted: Any) -> Any:
     return value
 
 
-def _check_required(data: Mapping[str, Any], model_type: str) -> None:
+def _own(data: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """What of the data is the family's, relaxed."""
+    known = _fields(kind).keys() - {"extra"}
+    return _relaxed({key: value for key, value in data.items() if key in known}, kind)
+
+
+def _missing(data: Mapping[str, Any], model_type: str) -> Iterator[str]:
     for key in REQUIRED[model_type]:
         if data.get(key) is None:
-            raise DecodeError(f"Required key {key!r} is missing - at `$`")
+            yield f"Required key {key!r} is missing - at `$`"
     specs = data.get("model_specs")
     for index, spec in enumerate(specs if isinstance(specs, list | tuple) else ()):
         if not isinstance(spec, Mapping):
             continue
         for key in REQUIRED_OF_SPEC.get(model_type, ("model_format",)):
             if spec.get(key) is None:
-                raise DecodeError(f"Required key {key!r} is missing - at `$.model_specs[{index}]`")
+                yield f"Required key {key!r} is missing - at `$.model_specs[{index}]`"
 
 
-def _check_words(family: ModelFamily, model_type: str) -> None:
-    """Whether words that have a list are on it."""
+def _wrong_words(data: Mapping[str, Any], model_type: str) -> Iterator[str]:
+    """What is not on its list, of the words that have one. What is no word at all is for the decoder to tell."""
     versions = (1, 2) if model_type == "flexible" else (2,)
-    if family.version not in versions:
-        raise DecodeError(f"Expected version 2, got {family.version} - at `$.version`")
-    for index, ability in enumerate(getattr(family, "model_ability", None) or ()):
-        _check_word(ability, ABILITIES.get(model_type), "ability", f"$.model_ability[{index}]")
-    if isinstance(family, RerankFamily):
-        _check_word(family.type, RERANK_TYPES, "type", "$.type")
-    if isinstance(family, FlexibleFamily) and family.launcher_args is not None:
-        _check_launcher_args(family.launcher_args)
-    for index, spec in enumerate(getattr(family, "model_specs", ())):
-        path = f"$.model_specs[{index}]"
-        _check_word(spec.model_format, FORMATS.get(model_type), "model_format", f"{path}.model_format")
-        for key in ("model_size_in_billions", "activated_size_in_billions"):
-            _check_size(getattr(spec, key), f"{path}.{key}")
+    version = data.get("version", 2)
+    if isinstance(version, int) and version not in versions:
+        yield f"Expected version 2, got {version} - at `$.version`"
+    for index, ability in enumerate(_items(data, "model_ability")):
+        yield from _wrong_word(ability, ABILITIES.get(model_type), "ability", f"$.model_ability[{index}]")
+    if model_type == "rerank":
+        yield from _wrong_word(data.get("type", RERANK_TYPES[0]), RERANK_TYPES, "type", "$.type")
+    if model_type == "flexible":
+        yield from _wrong_launcher_args(data.get("launcher_args"))
+    for index, spec in enumerate(_items(data, "model_specs")):
+        if isinstance(spec, Mapping):
+            path = f"$.model_specs[{index}]"
+            word = spec.get("model_format")
+            yield from _wrong_word(word, FORMATS.get(model_type), "model_format", f"{path}.model_format")
+            for key in ("model_size_in_billions", "activated_size_in_billions"):
+                yield from _wrong_size(spec.get(key), f"{path}.{key}")
 
 
-def _check_word(word: str, allowed: tuple[str, ...] | None, what: str, path: str) -> None:
-    if allowed is not None and word not in allowed:
+def _items(data: Mapping[str, Any], key: str) -> list[Any]:
+    value = data.get(key)
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _wrong_word(word: Any, allowed: tuple[str, ...] | None, what: str, path: str) -> Iterator[str]:
+    if allowed is not None and isinstance(word, str) and word not in allowed:
         near = did_you_mean(word, allowed) + " " if nearest(word, allowed) else ""
-        raise DecodeError(f"Unknown {what} {word[:100]!r} - at `{path}`. {near}Allowed: {', '.join(allowed)}.")
+        yield f"Unknown {what} {word[:100]!r} - at `{path}`. {near}Allowed: {', '.join(allowed)}."
 
 
-def _check_size(size: float | str | None, path: str) -> None:
-    right = size is None or (_SIZE.fullmatch(size) if isinstance(size, str) else 0 <= size < 10**9)
-    if not right:
-        raise DecodeError(f"Expected a size in billions such as 7, 0.5 or '0_5', got {str(size)[:100]!r} - at `{path}`")
+def _wrong_size(size: Any, path: str) -> Iterator[str]:
+    if isinstance(size, str):
+        is_right = _SIZE.fullmatch(size) is not None
+    else:
+        is_right = not isinstance(size, int | float) or isinstance(size, bool) or 0 <= size < 10**9
+    if not is_right:
+        yield f"Expected a size in billions such as 7, 0.5 or '0_5', got {str(size)[:100]!r} - at `{path}`"
 
 
-def _check_launcher_args(text: str) -> None:
+def _wrong_launcher_args(text: Any) -> Iterator[str]:
+    if not isinstance(text, str):
+        return
     try:
         data = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as exc:
-        raise DecodeError(
-            f"Expected the JSON text of an object, but it is no JSON: {exc} - at `$.launcher_args`"
-        ) from exc
+        yield f"Expected the JSON text of an object, but it is no JSON: {exc} - at `$.launcher_args`"
+        return
     if not isinstance(data, dict):
-        raise DecodeError("Expected the JSON text of an object - at `$.launcher_args`")
+        yield "Expected the JSON text of an object - at `$.launcher_args`"

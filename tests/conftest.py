@@ -6,9 +6,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import models
 import pytest
 from harness import FAKE_ENGINE, Gateway, StartGateway, fake_model
+
+# What a busy machine does to an example's time says nothing of the code.
+hypothesis.settings.register_profile("hostler", deadline=None)
+hypothesis.settings.load_profile("hostler")
 
 
 @pytest.fixture(scope="session")

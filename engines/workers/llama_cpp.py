@@ -22,14 +22,18 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    arguments = _parser().parse_args()
+    arguments, forced = _parser().parse_known_args()
     if arguments.host.endswith(".sock") and os.path.exists(arguments.host):
         os.unlink(arguments.host)  # the engine refuses to start on a stale one
 
-    import xllamacpp  # here, so that --help and bad flags answer without the native library
+    import xllamacpp  # here, so that --help and bad values answer without the native library
 
     try:
-        server = xllamacpp.Server(_params(xllamacpp, arguments))
+        params = _params(xllamacpp, arguments)
+        _force(params, forced)
+        server = xllamacpp.Server(params)
+    except ValueError as exc:
+        _parser().error(str(exc))
     except RuntimeError as exc:
         sys.exit(f"llama.cpp cannot start: {exc}")
     print(f"listening on {server.listening_address}", file=sys.stderr, flush=True)
@@ -107,6 +111,26 @@ def _params(xllamacpp: Any, arguments: argparse.Namespace) -> Any:
         if value is not None:
             setattr(target, name, value)
     return params
+
+
+def _force(params: Any, words: list[str]) -> None:
+    """Set what flags beyond our table name, if it is a plain field of the engine's parameters.
+
+    Raises:
+        ValueError: it is none, or cannot have that value.
+    """
+    while words:
+        flag = words.pop(0)
+        text = words.pop(0) if words and not words[0].startswith("--") else "true"
+        name = flag.removeprefix("--").replace("-", "_")
+        there = getattr(params, name, None)
+        if not isinstance(there, bool | int | float | str):
+            raise ValueError(f"llama.cpp has no parameter that {flag} could set here.")
+        try:
+            value = {"true": True, "false": False}[text] if isinstance(there, bool) else type(there)(text)
+            setattr(params, name, value)
+        except (KeyError, TypeError, ValueError, OverflowError) as exc:
+            raise ValueError(f"{flag} is {there!r} by default: it cannot be {text!r}.") from exc
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who may call: the one check of keys and origins, as plain ASGI."""
+"""Who may call: the one check of keys, origins and hosts, as plain ASGI."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.addresses import host_of, is_loopback
+from gateway.addresses import host_of, is_address, is_any_address, is_loopback
 from gateway.config import Settings
-from gateway.errors import BadKey, Forbidden, RequestRefused, answer
+from gateway.errors import BadKey, Forbidden, RequestRefused, StrangeHost, answer
 
 # What answers without a key: probes, and the question whether there is one.
 PUBLIC_PATHS = frozenset({"/", "/health", "/ready", "/v1/cluster/auth"})
 PUBLIC_FILES = "/v1/files/"  # whose names nobody can guess
+HOSTS_REMEMBERED = 64
 
 
 class Guard:
@@ -24,6 +25,9 @@ class Guard:
         self._app = app
         self._digests = tuple(_digest(key.encode()) for key in settings.api_keys)
         self._origins = frozenset(settings.allowed_origins)
+        self._names = frozenset(name.lower() for name in (settings.host, *settings.allowed_hosts))
+        self._is_on_all = is_any_address(settings.host)
+        self._good_hosts: set[bytes] = set()  # headers that have passed already
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check, then pass on."""
@@ -40,6 +44,7 @@ class Guard:
         if path in PUBLIC_PATHS or path.startswith(PUBLIC_FILES):
             return
         key = origin = None
+        hosts: list[bytes] = []
         for name, value in headers:
             if name == b"authorization" and value[:7].lower() == b"bearer ":
                 key = value[7:].strip()
@@ -47,9 +52,15 @@ class Guard:
                 key = value
             elif name == b"origin":
                 origin = value.decode("latin-1")
+            elif name == b"host":
+                hosts.append(value)
         if self._digests:
             self._check_key(key)
-        elif origin is not None:
+            return
+        for host in hosts:
+            if host not in self._good_hosts:
+                self._check_host(host)
+        if origin is not None:
             self._check_origin(origin)
 
     def _check_key(self, key: bytes | None) -> None:
@@ -59,6 +70,18 @@ class Guard:
         # All are compared, so that the time says nothing of which one was near.
         if not sum([hmac.compare_digest(digest, known) for known in self._digests]):
             raise BadKey("Could not validate credentials: the API key is not one of this gateway's.")
+
+    def _check_host(self, header: bytes) -> None:
+        """Without a key, a page whose name is made to point at this machine would count as our own."""
+        text = header.decode("latin-1")
+        host = host_of(f"//{text}")
+        is_ours = is_loopback(host) or (self._is_on_all and is_address(host))
+        if not (is_ours or {host, "*"} & self._names):
+            raise StrangeHost(
+                f"This gateway is not called {text!r}. Add the name to `allowed_hosts`, or set `api_keys`."
+            )
+        if len(self._good_hosts) < HOSTS_REMEMBERED:
+            self._good_hosts.add(header)
 
     def _check_origin(self, origin: str) -> None:
         """Without a key, any page in the user's browser could call us; only local ones may."""

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
 from starlette.types import Receive, Scope
 
 from gateway.errors import BadRequest, BodyTooLarge, UnsupportedBody
+
+
+async def read_object(request: Request, limit_bytes: int) -> dict[str, Any]:
+    """The body, a JSON object; no body is an empty one.
+
+    Raises:
+        BadRequest: it is something else; or as `read_body`.
+    """
+    content = await read_body(request.scope, request.receive, limit_bytes)
+    try:
+        return msgspec.json.decode(content or b"{}", type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise BadRequest(f"The body is no JSON object: {exc}.") from exc
 
 
 async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:

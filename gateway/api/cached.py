@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from registry.cache import Cached
 from registry.hubs.base import HubError
 from registry.resolve import NotResolved, Selection, candidates
 from registry.schema import ModelFamily, ModelSpec, Source
+
+OfVersion = tuple[ModelFamily, ModelSpec]
 
 
 class CachedFiles:
@@ -102,9 +105,12 @@ class CachedFiles:
         ]
 
     def _entries(self) -> list[dict[str, Any]]:
+        """Every source that is here, once for each version that is made of it."""
         known = self._known_sources()
         return [
-            _entry(cached, known.get(cached.source)) for cached in cache.list_cached(self._fleet.settings.cache_path)
+            _entry(cached, of_version)
+            for cached in cache.list_cached(self._fleet.settings.cache_path)
+            for of_version in known.get(cached.source) or (None,)
         ]
 
     def _find(self, version: str) -> list[Cached]:
@@ -112,24 +118,22 @@ class CachedFiles:
         return [
             cached
             for cached in cache.list_cached(self._fleet.settings.cache_path)
-            if version and version == _entry(cached, known.get(cached.source))["model_version"]
+            if version in {_entry(cached, one)["model_version"] for one in known.get(cached.source) or (None,)}
         ]
 
-    def _known_sources(self) -> dict[Source, tuple[ModelFamily, ModelSpec]]:
-        """Which family and spec a source belongs to, of those that are served and those of the registry."""
-        known: dict[Source, tuple[ModelFamily, ModelSpec]] = {}
+    def _known_sources(self) -> dict[Source, list[OfVersion]]:
+        """The versions that are made of each source, of those that are served and those of the registry."""
+        known: dict[Source, dict[str, OfVersion]] = {}
         registry = self._fleet.registry
+        artifacts = [deployment.launch.artifact for deployment in self._fleet.deployments()]
         for model_type in registry.types:
             for family in registry.list(model_type):
-                try:
-                    found = candidates(registry, Selection(model_name=family.model_name, model_type=model_type))
-                except NotResolved:
-                    continue
-                known |= {artifact.source: (artifact.family, artifact.spec) for artifact in found}
-        for deployment in self._fleet.deployments():
-            artifact = deployment.launch.artifact
-            known[artifact.source] = (artifact.family, artifact.spec)
-        return known
+                with contextlib.suppress(NotResolved):
+                    artifacts += candidates(registry, Selection(model_name=family.model_name, model_type=model_type))
+        for artifact in artifacts:
+            versions = known.setdefault(artifact.source, {})
+            versions.setdefault(version_of(artifact.family, artifact.spec), (artifact.family, artifact.spec))
+        return {source: list(versions.values()) for source, versions in known.items()}
 
 
 def _environment_entry(listed: Listed, user: tuple[str, str | None]) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def _environment_entry(listed: Listed, user: tuple[str, str | None]) -> dict[str
     }
 
 
-def _entry(cached: Cached, known: tuple[ModelFamily, ModelSpec] | None) -> dict[str, Any]:
+def _entry(cached: Cached, known: OfVersion | None) -> dict[str, Any]:
     family, spec = known or (None, None)
     return {
         "model_name": family.model_name if family else cached.source.model_id,

@@ -15,14 +15,17 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from gateway.api.body import read_body
+from gateway.api.body import read_object
 from gateway.api.wire import (
+    find_version,
     instance_card,
     instance_replica,
     json_answer,
     model_card,
+    note_on,
     progress_card,
     read_launch,
+    read_more_replicas,
     replica_card,
 )
 from gateway.deployment import Deployment
@@ -34,16 +37,18 @@ from gateway.errors import (
     ModelNotFound,
     ModelStopped,
     NotFound,
-    NotImplementedYet,
     ShuttingDown,
 )
 from gateway.fleet import Fleet
+from gateway.launch import REPLICA_LIMIT
 from gateway.process import tail
+from gateway.replica import Replica, State
 from registry.hubs.choose import AUTO, choose_hub
 
 FOLLOW_PAUSE_S = 0.25
 START_LOOK_S = 0.2
 LOG_LINES_LIMIT = 10_000
+REPLICA_INDEX_LIMIT = 2 * REPLICA_LIMIT  # some may still be ending while others begin
 
 
 class Models:
@@ -69,21 +74,36 @@ class Models:
 
         A launch that fails while somebody waits for it is forgotten.
         """
+        return await self._launch(request, await self._body(request))
+
+    async def launch_version(self, request: Request) -> Response:
+        """As `launch`, but `model_version` says which spec, in the words of a list of versions."""
+        body = await self._body(request)
         try:
-            content = await read_body(request.scope, request.receive, self._fleet.settings.max_body_bytes)
-            body = msgspec.json.decode(content, type=dict[str, Any])
+            version = msgspec.convert(body.pop("model_version", None), str)
+            model_type = msgspec.convert(body.get("model_type") or "LLM", str)
+            chosen = await asyncio.to_thread(find_version, self._fleet.registry, model_type, version)
+        except msgspec.ValidationError as exc:
+            raise BadRequest("`model_version` is a text such as /v1/models/{type}/{name}/versions lists.") from exc
+        except ValueError as exc:
+            raise BadRequest(str(exc), param="model_version") from exc
+        return await self._launch(request, body | chosen)
+
+    async def _launch(self, request: Request, body: dict[str, Any]) -> Response:
+        try:
             uid, wish = read_launch(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            raise BadRequest(f"The launch cannot be read: {exc}.") from exc
         except ValueError as exc:
             raise BadRequest(str(exc)) from exc
         hubs: tuple[str, ...] = ()
         if str(body.get("download_hub")).lower() == AUTO:
             hubs = (await asyncio.to_thread(choose_hub, None, os.environ),)
         deployment = self._fleet.launch(uid or self._free_uid(wish.model_name), wish, hubs)
-        if request.query_params.get("wait_ready", "true").lower() not in ("false", "0", "no"):
+        if _is_waiting(request):
             await self._until_ready(deployment)
-        return json_answer({"model_uid": deployment.launch.uid})
+        answer = json_answer({"model_uid": deployment.launch.uid})
+        if forced := deployment.launch.forced_options:
+            note_on(answer, f"Passed on to {deployment.launch.engine} unchecked: {', '.join(forced)}.")
+        return answer
 
     async def _until_ready(self, deployment: Deployment) -> None:
         """A launch that fails while its client waits is forgotten."""
@@ -121,10 +141,6 @@ class Models:
             cards = [card for card in cards if card["model_name"] == name]
         return json_answer(cards)
 
-    async def launch_version(self, request: Request) -> Response:
-        """Launch by the text of a version."""
-        raise NotImplementedYet("Launch by model_name, model_format, model_size_in_billions and quantization instead.")
-
     async def progress(self, request: Request) -> Response:
         """How far a launch is; 0 for an unknown uid."""
         uid = request.path_params["uid"]
@@ -147,9 +163,42 @@ class Models:
         """No engine here tells of the progress within a request."""
         raise BadRequest(f"No request of the id {request.path_params['request_id']} tells of its progress.")
 
-    async def change_replicas(self, request: Request) -> Response:
-        """Not while it runs, for now."""
-        raise NotImplementedYet("Replicas of a running model cannot be changed yet: terminate it and launch it anew.")
+    async def add_replicas(self, request: Request) -> Response:
+        """More copies of a model; answers once they are ready, unless wait_ready=false or the model is not loaded.
+
+        Copies that fail while somebody waits for them are taken back.
+        """
+        deployment = self._known(request)
+        count = read_more_replicas(await self._body(request), deployment.launch)
+        added = self._fleet.add_replicas(deployment.launch.uid, count)
+        if deployment.is_loaded and _is_waiting(request):
+            await self._until_replicas_ready(deployment, added)
+        cards = [instance_replica(replica) for replica in added]
+        if len(cards) == 1:
+            return json_answer(cards[0])
+        return json_answer({"replica": len(cards), "replicas": cards})
+
+    async def _until_replicas_ready(self, deployment: Deployment, added: list[Replica]) -> None:
+        while deployment.is_loaded and not all(replica.state is State.READY for replica in added):
+            failed = next((replica for replica in added if replica.state is State.FAILED), None)
+            if failed is not None:
+                reason = f"{failed.name} does not start: {failed.failure}"
+                for replica in {replica.index for replica in deployment.staying if replica in added}:
+                    await self._fleet.remove_replica(deployment.launch.uid, replica)
+                raise ModelFailed(f"{reason} It was taken back: mend the cause and add it again.")
+            if not set(added) <= set(deployment.staying):
+                raise ModelStopped(f"A replica of {deployment.launch.uid} was removed before it was ready.")
+            await deployment.changed()
+
+    async def remove_replica(self, request: Request) -> Response:
+        """End one copy, after its requests in flight."""
+        uid = self._known(request).launch.uid
+        return json_answer(
+            {"remaining_replicas": await self._fleet.remove_replica(uid, request.path_params["replica"])}
+        )
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        return await read_object(request, self._fleet.settings.max_body_bytes)
 
     def _free_uid(self, model_name: str | None) -> str:
         if not model_name:
@@ -193,9 +242,12 @@ class Models:
     async def logs(self, request: Request) -> Response:
         """The last `lines` of a replica's log; with follow=true also what comes."""
         deployment = self._deployment(request)
-        index = _number(request, "replica", 0, len(deployment.replicas) - 1)
+        index = _number(request, "replica", deployment.replicas[0].index, REPLICA_INDEX_LIMIT)
         lines = _number(request, "lines", 100, LOG_LINES_LIMIT)
-        log = deployment.replicas[index].log
+        log = next((replica.log for replica in deployment.replicas if replica.index == index), None)
+        if log is None:
+            there = ", ".join(str(replica.index) for replica in deployment.replicas)
+            raise BadRequest(f"{deployment.launch.uid} has no replica {index}; it has {there}.", param="replica")
         if not log.exists():
             raise NotFound(
                 f"{deployment.launch.uid!r} has no log: replica {index} was never started, or runs elsewhere."
@@ -228,6 +280,10 @@ class Models:
 
     def _deployment(self, request: Request) -> Deployment:
         return self._fleet.find(request.path_params["uid"])
+
+
+def _is_waiting(request: Request) -> bool:
+    return request.query_params.get("wait_ready", "true").lower() not in ("false", "0", "no")
 
 
 def _number(request: Request, name: str, default: int, limit: int) -> int:

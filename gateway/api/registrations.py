@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import msgspec
 from starlette.requests import Request
@@ -14,12 +14,13 @@ from starlette.responses import Response
 
 from engines.base import Engine
 from engines.environments import asks_for
-from gateway.api.body import read_body
-from gateway.api.wire import json_answer, version_of
+from gateway.api.body import read_body, read_object
+from gateway.api.wire import json_answer, note_on, version_of
 from gateway.errors import BadRequest, CannotKeep
-from gateway.fleet import Fleet
+from gateway.fleet import Fleet, refresh_registry
 from registry import cache
 from registry.decode import did_you_mean
+from registry.draft import draft
 from registry.hubs.choose import TRUE
 from registry.registry import RegistrationRefused
 from registry.resolve import Artifact, NotResolved, Selection, candidates
@@ -69,7 +70,7 @@ class Registrations:
             logger.info("%s was registered. %s", registered.family.model_name, notes)
         answer = json_answer(None)
         if notes:
-            answer.headers["x-hostler-notes"] = quote(notes, safe=" ,.;:'()/")
+            note_on(answer, notes)
         return answer
 
     async def unregister(self, request: Request) -> Response:
@@ -152,6 +153,49 @@ class Registrations:
                 if "chat" in family.abilities
             }
         )
+
+    async def update_type(self, request: Request) -> Response:
+        """Read the site's catalogues again, those behind URLs too."""
+        body = await read_object(request, self._fleet.settings.max_body_bytes)
+        model_type = self._known_type(str(body.get("model_type", "LLM")))
+        n_files = await asyncio.to_thread(refresh_registry, self._registry, self._fleet.settings)
+        n_builtin = sum(self._registry.is_builtin(family) for family in self._registry.list(model_type))
+        message = f"{n_builtin} {model_type} models come with this version; `catalogue_files` lays others over them."
+        if n_files:
+            several = "s" * (n_files != 1)
+            message = f"{n_files} catalogue{several} of the site read again; it has {n_builtin} {model_type} models."
+        return json_answer({"data": {"model_type": model_type, "message": message}})
+
+    async def draft(self, request: Request) -> Response:
+        """A registration drafted from a model's folder, to be looked over; nothing is registered."""
+        body = await read_object(request, self._fleet.settings.max_body_bytes)
+        for field in ("model_path", "model_family"):
+            if not isinstance(body.get(field), str) or not body[field]:
+                raise BadRequest(f"`{field}` is a text.", param=field)
+        try:
+            folder = await asyncio.to_thread(self._allowed_folder, body["model_path"])
+            return json_answer(await asyncio.to_thread(draft, folder, body["model_family"], self._registry))
+        except (OSError, ValueError) as exc:
+            raise BadRequest(f"Nothing can be drafted: {exc}", param="model_path") from exc
+
+    def _allowed_folder(self, path: str) -> Path:
+        """The folder, links followed, if it lies where models may be read from.
+
+        Raises:
+            ValueError: it does not, or it is no folder. Of what lies elsewhere nothing is said.
+        """
+        settings = self._fleet.settings
+        roots = [settings.cache_path, *(Path(root).expanduser() for root in settings.model_roots)]
+        folder = Path(path.removeprefix("file://"))
+        real = folder.resolve()
+        if not folder.is_absolute() or not any(real.is_relative_to(root.resolve()) for root in roots):
+            raise ValueError(
+                f"{path} lies neither in the cache ({settings.cache_path}) nor in one of `model_roots`. Add its "
+                "folder there."
+            )
+        if not real.is_dir():
+            raise ValueError(f"{path} is no folder.")
+        return real
 
     # -- helpers of the routes
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from starlette.responses import Response
 
+from engines.base import Launch
 from gateway.deployment import Deployment
+from gateway.errors import BadRequest
 from gateway.launch import LaunchRequest
 from gateway.process import memory_bytes
 from gateway.replica import Failure, Replica, State
-from registry.decode import decode
-from registry.schema import EmbeddingFamily, ModelFamily, ModelSpec
+from registry.decode import decode, did_you_mean
+from registry.registry import Registry
+from registry.schema import FAMILIES, EmbeddingFamily, ModelFamily, ModelSpec
 
 # Keys of a family that its description repeats, by model type.
 DESCRIBED: dict[str, tuple[str, ...]] = {
@@ -26,6 +30,8 @@ DESCRIBED: dict[str, tuple[str, ...]] = {
     "flexible": ("launcher", "launcher_args"),
 }
 LOCAL_WORKER = "127.0.0.1"
+MASK = "******"
+SECRET_OPTIONS = ("api_key", "headers", "env")  # of engines; their values are not shown
 
 # Launch fields that mean something elsewhere, and why they are refused here.
 REFUSED = {
@@ -65,6 +71,11 @@ def json_answer(body: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 
+def note_on(answer: Response, notes: str) -> None:
+    """Sentences for people beside an answer."""
+    answer.headers["x-hostler-notes"] = quote(notes, safe=" ,.;:'()/")
+
+
 def model_card(deployment: Deployment, created: int) -> dict[str, Any]:
     """A model for both worlds: OpenAI's fields, Xinference's description, and its state."""
     launch = deployment.launch
@@ -97,6 +108,8 @@ def description(deployment: Deployment) -> dict[str, Any]:
         "address": next((replica.address for replica in deployment.replicas if replica.address), None),
         "accelerators": [uuid for placement in placements for uuid in (placement.gpu_uuids or ())],
     }
+    if launch.forced_options:
+        facts["forced_options"] = launch.forced_options
     if family.model_type == "LLM":
         facts |= {
             "revision": source.model_revision,
@@ -117,6 +130,34 @@ def version_of(family: ModelFamily, spec: ModelSpec) -> str:
             f"{family.model_name}--{family.max_tokens}--{family.dimensions}--{spec.model_format}--{spec.quantization}"
         )
     return family.model_name
+
+
+def find_version(registry: Registry, model_type: str, version: str) -> dict[str, Any]:
+    """The fields of a launch that choose the spec of that version. Reads the whole type: not for the event loop.
+
+    Raises:
+        ValueError: there is none; the text names the nearest.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(f"Unsupported model type: {model_type}. {did_you_mean(model_type, FAMILIES)}")
+    versions: list[str] = []
+    for family in registry.list(model_type):
+        if not version.startswith(family.model_name):
+            continue
+        for spec in family.specs:
+            versions.append(version_of(family, spec))
+            if versions[-1] == version:
+                return {"model_type": model_type, "model_name": family.model_name} | _choice(family, spec)
+    hint = did_you_mean(version, versions or registry.names(model_type), what="Versions" if versions else "Models")
+    raise ValueError(f"There is no version {version!r} of any {model_type} model. {hint}")
+
+
+def _choice(family: ModelFamily, spec: ModelSpec) -> dict[str, Any]:
+    """What a version says of its spec; those of flat families say nothing."""
+    if version_of(family, spec) == family.model_name:
+        return {}
+    fields = ("model_format", "quantization", "model_size_in_billions")
+    return {field: getattr(spec, field) for field in fields if getattr(spec, field) is not None}
 
 
 def instance_card(deployment: Deployment) -> dict[str, Any]:
@@ -213,6 +254,46 @@ def replica_card(deployment: Deployment, replica: Replica, now: float) -> Replic
     )
 
 
+def launch_body(launch: Launch) -> dict[str, Any]:
+    """A launch as the body that would make it; the values of `envs`, which may be secret, are masked."""
+    artifact = launch.artifact
+    spec, path = artifact.spec, artifact.local_path
+    body = {
+        "model_uid": launch.uid,
+        "model_name": artifact.family.model_name,
+        "model_type": artifact.family.model_type,
+        "model_engine": launch.engine,
+        "model_format": spec.model_format,
+        "model_size_in_billions": spec.model_size_in_billions,
+        "quantization": spec.quantization,
+        "model_path": str(path) if path else None,
+        "replica": launch.replica,
+        "n_gpu": "auto" if launch.n_gpu is None else launch.n_gpu,
+        "gpu_idx": list(launch.gpu_idx) if launch.gpu_idx else None,
+        "request_limits": launch.request_limits,
+        "idle_timeout_s": launch.idle_timeout_s,
+        "envs": dict.fromkeys(launch.envs, MASK) or None,
+        "force_options": True if launch.forced_options else None,
+    }
+    return {key: value for key, value in body.items() if value is not None} | shown_options(launch)
+
+
+def shown_options(launch: Launch) -> dict[str, Any]:
+    """The options of a launch, what may be secret masked."""
+    options = launch.options | launch.forced_options
+    for name in SECRET_OPTIONS:
+        if value := options.get(name):
+            options[name] = dict.fromkeys(value, MASK) if isinstance(value, dict) else MASK
+    return options
+
+
+def unmasked(given: dict[str, Any], launch: Launch) -> dict[str, Any]:
+    """What was given, with the launch's own values for what came back masked."""
+    shown = shown_options(launch)
+    kept = {name: launch.options[name] for name in SECRET_OPTIONS if name in given and given[name] == shown.get(name)}
+    return given | kept
+
+
 def read_launch(body: dict[str, Any]) -> tuple[str | None, LaunchRequest]:
     """A launch body as users write it: nulls count as absent, unknown keys are options of the engine.
 
@@ -243,6 +324,30 @@ def read_launch(body: dict[str, Any]) -> tuple[str | None, LaunchRequest]:
     if options:
         given["options"] = options | given.get("options", {})
     return None if uid is None else str(uid), decode(given, LaunchRequest, "$", strict=False)
+
+
+def read_more_replicas(body: dict[str, Any], launch: Launch) -> int:
+    """How many copies a body wants to be added to a launch.
+
+    Raises:
+        BadRequest: it wants copies that differ from those there are.
+    """
+    given = {key: value for key, value in body.items() if value is not None}
+    if given.get("replica_config"):
+        raise BadRequest(f"`replica_config` cannot be used here: {REFUSED['replica_config']}", param="replica_config")
+    engine, n_gpu = given.get("model_engine", launch.engine), given.get("n_gpu", "auto")
+    for field, wished, there in (("model_engine", engine, launch.engine), ("n_gpu", n_gpu, launch.n_gpu)):
+        if wished != "auto" and str(wished).casefold() != str(there).casefold():
+            raise BadRequest(
+                f"Replicas of a model are alike: {launch.uid} has {field} {'auto' if there is None else there}, so "
+                f"none can have {wished}. Launch that one under another uid.",
+                param=field,
+            )
+    try:
+        _read_replica(given, given)
+    except ValueError as exc:
+        raise BadRequest(str(exc), param="replica") from exc
+    return int(given["replica"])
 
 
 def _read_replica(given: dict[str, Any], body: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from gateway.cli.options import as_json_option, tell
+
 MARK = "# Written by `hostler alias xinference`"
 PROGRAMS = ("xinference", "xinference-local")
 
@@ -33,7 +35,8 @@ def command() -> None:
 
 @command.command("xinference")
 @click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where to; else beside `hostler`.")
-def xinference(folder: Path | None) -> None:
+@as_json_option
+def xinference(folder: Path | None, as_json: bool) -> None:
     """Write the programs `xinference` and `xinference-local`, so that scripts written for them run.
 
     A file of that name that somebody else wrote is left alone.
@@ -50,7 +53,8 @@ def xinference(folder: Path | None) -> None:
             file.chmod(0o755)
     except OSError as exc:
         raise click.ClickException(f"{where} cannot be written to: {exc.strerror}") from exc
-    click.echo("\n".join(str(file) for file in files))
+    names = [str(file) for file in files]
+    tell("\n".join(names), {"files": names}, as_json)
 
 
 def is_foreign(file: Path) -> bool:

@@ -19,11 +19,13 @@ MODEL_PATHS = ("--model-path", "--model_path")
 class LaunchCommand(click.Command):
     """Takes `--key value` pairs beyond its options, which are those of the engine."""
 
+    takes_name = False  # whether one word may stand for --model-name
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Split the pairs off before the rest is read as usual."""
         if set(MODEL_PATHS) <= {word.partition("=")[0] for word in args}:
             raise click.UsageError("Cannot set both for --model-path and --model_path", ctx)
-        own, ctx.meta["extras"] = _split(args, self._words())
+        own, ctx.meta["extras"] = _split(args, self._words(), takes_name=self.takes_name)
         return super().parse_args(ctx, own)
 
     def _words(self) -> dict[str, int]:
@@ -79,6 +81,7 @@ class LaunchCommand(click.Command):
     "-ev", "--env", "envs", nargs=2, multiple=True, metavar="NAME VALUE", help="Environment of the engine's process."
 )
 @click.option("--context-length", type=int, help="Tokens of prompt and answer.")
+@click.option("--force-options", is_flag=True, default=None, help="Pass on pairs that are not known here, unchecked.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @with_client
 def command(client: Client, as_json: bool, **options: Any) -> None:
@@ -86,7 +89,7 @@ def command(client: Client, as_json: bool, **options: Any) -> None:
 
     Further pairs of --KEY VALUE go to the engine, by its own names. Ctrl-C asks whether to cancel the launch.
     """
-    wish = _wish(options) | click.get_current_context().meta["extras"]
+    wish = wish_of(options) | click.get_current_context().meta["extras"]
     if not wish.get("model_name") and not wish.get("model_path"):
         raise click.UsageError("Missing option '-n' / '--model-name'; `hostler registrations` shows the names.")
     uid = client.launch(wait=False, **wish)
@@ -94,6 +97,8 @@ def command(client: Client, as_json: bool, **options: Any) -> None:
         _follow(client, uid)
     except KeyboardInterrupt:
         _ask_to_cancel(client, uid)
+    if options["force_options"] and (forced := client.get_model(uid).get("forced_options")):
+        click.echo(f"Passed on to the engine unchecked: {', '.join(forced)}.", err=True)
     click.echo(f"Model uid: {uid}", err=True)
     if as_json:
         print_json({"model_uid": uid})
@@ -102,7 +107,7 @@ def command(client: Client, as_json: bool, **options: Any) -> None:
 # --- what is asked for
 
 
-def _split(args: list[str], words: dict[str, int]) -> tuple[list[str], dict[str, Any]]:
+def _split(args: list[str], words: dict[str, int], *, takes_name: bool = False) -> tuple[list[str], dict[str, Any]]:
     """Our options, and the pairs that are none of ours."""
     own: list[str] = []
     extras: dict[str, Any] = {}
@@ -111,6 +116,10 @@ def _split(args: list[str], words: dict[str, int]) -> tuple[list[str], dict[str,
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
+        if takes_name and not word.startswith("-"):
+            own += ["--model-name", word]
+            takes_name = False
+            continue
         if not word.startswith("-"):
             raise click.UsageError(
                 "You must specify extra kwargs with `--` prefix. "
@@ -146,7 +155,7 @@ def typed(text: str) -> Any:
     return text
 
 
-def _wish(options: dict[str, Any]) -> dict[str, Any]:
+def wish_of(options: dict[str, Any]) -> dict[str, Any]:
     """The launch as it is sent: what was not given is not there."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
     adapters = _adapters(given)

@@ -7,7 +7,7 @@ import os
 import click
 
 from gateway.calls import endpoint_of
-from gateway.cli.options import token_file
+from gateway.cli.options import as_json_option, tell, token_file
 from gateway.client import ENDPOINT_VARIABLE, Client
 
 
@@ -15,12 +15,13 @@ from gateway.client import ENDPOINT_VARIABLE, Client
 @click.option("-e", "--endpoint", metavar="URL", help=f"The gateway's address; else ${ENDPOINT_VARIABLE}.")
 @click.option("--username", help="Asked for if not given.")
 @click.option("--password", help="Asked for if not given, which keeps it out of the shell's history.")
-def command(endpoint: str | None, username: str | None, password: str | None) -> None:
+@as_json_option
+def command(endpoint: str | None, username: str | None, password: str | None, as_json: bool) -> None:
     """Keep a token for a gateway that needs one; later verbs send it."""
     address = endpoint_of(endpoint)
     client = Client(address)
     if not client.needs_key():
-        click.echo(f"{address} needs no login.")
+        tell(f"{address} needs no login.", {"endpoint": address, "token_file": None}, as_json)
         return
     username = username or click.prompt("Username", err=True)
     password = password or click.prompt("Password", hide_input=True, err=True)
@@ -33,4 +34,4 @@ def command(endpoint: str | None, username: str | None, password: str | None) ->
             kept.write(token)
     except OSError as exc:
         raise click.ClickException(f"The token cannot be kept in {file}: {exc.strerror}") from exc
-    click.echo(f"Logged in at {address}; the token is in {file}.")
+    tell(f"Logged in at {address}; the token is in {file}.", {"endpoint": address, "token_file": str(file)}, as_json)

@@ -68,6 +68,20 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
+def tell(sentence: str, data: Any, as_json: bool) -> None:
+    """What was done: the sentence for people, or the data for programs."""
+    if as_json:
+        print_json(data)
+    else:
+        click.echo(sentence)
+
+
+def check_answered(as_json: bool, check: bool) -> None:
+    """Programs cannot be asked, so they have to say yes beforehand."""
+    if as_json and not check:
+        raise click.UsageError("With --json nobody is asked: say --check too, which means yes.")
+
+
 def print_table(columns: dict[str, str], rows: list[list[str]]) -> None:
     """A table as wide as it needs to be; `columns` maps each title to left or right."""
     from rich.console import Console

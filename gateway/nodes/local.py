@@ -25,9 +25,9 @@ class LocalNode:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def list_gpus(self) -> list[Gpu]:
+    def list_gpus(self, *, with_processes: bool = False) -> list[Gpu]:
         """The GPUs as they are now."""
-        return gpus.list_gpus()
+        return gpus.list_gpus(with_processes=with_processes)
 
     def new_endpoint(self, *, unix_socket: bool) -> Endpoint:
         """An address that nothing listens on yet, with a key of its own.

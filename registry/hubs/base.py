@@ -51,6 +51,13 @@ class Fetched(msgspec.Struct, frozen=True, kw_only=True):
 class Hub(Protocol):
     """What each module in HUBS provides."""
 
+    def list_files(self, source: Source) -> dict[str, int]:
+        """The files that `fetch` would get, and the bytes of each; 0 where the hub does not tell.
+
+        Raises:
+            HubError: with a sentence for the user.
+        """
+
     def fetch(self, source: Source, cache: Path, report: Report) -> Fetched:
         """Get the source's files.
 

@@ -56,6 +56,18 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     entries: dict[str, Entry]
 
 
+def list_files(source: Source) -> dict[str, int]:
+    """The files that `fetch` would get, and the bytes of each; 0 where the hub does not tell.
+
+    Raises:
+        HubError: the library is missing; no such repository, revision or file, no access, or no network.
+    """
+    owner, name = owner_and_name(source, default_owner=DEFAULT_CSG_GROUP)
+    with _translated(source):
+        sizes = {path: entry.size or 0 for path, entry in _list(f"{owner}/{name}", source).entries.items()}
+    return {name: sizes[name] for name in choose_files(source, sizes)}
+
+
 def fetch(source: Source, cache: Path, report: Report) -> Fetched:
     """Get a repository's files that match `source.files`, or those that an engine could need.
 

@@ -8,6 +8,8 @@ It prints one JSON object a line on stdout and nothing else; what libraries say 
     {"stage": "checking", ...}                as downloading: what is here already is compared with the hub's hash
     {"stage": "extracting", ...}              as downloading
     {"path": "/abs"}                          the end, exit code 0
+    {"files": {"name": 1}}                    the end, exit code 0, of an order with "only_list": true: nothing is
+                                              fetched, and the bytes of each file that would be are told
     {"error": "sentence", "permanent": true}  the end, exit code 1
 
 total_bytes, rate_bytes_s and eta_s are null while they are unknown. With "offline": true no hub is asked: only what
@@ -47,6 +49,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     source: Source
     cache: str
     offline: bool = False
+    only_list: bool = False
 
 
 class Ended(BaseException):
@@ -67,7 +70,11 @@ def main(argv: Sequence[str]) -> int:
             stdout.write(msgspec.json.encode(message) + b"\n")
 
         try:
-            emit({"path": str(fetch(_request(argv), Report(emit)))})
+            request = _request(argv)
+            if request.only_list:
+                emit({"files": list_files(request)})
+            else:
+                emit({"path": str(fetch(request, Report(emit)))})
         except HubError as exc:
             emit({"error": str(exc), "permanent": exc.permanent})
         except BrokenPipeError:
@@ -90,9 +97,7 @@ def fetch(request: Request, report: Report) -> Path:
         OSError: the cache folder cannot be used.
     """
     source, cache = request.source, Path(request.cache)
-    if source.model_hub not in HUBS:
-        hint = did_you_mean(source.model_hub, HUBS, what="Known hubs")
-        raise HubError(f"There is no hub {source.model_hub!r}. {hint}", permanent=True)
+    _check_known(source)
     if source.model_hub == "local":
         return _hub(source).fetch(source, cache, report).path
     if path := find_cached(source, cache):
@@ -106,6 +111,24 @@ def fetch(request: Request, report: Report) -> Path:
         fetched = _hub(source).fetch(source, cache, report)
         record(source, cache, fetched)
         return fetched.path
+
+
+def list_files(request: Request) -> dict[str, int]:
+    """The files that `fetch` would get, and the bytes of each, as the hub tells.
+
+    Raises:
+        HubError: with a sentence for the user.
+    """
+    _check_known(request.source)
+    if request.source.model_hub != "local" and (request.offline or is_offline(os.environ)):
+        _go_offline(request.source)
+    return _hub(request.source).list_files(request.source)
+
+
+def _check_known(source: Source) -> None:
+    if source.model_hub not in HUBS:
+        hint = did_you_mean(source.model_hub, HUBS, what="Known hubs")
+        raise HubError(f"There is no hub {source.model_hub!r}. {hint}", permanent=True)
 
 
 def _hub(source: Source) -> Hub:

@@ -52,6 +52,17 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     sizes: dict[str, int]
 
 
+def list_files(source: Source) -> dict[str, int]:
+    """The files that `fetch` would get, and the bytes of each.
+
+    Raises:
+        HubError: no such repository, revision or file, no access, or no network.
+    """
+    with _translated(source):
+        listing = _list(source)
+    return {name: listing.sizes[name] for name in choose_files(source, listing.sizes)}
+
+
 def fetch(source: Source, cache: Path, report: Report) -> Fetched:
     """Get a repository's files that match `source.files`, or those that an engine could need.
 

@@ -55,6 +55,18 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str | None
 
 
+def list_files(source: Source) -> dict[str, int]:
+    """The files that `fetch` would get, and the bytes of each.
+
+    Raises:
+        HubError: the library is missing; no such repository, revision or file, no access, or no network.
+    """
+    owner_and_name(source)
+    with _translated(source):
+        sizes = {path: entry.size for path, entry in _list(_api(source), source).items()}
+    return {name: sizes[name] for name in choose_files(source, sizes)}
+
+
 def fetch(source: Source, cache: Path, report: Report) -> Fetched:
     """Get a repository's files that match `source.files`, or those that an engine could need.
 

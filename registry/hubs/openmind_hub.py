@@ -42,6 +42,18 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     sizes: dict[str, int]
 
 
+def list_files(source: Source) -> dict[str, int]:
+    """The files that `fetch` would get, and the bytes of each.
+
+    Raises:
+        HubError: the library is missing; no such repository, revision or file, no access, or no network.
+    """
+    owner_and_name(source)
+    with _translated(source):
+        sizes = _list(source).sizes
+    return {name: sizes[name] for name in choose_files(source, sizes)}
+
+
 def fetch(source: Source, cache: Path, report: Report) -> Fetched:
     """Get a repository's files that match `source.files`, or those that an engine could need.
 

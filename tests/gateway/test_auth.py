@@ -10,6 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gateway.api.auth import PUBLIC_PATHS, Guard
 from gateway.config import Settings
+from gateway.errors import StrangeHost
 from registry.decode import Secret
 
 KEYS = Settings(api_keys=(Secret("sk-one"), Secret("sk-two"), Secret("schlüssel")))
@@ -197,6 +198,67 @@ async def test_an_origin_that_is_no_address_is_refused(origin: str | bytes) -> N
 )
 async def test_allowed_origins_are_allowed_to_the_letter(allowed: tuple[str, ...], origin: str, expected: int) -> None:
     assert await status(Settings(allowed_origins=allowed), {"origin": origin}) == expected
+
+
+# --- hosts
+
+ANYWHERE = Settings(host="0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "expected"),
+    [
+        (NO_KEYS, "127.0.0.1:9997", 200),
+        (NO_KEYS, "localhost", 200),
+        (NO_KEYS, "LOCALHOST:9997", 200),
+        (NO_KEYS, "[::1]:9997", 200),
+        (NO_KEYS, "evil.example:9997", 403),
+        (NO_KEYS, "127.0.0.1.evil.example", 403),
+        (NO_KEYS, "localhost@evil.example", 403),
+        (NO_KEYS, "192.168.1.5:9997", 403),
+        (NO_KEYS, "", 403),
+        (NO_KEYS, "[", 403),
+        (NO_KEYS, b"\xff\xfe", 403),
+        (Settings(host="box.example"), "box.example:9997", 200),
+        (Settings(host="box.example"), "Box.Example", 200),
+        (Settings(allowed_hosts=("Models.example",)), "models.example:80", 200),
+        (Settings(allowed_hosts=("models.example",)), "other.example", 403),
+        (Settings(allowed_hosts=("*",)), "anything.example", 200),
+        (ANYWHERE, "192.168.1.5:9997", 200),
+        (ANYWHERE, "[fe80::1]:9997", 200),
+        (ANYWHERE, "evil.example", 403),
+        (Settings(host="::"), "10.0.0.1", 200),
+    ],
+    ids=str,
+)
+async def test_without_keys_only_names_of_this_gateway_are_answered(
+    settings: Settings, host: str | bytes, expected: int
+) -> None:
+    sent = await call(settings, {"host": host})
+    assert sent[0]["status"] == expected
+    if expected == 403:
+        error = json.loads(sent[1]["body"])["error"]
+        assert error["code"] == "host_not_allowed"
+        assert "allowed_hosts" in error["message"]
+
+
+async def test_every_host_of_a_request_is_looked_at_and_what_passed_says_nothing_of_others() -> None:
+    guard = Guard(echo, NO_KEYS)
+    guard.check("/v1/models", [(b"host", b"localhost")])
+    for headers in ([(b"host", b"localhost"), (b"host", b"evil.example")], [(b"host", b"evil.example")]):
+        with pytest.raises(StrangeHost):
+            guard.check("/v1/models", headers)
+    guard.check("/v1/models", [])  # HTTP/1.0, and so no browser
+
+
+@pytest.mark.parametrize("path", PUBLIC_PATHS)
+async def test_probes_may_come_by_any_name(path: str) -> None:
+    assert await status(NO_KEYS, {"host": "evil.example"}, path) == 200
+
+
+async def test_with_keys_any_name_will_do() -> None:
+    assert await status(KEYS, {"host": "evil.example", "x-api-key": "sk-one"}) == 200
+    assert await status(KEYS, {"host": "evil.example"}) == 401
 
 
 # --- what is no request

@@ -163,6 +163,38 @@ async def test_bad_launches_are_refused(gateway: Gateway) -> None:
     assert_nothing_is_there(gateway)
 
 
+async def test_bad_launches_are_refused_by_the_other_routes_that_keep_them(gateway: Gateway) -> None:
+    version = {"model_version": "smollm2-instruct--0_135B--ggufv2--Q4_1"}
+    for launch in LAUNCHES:
+        await refuse(gateway, "/v1/autostart/models", json.dumps({"launch": launch}).encode())
+        await refuse(gateway, "/v1/autostart/models", json.dumps(launch).encode())
+        await refuse(gateway, "/v1/models/instance", json.dumps(launch).encode())
+        if (isinstance(launch, dict) and "replica" in launch) or "envs" in str(launch):
+            await refuse(gateway, "/v1/models/instance", json.dumps(launch | version).encode())
+    assert (await gateway.get("/v1/models")).json["data"] == []
+    assert_nothing_is_there(gateway)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/autostart/models",
+        "/v1/models/instance",
+        "/v1/models/llm/auto-register",
+        "/v1/launch_history",
+        "/v1/models/nope/replicas",
+        "/v1/models/nope/reload",
+    ],
+)
+async def test_bad_bodies_are_refused_by_the_other_routes_that_write(gateway: Gateway, path: str) -> None:
+    for body in BODIES:
+        await refuse(gateway, path, body)
+    for name in NAMES:
+        await refuse(gateway, path, json.dumps({"model_path": name, "data": name, "model_uid": name}).encode())
+    assert not (gateway.home / "launch_history.json").exists()
+    assert_nothing_is_there(gateway)
+
+
 async def test_the_good_one_is_taken_after_all_that(gateway: Gateway, tmp_path: Path) -> None:
     (tmp_path / "fine.gguf").write_bytes(b"GGUF")
     spec = GOOD["model_specs"][0] | {"model_uri": str(tmp_path / "fine.gguf")}

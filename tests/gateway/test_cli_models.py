@@ -10,11 +10,12 @@ import re
 import signal
 import stat
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import pytest
 from click.testing import CliRunner
 from harness import StartGateway
@@ -22,7 +23,6 @@ from stand_in import LAUNCHED, LOADING, READY, Raw, Refusal, StandIn, Turns
 
 from gateway.cli import hostler
 from gateway.cli.alias import translate
-from gateway.cli.cal_model_mem import bits_of, estimate
 from gateway.cli.launch import typed
 
 LIMIT_S = 60
@@ -471,34 +471,6 @@ def test_memory_is_estimated_in_parts() -> None:
     ]
 
 
-def test_more_of_anything_needs_more_memory() -> None:
-    base = estimate(7, "pytorch", None, 4096, 16).total
-    assert estimate(14, "pytorch", None, 4096, 16).total > base
-    assert estimate(7, "pytorch", None, 8192, 16).total > base
-    assert estimate(7, "pytorch", None, 4096, 32).total > base
-    assert estimate(7, "gptq", "Int4", 4096, 16).total < base
-    assert estimate(400, "fp8", "fp8", 4096, 16).total > base
-
-
-@pytest.mark.parametrize(
-    ("model_format", "quantization", "at_least", "at_most"),
-    [
-        ("pytorch", None, 16, 16),
-        ("pytorch", "none", 16, 16),
-        ("pytorch", "8-bit", 8, 9),
-        ("gptq", "Int4", 4, 5),
-        ("gptq", "Int8", 8, 9),
-        ("fp8", "fp8", 8, 8),
-        ("ggufv2", "Q4_K_M", 4, 5),
-        ("ggufv2", "Q8_0", 8, 9),
-        ("ggufv2", "F16", 16, 16),
-        ("mlx", "4bit", 4, 5),
-    ],
-)
-def test_bits_of_a_weight(model_format: str, quantization: str | None, at_least: float, at_most: float) -> None:
-    assert at_least <= bits_of(model_format, quantization) <= at_most
-
-
 @pytest.mark.parametrize("size", ["many", "0", "-1", "nan"])
 def test_a_size_that_is_none_is_told(size: str) -> None:
     result = run_here("cal-model-mem", f"-s={size}", "-f", "pytorch", "-c", "1")
@@ -567,3 +539,56 @@ async def test_an_answer_that_breaks_off_is_told(run: Shell, stand_in: StandIn) 
     stand_in.answers["POST", "/v1/completions"] = Raw(b'data: {"choices": [{"text": "half"}]}\r\n\r\n')
     done = await run("generate", "m", stdin="x\n")
     assert (done.code, done.out.strip(), "broke off" in done.err) == (1, "half", True)
+
+
+# --- --json
+
+# What these print is a text by nature, or JSON anyhow.
+WITHOUT_JSON = {"serve", "logs", "chat", "schema", "config schema"}
+
+
+def leaves(command: click.Command, name: str = "") -> Iterator[tuple[str, click.Command]]:
+    if not isinstance(command, click.Group):
+        yield name, command
+        return
+    with click.Context(command) as context:
+        for verb in command.list_commands(context):
+            below = command.get_command(context, verb)
+            assert below is not None
+            yield from leaves(below, f"{name} {verb}".strip())
+
+
+def test_every_verb_prints_json_but_those_that_cannot() -> None:
+    without = {name for name, leaf in leaves(hostler) if "as_json" not in {param.name for param in leaf.params}}
+    assert without == WITHOUT_JSON
+
+
+async def test_what_was_done_is_told_as_json(start_gateway: StartGateway, tmp_path: Path) -> None:
+    gateway = await start_gateway(fake={})
+    run = Shell(tmp_path, gateway.address)
+
+    async def told(*words: str, stdin: str = "") -> Any:
+        done = await run(*words, "--json", stdin=stdin)
+        assert done.code == 0, done
+        return json.loads(done.out)
+
+    assert (await told("start", "fake"))["id"] == "fake"
+    assert (await told("generate", "fake", stdin="x\n"))["object"] == "text_completion"
+    assert (await told("stop", "fake"))["status"] == "stopped"
+    path = str(tmp_path / "fake.gguf")
+    assert await told("launch", "--model-path", path, "-u", "m") == {"model_uid": "m"}
+    assert await told("scale", "m", "2") == {"model_uid": "m", "replica": 2, "replica_ids": [0, 1]}
+    assert await told("terminate", "m") == {"model_uid": "m"}
+    model = {"version": 2, "model_name": "mine", "model_family": "other", "model_lang": ["en"]}
+    spec = {"model_format": "ggufv2", "model_size_in_billions": 1, "quantization": "q", "model_uri": path}
+    model |= {"model_ability": ["generate"], "model_specs": [spec | {"model_file_name_template": "fake.gguf"}]}
+    (tmp_path / "mine.json").write_text(json.dumps(model))
+    assert "notes" in await told("register", str(tmp_path / "mine.json"))
+    assert await told("unregister", "mine") == {"model_type": "LLM", "model_name": "mine"}
+    assert await told("cache", "prune", "--check") == {"freed_bytes": 0, "removed": [], "kept": {}}
+    assert await told("login") == {"endpoint": gateway.address, "token_file": None}
+    assert len((await told("alias", "xinference", "--dir", str(tmp_path / "bin")))["files"]) == 2
+    settings = gateway.home / "settings.yaml"
+    assert (await told("config", "check", str(settings)))["models"]["fake"]["model_engine"] == "llama.cpp"
+    asked = await run("cache", "prune", "--json")
+    assert (asked.code, "--check" in asked.err) == (2, True)

@@ -144,6 +144,8 @@ async def test_over_the_api_it_is_for_sites_that_say_so(start_gateway: StartGate
     open_one = await start_gateway(allow_command_launches=True)
     assert (await open_one.post("/v1/models", body)).status == 200
     assert (await open_one.complete("mine")).status == 200
+    shown = (await open_one.get("/v1/models/mine/reload/config")).json["model_config"]
+    assert shown == {"command": FAKE}
     await open_one.end()
 
     closed_again = await start_gateway()  # what was launched meanwhile does not run either

@@ -350,6 +350,8 @@ EVERY_FIELD: dict[str, tuple[str, Any]] = {
     "flexible_launchers": ("a.launcher, b.launcher", ("a.launcher", "b.launcher")),
     "allow_command_launches": ("true", True),
     "catalogue_files": ("/a.json, /b.json", ("/a.json", "/b.json")),
+    "model_roots": ("/srv/models, ~/mine", ("/srv/models", "~/mine")),
+    "allowed_hosts": ("models.example, hostler", ("models.example", "hostler")),
     "preferred_hubs": ("pypi, huggingface", ("pypi", "huggingface")),
     "download_stall_s": ("7", 7.0),
     "engines": ("{llama.cpp: {binary: /x}}", {"llama.cpp": EngineSettings(binary="/x")}),

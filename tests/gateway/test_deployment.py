@@ -503,3 +503,56 @@ async def test_waiters_are_woken_by_every_change_and_by_their_limit(tmp_path: Pa
         await asyncio.sleep(0)
         deployment.notify()
         await asyncio.wait_for(asyncio.gather(*waiting), LIMIT_S)
+
+
+# --- replicas that come and go
+
+
+async def test_a_model_whose_only_replica_was_removed_is_stopped_like_any_other(tmp_path: Path) -> None:
+    async with deployed(tmp_path, fields={"preload": True}) as deployment:
+        await until(lambda: deployment.state is State.READY)
+        (only,) = deployment.replicas
+        await deployment.remove(only)
+        assert (deployment.staying, deployment.pick(), deployment.has_failed) == ([], None, False)
+        deployment.stop()
+        await stopped(deployment)
+        deployment.add(only)
+        assert await acquire(deployment) is only
+
+
+async def test_who_waits_gets_the_replica_that_comes(tmp_path: Path) -> None:
+    async with deployed(tmp_path, fields={"preload": True}) as deployment:
+        await until(lambda: deployment.state is State.READY)
+        (only,) = deployment.replicas
+        await deployment.remove(only)
+        waiter = asyncio.create_task(acquire(deployment))
+        await asyncio.sleep(0.1)
+        deployment.add(only)
+        assert await waiter is only
+
+
+async def test_one_that_is_removed_in_the_middle_of_its_start_leaves_no_process(tmp_path: Path) -> None:
+    async with deployed(tmp_path, replica=2, never_ready=True, fields={"preload": True}) as deployment:
+        await until(lambda: all(replica.process for replica in deployment.replicas))
+        one, other = deployment.replicas
+        pid = pid_of(one)
+        await asyncio.wait_for(deployment.remove(one), LIMIT_S)
+        assert not psutil.pid_exists(pid)
+        assert list(deployment.replicas) == [other]
+        await asyncio.wait_for(deployment.remove(one), LIMIT_S)  # twice is harmless
+
+
+async def test_removing_and_stopping_at_once_ends_both(tmp_path: Path) -> None:
+    async with deployed(tmp_path, replica=2, fields={"preload": True}) as deployment:
+        await until(lambda: all(replica.state is State.READY for replica in deployment.replicas))
+        one, other = deployment.replicas
+        deployment.take(one)
+        removing = asyncio.create_task(deployment.remove(one, 0.2))
+        await asyncio.sleep(0)
+        assert deployment.pick() is other
+        deployment.stop()
+        await stopped(deployment)
+        await asyncio.wait_for(removing, LIMIT_S)
+        assert list(deployment.replicas) == [other]
+        deployment.release(one, was_served=True)
+        assert await acquire(deployment) is other

@@ -308,3 +308,11 @@ async def test_a_uid_with_a_slash_works_everywhere(start_gateway: StartGateway, 
     assert (await gateway.get("/v1/models/org/model-7b")).json["id"] == "org/model-7b"
     assert (await gateway.get("/v1/models/org/model-7b/logs")).status == 200
     assert (await gateway.post("/v1/models/org/model-7b/stop")).json["status"] == "stopped"
+
+
+async def test_a_page_whose_name_is_made_to_point_here_gets_nothing(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={})
+    for path in ("/v1/models", "/v1/models/fake/logs", "/metrics"):
+        refused = await gateway.get(path, headers={"Host": "evil.example"})
+        assert (refused.status, refused.error["code"]) == (403, "host_not_allowed")
+    assert (await gateway.get("/v1/models")).status == 200

@@ -11,6 +11,7 @@ from gateway.errors import (
     BadKey,
     BadRequest,
     BodyTooLarge,
+    Busy,
     CannotKeep,
     CannotServe,
     EngineDied,
@@ -28,6 +29,7 @@ from gateway.errors import (
     RequestRefused,
     SettingsError,
     ShuttingDown,
+    StrangeHost,
     TooManyRequests,
     UnsupportedBody,
     answer,
@@ -43,6 +45,8 @@ TABLE: list[tuple[type[HostlerError], int, str, str | None]] = [
     (BadRequest, 400, "invalid_request_error", None),
     (BadKey, 401, "authentication_error", "invalid_api_key"),
     (Forbidden, 403, "permission_error", "origin_not_allowed"),
+    (StrangeHost, 403, "permission_error", "host_not_allowed"),
+    (Busy, 409, "invalid_request_error", "busy"),
     (NotFound, 404, "not_found_error", "not_found"),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found"),
     (BodyTooLarge, 413, "invalid_request_error", "body_too_large"),
@@ -59,7 +63,7 @@ TABLE: list[tuple[type[HostlerError], int, str, str | None]] = [
     (ShuttingDown, 503, "server_error", "shutting_down"),
     (EngineDied, 502, "server_error", "engine_died"),
 ]
-RETRY = {ModelLoading, ModelStopped, ShuttingDown, TooManyRequests}
+RETRY = {Busy, ModelLoading, ModelStopped, ShuttingDown, TooManyRequests}
 
 
 def all_kinds(kind: type[HostlerError] = HostlerError) -> set[type[HostlerError]]:

@@ -218,6 +218,10 @@ async def test_a_launch_over_the_api_keeps_its_key_in_a_private_file(
     body = {"model_uid": "mine", "model_engine": "remote", "base_url": far.address, "api_key": KEY, "model": "fake"}
     assert (await near.post("/v1/models", body)).status == 200
     assert (await near.complete("mine")).json["model"] == "mine"
+    for path in ("/v1/models/mine/reload/config", "/v1/autostart/models"):
+        shown = (await near.get(path)).body.decode()
+        assert "api_key" in shown
+        assert KEY not in shown
     (file,) = (near.home / "launches").glob("*.json")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert json.loads(file.read_text())["options"]["api_key"] == KEY

@@ -29,7 +29,9 @@ def start_fetch(tmp_path: Path) -> Iterator[StartFetch]:
     """Start the fetch program: `start_fetch(source, **environment)`. Its cache is `tmp_path / "cache"`."""
     started: list[Fetch] = []
 
-    def start(source: Source, *, offline: bool = False, without: str = "", **extra: str) -> Fetch:
+    def start(
+        source: Source, *, offline: bool = False, only_list: bool = False, without: str = "", **extra: str
+    ) -> Fetch:
         theirs = ("PIP_", "HF_", "HOSTLER_", "XINFERENCE_", "MODELSCOPE_", "CSGHUB_", "OPENMIND_", "XDG_")
         theirs += ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
         env = {name: value for name, value in os.environ.items() if not name.upper().startswith(theirs)}
@@ -40,7 +42,7 @@ def start_fetch(tmp_path: Path) -> Iterator[StartFetch]:
             folder.mkdir(exist_ok=True)
             (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules[{without!r}] = None\n")
             env["PYTHONPATH"] = f"{folder}{os.pathsep}{ROOT}"
-        order = {"offline": True} if offline else {}
+        order = {"offline": offline, "only_list": only_list}
         fetch = Fetch(source, tmp_path / "cache", env | extra, **order)
         started.append(fetch)
         return fetch

@@ -203,13 +203,18 @@ class Fetch:
         for reader in self._readers:
             reader.join(LIMIT_S)
         assert self.lines, self.stderr
-        assert code == (0 if "path" in self.lines[-1] else 1), (self.lines, self.stderr)
+        assert code == (0 if {"path", "files"} & set(self.lines[-1]) else 1), (self.lines, self.stderr)
         return self.lines[-1]
 
     def path(self) -> Path:
         last = self.end()
         assert "path" in last, (last, self.stderr)
         return Path(last["path"])
+
+    def files(self) -> dict[str, int]:
+        last = self.end()
+        assert "files" in last, (last, self.stderr)
+        return dict(last["files"])
 
     def lines_at_end(self) -> list[dict[str, Any]]:
         self.end()

@@ -130,3 +130,11 @@ def test_a_killed_fetch_leaves_nothing_that_counts_and_whole_files_are_kept(
 
 def test_without_its_library_it_says_what_to_install(start_fetch: StartFetch) -> None:
     assert "pip install csghub-sdk" in start_fetch(ALL, without="pycsghub").error(permanent=True)
+
+
+@pytest.mark.parametrize("has_sizes", [True, False])
+def test_files_can_be_listed_without_a_download(hub: Repository, start_fetch: StartFetch, has_sizes: bool) -> None:
+    hub.add(FILES, has_sizes=has_sizes)
+    size = len(GGUF) if has_sizes else 0
+    assert start_fetch(WEIGHTS, only_list=True, **hub.env).files() == {"model.safetensors": size}
+    assert hub.downloads("model.safetensors") == 0

@@ -286,3 +286,14 @@ def test_offline_may_be_asked_for_in_the_order(hub: Repository, start_fetch: Sta
     for marker in (tmp_path / "cache/fetched").iterdir():
         marker.unlink()
     assert start_fetch(Q4, offline=True, **hub.env).path() == path
+
+
+def test_files_can_be_listed_without_a_download(hub: Repository, start_fetch: StartFetch, tmp_path: Path) -> None:
+    hub.add(FILES)
+    listed = start_fetch(Q4, only_list=True, **hub.env).files()
+    assert listed == {name: len(FILES[name]) for name in listed}
+    assert len(listed) == 1
+    assert all(hub.downloads(name) == 0 for name in FILES)
+    assert find_cached(Q4, tmp_path / "cache") is None
+    hub.refuse("owner/tiny", 404, "RepoNotFound")
+    assert "no repository owner/tiny" in start_fetch(Q4, only_list=True, **hub.env).error(permanent=True)

@@ -109,3 +109,15 @@ def test_what_is_chosen_was_offered_and_is_chosen_once(names: list[str], pattern
     assert len(set(chosen)) == len(chosen)
     if not patterns:
         assert not chosen
+
+
+def test_files_can_be_listed(start_fetch: StartFetch, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "picture.png").write_bytes(b"p")
+    for source, listed in (
+        (Source(model_hub="local", model_id=str(tmp_path)), {"config.json": 2}),
+        (Source(model_hub="local", model_id=str(tmp_path), files=("*.gguf",)), {"a.gguf": 4}),
+        (Source(model_hub="local", model_id=str(tmp_path / "a.gguf")), {"a.gguf": 4}),
+    ):
+        assert start_fetch(source, only_list=True).files() == listed

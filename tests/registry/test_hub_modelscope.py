@@ -228,3 +228,10 @@ def test_offline_no_hub_is_asked(hub: Repository, start_fetch: StartFetch) -> No
     assert hub.server.asked.total() == 0
     path = start_fetch(Q4, **hub.env).path()
     assert start_fetch(Q4, offline=True, **hub.env).path() == path
+
+
+def test_files_can_be_listed_without_a_download(hub: Repository, start_fetch: StartFetch, tmp_path: Path) -> None:
+    hub.add(FILES)
+    assert start_fetch(Q4, only_list=True, **hub.env).files() == {"Tiny-Q4_0.gguf": len(GGUF)}
+    assert hub.downloads("Tiny-Q4_0.gguf") == 0
+    assert find_cached(Q4, tmp_path / "cache") is None

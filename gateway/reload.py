@@ -1,0 +1,88 @@
+"""A change of a model's options while it is served: its replicas are drained and started anew, one after the other."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from engines.base import Launch
+from gateway.deployment import Deployment
+from gateway.errors import CannotKeep
+from gateway.replica import Replica, State
+
+logger = logging.getLogger("hostler.reload")
+
+MakeReplica = Callable[[Deployment, int], Replica]
+
+
+class Reload(msgspec.Struct, kw_only=True):
+    """One such change and how far it is. Times in seconds since the epoch.
+
+    `stage` is draining, loading, ready or error; after an error the model is what it was before.
+    """
+
+    model_uid: str
+    operation_id: str
+    before: Launch
+    after: Launch
+    replicas: int
+    drain_timeout_s: float
+    replicas_done: int = 0
+    stage: str = "draining"
+    error: str | None = None
+    started_ts: float = msgspec.field(default_factory=time.time)
+    finished_ts: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self.finished_ts is not None
+
+    async def run(self, deployment: Deployment, make: MakeReplica, take_back: Callable[[], None]) -> None:
+        """Replace each replica of a deployment whose launch is the new one already.
+
+        Nothing but cancellation leaves it: an error becomes the reload's.
+
+        Args:
+            make: a replica of that number, of the launch as it is then.
+            take_back: makes the launch the old one again, on disk first; may raise CannotKeep.
+        """
+        try:
+            self.error = await self._renew(deployment, make)
+            if self.error and not deployment.is_closed:  # a launch that is forgotten must stay so
+                take_back()
+                for replica in [one for one in deployment.staying if one.launch is not self.before]:
+                    await self._replace(deployment, replica, make)
+                self.error += " Its options are what they were."
+        except CannotKeep as exc:
+            self.error = f"{self.error} {exc.message}"
+        except Exception as exc:
+            logger.exception("%s: a reload failed by a fault of the gateway", self.model_uid)
+            self.error = f"The gateway failed: {exc!r}. Its own log has the details."
+        self.stage, self.finished_ts = "error" if self.error else "ready", time.time()
+
+    async def _renew(self, deployment: Deployment, make: MakeReplica) -> str | None:
+        """Replace one replica after the other; why it was given up, or None."""
+        for replica in deployment.staying:
+            if replica not in deployment.staying:  # somebody has removed it meanwhile
+                continue
+            self.stage = "draining"
+            new = await self._replace(deployment, replica, make)
+            self.stage = "loading"
+            while deployment.is_loaded and new.state is not State.READY and new.failure is None:
+                await deployment.changed()
+            if deployment.is_closed:
+                return f"{self.model_uid} was terminated meanwhile."
+            if new.failure is not None:
+                return f"{new.name} does not start: {new.failure}"
+            self.replicas_done += 1
+        return None
+
+    async def _replace(self, deployment: Deployment, replica: Replica, make: MakeReplica) -> Replica:
+        await deployment.remove(replica, self.drain_timeout_s)
+        new = make(deployment, replica.index)
+        deployment.add(new)
+        return new
