@@ -8,8 +8,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from engines.base import Engine, EngineSettings
+from engines.command import ServerCommand
 from engines.diffusers import Diffusers
+from engines.flexible import Flexible
 from engines.llama_cpp import LlamaCpp
+from engines.remote import Remote
 from engines.requirements import same_name
 from engines.sentence_transformers import SentenceTransformers
 from engines.sglang import Sglang
@@ -30,6 +33,9 @@ ENGINES: tuple[Engine, ...] = (
     TransformersASR(),
     Piper(),
     Kokoro(),
+    Flexible(),
+    ServerCommand(),
+    Remote(),
 )
 
 logger = logging.getLogger("hostler.engines")

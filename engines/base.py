@@ -60,32 +60,55 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a replica listens: a Unix socket, or a loopback port; and the key that opens it."""
+    """Where a replica listens: a Unix socket, or a loopback port; and the key that opens it.
+
+    Or else `url`, where a model is served without us: what OpenAI's clients take as base URL. `headers` go with every
+    request to it, and a reply that says nothing for `silence_s` counts as lost.
+    """
 
     socket: str | None = None
     host: str = "127.0.0.1"
     port: int = 0
     api_key: str = ""
+    url: str | None = None
+    headers: Mapping[str, str] = {}
+    silence_s: float | None = None
 
     @property
     def address(self) -> str:
         """The endpoint as users read it."""
+        if self.url:
+            return self.url
         return f"unix:{self.socket}" if self.socket else f"http://{self.host}:{self.port}"
+
+    def url_of(self, path: str) -> str:
+        """Where a public path is. A base URL stands for everything up to and with the /v1 of paths that begin so."""
+        if not self.url:
+            return ("http://replica" if self.socket else f"http://{self.host}:{self.port}") + path
+        if path.startswith("/v1/"):
+            return self.url + path[3:]
+        return self.url.removesuffix("/v1") + path
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
     """What to run for one replica.
 
-    `env` is added to the gateway's own environment. `files` are written to the folder that it runs in before it
-    starts: name -> text. `ready_path` answers 200 once requests can be served. `grace_s` is the time from SIGTERM to
-    SIGKILL.
+    `env` is added to the gateway's own environment. `files` are written to the run folder before it starts: name ->
+    text. `ready_path`, or else one of `other_ready_paths`, answers 200 once
+    requests can be served. `grace_s` is the time from SIGTERM to SIGKILL. `folder` is the working folder, if it
+    matters. With an `endpoint` there is nothing to run: the model is served there. `probe_interval_s` is the time
+    between two looks at whether it still answers, if the site's is not fitting.
     """
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = {}
     files: Mapping[str, str] = {}
     ready_path: str = "/health"
+    other_ready_paths: tuple[str, ...] = ()
     grace_s: float = 10.0
+    folder: str | None = None
+    endpoint: Endpoint | None = None
+    probe_interval_s: float | None = None
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -96,6 +119,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     version: (
         Annotated[str, Meta(description="of the environment that `hostler engines install NAME --version` made")] | None
     ) = None
+    launchers: Annotated[
+        tuple[str, ...], Meta(description="of engine flexible: launchers that may run, by their exact dotted names")
+    ] = ()
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,6 +148,12 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """Which types of family it can serve."""
     unix_socket: ClassVar[bool] = True
     """Whether it can listen on a Unix socket whose path ends in .sock; else it gets a loopback port."""
+    by_name_only: ClassVar[bool] = False
+    """Whether it is only taken where a launch names it: it has no way to tell what it can load."""
+    runs_given_programs: ClassVar[bool] = False
+    """Whether a launch says which program is run, so that launching is for those who may write the settings."""
+    retry_s: ClassVar[float | None] = None
+    """After how long a replica that has failed is tried again by itself; None: not before somebody says so."""
     options: ClassVar[type[msgspec.Struct]] = NoOptions
     """The Struct that a launch's options decode to; its fields are the options there are."""
     takes_flags: ClassVar[bool] = False
@@ -167,6 +199,18 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
         """
         return decode(dict(options), self.options, "options", strict=False)
 
+    def wants_files(self, options: Mapping[str, Any]) -> bool:
+        """Whether it loads a model's files; else a launch need not say where they are."""
+        return True
+
+    def listens_on_socket(self, launch: Launch) -> bool:
+        """Whether this launch's replicas listen on a Unix socket."""
+        return self.unix_socket
+
+    def served_name(self, launch: Launch) -> str:
+        """By what name the model is known to the server, if that cannot be the uid."""
+        return launch.uid
+
     def needs(self, launch: Launch) -> Needs:
         """What one replica asks of the machine: what the launch says."""
         return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu)
@@ -203,9 +247,8 @@ def worker_command(
     options: Mapping[str, Any],
 ) -> Command:
     """How a worker of ours is run: see `engines/workers/server.py`. Its options and key travel in the environment."""
+    ours = {"WORKER_API_KEY": endpoint.api_key, "WORKER_OPTIONS": msgspec.json.encode(options).decode()}
     env = {
-        "WORKER_API_KEY": endpoint.api_key,
-        "WORKER_OPTIONS": msgspec.json.encode(options).decode(),
         "HF_HUB_OFFLINE": "1",  # the files are here; a worker has no business with a hub
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -215,7 +258,7 @@ def worker_command(
             *("--model", str(model_path), "--uid", launch.uid),
             *("--host", endpoint.socket or endpoint.host, "--port", str(endpoint.port)),
         ),
-        env=env | visible_gpus(placement) | launch.envs,
+        env=env | visible_gpus(placement) | launch.envs | ours,  # whoever launches may not change what was checked
     )
 
 

@@ -136,9 +136,8 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
     takes_flags = True
     options = LlamaCppOptions
 
-    @property
-    def unix_socket(self) -> bool:  # type: ignore[override]  # of the class in other engines
-        """Whether it can listen on a Unix socket: llama-cpp-python's server cannot."""
+    def listens_on_socket(self, launch: Launch) -> bool:
+        """All but llama-cpp-python's server can."""
         return self._python_server() is None
 
     def _python_server(self) -> str | None:

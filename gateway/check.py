@@ -343,4 +343,4 @@ def _smaller_specs(fleet: Fleet, request: LaunchRequest, chosen: Artifact, sizin
 def _owners(fleet: Fleet) -> dict[int, str]:
     """Leader of each engine's process group -> the copy that it is."""
     replicas = [replica for deployment in fleet.deployments() for replica in deployment.replicas]
-    return {replica.process.pid: replica.name for replica in replicas if replica.process}
+    return {replica.process.pid: replica.name for replica in replicas if replica.process and replica.process.pid}

@@ -26,6 +26,7 @@ from registry.hubs.choose import TRUE
 
 ENV_PREFIX = "HOSTLER_"
 XINFERENCE_HUB_VARIABLE = "XINFERENCE_MODEL_SRC"
+XINFERENCE_LAUNCHERS_VARIABLE = "XINFERENCE_FLEXIBLE_LAUNCHERS"
 XINFERENCE_ENVIRONMENTS_VARIABLE = "XINFERENCE_ENABLE_VIRTUAL_ENV"
 XINFERENCE_WHEELS_VARIABLE = "XINFERENCE_VIRTUAL_ENV_FIND_LINKS_ALLOWED_ROOTS"
 # ${NAME}, ${NAME:-default}, ${file:/path}; $${...} stands for itself.
@@ -61,6 +62,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     download_stall_s: Annotated[Seconds, Meta(description="a download without a byte for so long is started anew")] = (
         120.0
     )
+    probe_interval_s: Annotated[
+        Seconds, Meta(description="between two looks at whether a ready engine still answers")
+    ] = 10.0
+    probe_failures: Annotated[
+        int, Meta(ge=1, description="looks in a row without an answer until an engine counts as hung and is restarted")
+    ] = 3
+    flexible_launchers: Annotated[
+        tuple[str, ...], Meta(description="launchers of flexible models that may run, by their exact dotted names")
+    ] = ()
+    allow_command_launches: Annotated[
+        bool, Meta(description="whether launches over the API may name a command line to run")
+    ] = False
     preferred_hubs: Annotated[
         tuple[str, ...], Meta(description="hubs to take files from where several have them, best first")
     ] = ()
@@ -132,6 +145,9 @@ def load(file: str | None, flags: Mapping[str, Any], environment: Mapping[str, s
         settings = msgspec.structs.replace(settings, api_keys=settings.api_keys + keys)
     if (hub := environment.get(XINFERENCE_HUB_VARIABLE)) and not settings.preferred_hubs and hub != "auto":
         settings = msgspec.structs.replace(settings, preferred_hubs=(hub,))
+    if launchers := environment.get(XINFERENCE_LAUNCHERS_VARIABLE):
+        named = tuple(name.strip() for name in launchers.split(",") if name.strip())
+        settings = msgspec.structs.replace(settings, flexible_launchers=settings.flexible_launchers + named)
     if "model_environments" not in data and (says := environment.get(XINFERENCE_ENVIRONMENTS_VARIABLE)):
         settings = msgspec.structs.replace(settings, model_environments=says.lower() in TRUE)
     if (roots := environment.get(XINFERENCE_WHEELS_VARIABLE)) and not settings.wheel_folders:

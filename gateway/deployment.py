@@ -160,6 +160,11 @@ class Deployment:
         """What requests get that do not say it themselves."""
         return self.engine.defaults(self.launch)
 
+    @property
+    def served_name(self) -> str:
+        """By what name the engine knows the model."""
+        return self.engine.served_name(self.launch)
+
     def progress_text(self) -> str:
         """What a waiting client is told: the stage, how long it lasts, and the last failure if there is one."""
         if self.state in COMING:
@@ -176,6 +181,8 @@ class Deployment:
 
     def failure_text(self) -> str:
         """Why it does not serve, and what to do."""
+        if self.engine.retry_s:
+            return f"{self.reason_text()} It is tried again every {self.engine.retry_s:g} s."
         remedy = f"after mending it, say `hostler start {self.launch.uid}`."
         return f"{self.reason_text()} It is not tried again by itself; {remedy}"
 

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 import engines
-from engines.base import Engine, Launch, Placement
+from engines.base import Engine, EngineSettings, Launch, Placement
 from gateway.choice import engine_answers, why_this_engine
 from gateway.config import Settings
 from gateway.deployment import Deployment
@@ -182,6 +182,7 @@ class Fleet:
         try:
             hubs = hubs or self.settings.preferred_hubs
             launch = plan(uid, request, self.registry, self.engines, hubs, site_of(self.settings))
+            self._check_allowed(launch)
         except ValueError as exc:
             raise BadRequest(str(exc)) from exc
         path = launch.artifact.local_path
@@ -259,6 +260,7 @@ class Fleet:
             raise Busy(f"{uid} is being reloaded, {running.stage} since {running.started_ts:.0f}. Wait for its end.")
         try:
             after = changed(deployment.launch, changes, deployment.engine)
+            self._check_allowed(after)
         except ValueError as exc:
             raise BadRequest(str(exc), param="model_config") from exc
         before = deployment.launch
@@ -340,9 +342,19 @@ class Fleet:
                 logger.warning("%s was launched before and is now declared in the settings, which win.", launch.uid)
                 continue
             try:
+                self._check_allowed(launch)
                 self._deploy(launch)
             except ValueError as exc:
                 logger.error("%s was launched before and cannot be served now: %s", launch.uid, exc)
+
+    def _check_allowed(self, launch: Launch) -> None:
+        """Raises ValueError if such a launch is for the settings file alone."""
+        engine = engines.find(launch.engine, self.engines)
+        if engine.runs_given_programs and not self.settings.allow_command_launches:
+            raise ValueError(
+                f"A launch on engine {engine.name} runs any program that it names, so it belongs into the settings "
+                "file, below `models`; or set `allow_command_launches: true` there, if whoever has a key may do so."
+            )
 
     def _deploy(self, launch: Launch, *, is_wanted: bool = True) -> Deployment:
         engine = engines.find(launch.engine, self.engines)
@@ -366,6 +378,8 @@ class Fleet:
             log=self.settings.home_path / "logs" / file_name(launch.uid) / f"{index}.log",
             restart_limit=self.settings.restart_limit,
             download_stall_s=self.settings.download_stall_s,
+            probe_interval_s=self.settings.probe_interval_s,
+            probe_failures=self.settings.probe_failures,
             environments=self.settings.environments_path,
             recipe=recipe_of(self.settings),
             changed=deployment.notify,
@@ -444,8 +458,10 @@ def available_engines(settings: Settings) -> tuple[Engine, ...]:
     Raises:
         SettingsError: the settings name an engine that there is not.
     """
+    flexible = settings.engines.get("flexible", EngineSettings())
+    flexible = msgspec.structs.replace(flexible, launchers=flexible.launchers + settings.flexible_launchers)
     try:
-        return engines.available(settings.engines, settings.environments_path)
+        return engines.available(settings.engines | {"flexible": flexible}, settings.environments_path)
     except ValueError as exc:
         raise SettingsError(f"$.engines: {exc}") from exc
 

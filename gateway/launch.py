@@ -24,7 +24,7 @@ from engines.environments import (
 from engines.requirements import same_name
 from registry.decode import decode
 from registry.registry import Registry
-from registry.resolve import Artifact, Selection, candidates
+from registry.resolve import Artifact, Selection, candidates, without_files
 
 UID = re.compile(r"(?!.*//)[^\s/\\?%#&=+]([^\s\\?%#&=+]{0,98}[^\s/\\?%#&=+])?")
 # Paths below /v1/models that mean something else than a uid.
@@ -115,14 +115,13 @@ def plan(
         ValueError: it cannot be done; the text says why and what there is instead.
     """
     check_uid(uid)
+    artifacts = _artifacts(uid, request, registry, known_engines, hubs)
     _check_find_links(request.virtual_env_find_links, site.wheel_folders)
 
     def environment_for(artifact: Artifact, engine: Engine) -> Environment | None:
         return _environment(request, artifact, engine, site)
 
-    artifact, engine = _choose(
-        request.model_engine, candidates(registry, request, hubs), known_engines, request, environment_for
-    )
+    artifact, engine = _choose(request.model_engine, artifacts, known_engines, request, environment_for)
     options, forced = _split_options(request, engine)
     options = _of_engine(options, engine)
     try:
@@ -158,6 +157,16 @@ def _of_engine(options: dict[str, Any], engine: Engine) -> dict[str, Any]:
     """Without what Xinference's clients send to every engine, where this one has no use for it."""
     takes = engine.options.__struct_fields__
     return {name: value for name, value in options.items() if name in takes or name not in SENT_TO_ALL}
+
+
+def _artifacts(
+    uid: str, request: LaunchRequest, registry: Registry, known: Sequence[Engine], hubs: Sequence[str]
+) -> tuple[Artifact, ...]:
+    """What could be launched, best first."""
+    engine = engines.find(request.model_engine, tuple(known)) if request.model_engine else None
+    if engine and not engine.wants_files(request.options) and not (request.model_path or request.model_id):
+        return (without_files(registry, request, uid),)
+    return candidates(registry, request, hubs)
 
 
 def changed(launch: Launch, changes: Mapping[str, Any], engine: Engine) -> Launch:
@@ -256,6 +265,8 @@ def _environment(request: LaunchRequest, artifact: Artifact, engine: Engine, sit
     Raises:
         ValueError: what it asks for cannot be had.
     """
+    if engine.by_name_only:  # what runs there is not ours to equip
+        return None
     is_on = site.model_environments if request.enable_virtual_env is None else request.enable_virtual_env
     if not is_on:
         if request.virtual_env_packages:
@@ -301,7 +312,7 @@ def _choose(
             return artifact, _choose_engine(name, artifact, known, request, environment_for)
         except ValueError as exc:
             accepting = any(
-                (name is None or same_name(engine.name) == same_name(name))
+                (not engine.by_name_only if name is None else same_name(engine.name) == same_name(name))
                 and artifact.family.model_type in engine.model_types
                 and engine.accepts(artifact) is None
                 for engine in known
@@ -327,6 +338,8 @@ def _choose_engine(
         return engine
     refusals = []
     for engine in known:
+        if engine.by_name_only:
+            continue
         reason = _why_not(engine, artifact, request, environment_for)
         if reason is None:
             return engine

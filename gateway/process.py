@@ -79,6 +79,20 @@ class EngineProcess:
         """The last lines that this process wrote."""
         return tail(self.log, lines, start=self._log_start) if self.log else ()
 
+    def cpu_s(self) -> float | None:
+        """The processor time that it and its descendants have used; None once it is gone."""
+        try:
+            process = psutil.Process(self.pid)
+            family = [process, *process.children(recursive=True)]
+            return sum(times.user + times.system for times in (member.cpu_times() for member in family))
+        except psutil.Error:
+            return None
+
+    def kill(self) -> None:
+        """End the group without grace."""
+        self.grace_s = 0
+        self._signal(signal.SIGKILL)
+
     async def end(self) -> None:
         """End the group and reap it, whatever happens to the caller meanwhile."""
         ending = asyncio.ensure_future(self._end())
@@ -113,11 +127,39 @@ class EngineProcess:
         return True
 
 
+class NoProcess:
+    """In place of the process of what is served elsewhere: it uses nothing, and ends when it is told to."""
+
+    pid = None
+    grace_s = 0.0
+
+    def __init__(self) -> None:
+        self._is_killed = asyncio.Event()
+
+    async def wait(self) -> Exit:
+        """Until `kill`."""
+        await self._is_killed.wait()
+        return Exit(code=0)
+
+    def log_tail(self) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
+
+    def cpu_s(self) -> float | None:
+        """Nobody knows."""
+        return None
+
+    def kill(self) -> None:
+        """Count as ended."""
+        self._is_killed.set()
+
+
 async def start(
     argv: Sequence[str],
     env: Mapping[str, str],
     *,
     folder: Path,
+    cwd: str | None = None,
     grace_s: float,
     stdout: int | IO[bytes],
     stderr: int | IO[bytes],
@@ -127,10 +169,13 @@ async def start(
     Args:
         env: added to the gateway's own environment.
         folder: the gateway's run folder, by which the watchdog knows our children.
+        cwd: the working folder, if that is not the run folder.
         grace_s: from SIGTERM to SIGKILL.
     Raises:
         CannotStart: with the reason.
     """
+    if cwd and not os.path.isdir(cwd):
+        raise CannotStart(f"{argv[0]} cannot be started: there is no working folder {cwd}", is_final=True)
     creating = asyncio.ensure_future(
         asyncio.create_subprocess_exec(
             *argv,
@@ -138,7 +183,7 @@ async def start(
             stdout=stdout,
             stderr=stderr,
             env=child_environment(env) | {MARK_VARIABLE: str(folder)},
-            cwd=folder,
+            cwd=cwd or folder,
             start_new_session=True,
         )
     )
@@ -155,7 +200,13 @@ async def start(
 
 @contextlib.asynccontextmanager
 async def engine_process(
-    argv: Sequence[str], env: Mapping[str, str], log: Path, *, folder: Path, grace_s: float = 10.0
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    log: Path,
+    *,
+    folder: Path,
+    cwd: str | None = None,
+    grace_s: float = 10.0,
 ) -> AsyncIterator[EngineProcess]:
     """A program that writes to a log, for the length of the block; see `start`.
 
@@ -168,7 +219,7 @@ async def engine_process(
         file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(argv)}\n".encode())
         file.flush()
         log_start = file.tell()
-        running = await start(argv, env, folder=folder, grace_s=grace_s, stdout=file, stderr=file)
+        running = await start(argv, env, folder=folder, cwd=cwd, grace_s=grace_s, stdout=file, stderr=file)
     running.log_to(log, log_start)
     keeper = asyncio.create_task(_keep_small(log))
     try:

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import msgspec
 
-from engines.base import Engine, Launch, Placement
+from engines.base import Command, Engine, Launch, Placement
 from gateway import metrics
 from gateway.downloads import DownloadFailed, Progress, fetch
 from gateway.environments import CannotBuild, Recipe, mark_used, prepare
 from gateway.nodes.local import LocalNode
 from gateway.placement import place
-from gateway.process import CannotStart, EngineProcess, Exit
+from gateway.probe import NotReady, ask_once, until_ready, until_silent
+from gateway.process import CannotStart, EngineProcess, Exit, NoProcess
 from gateway.upstream import Upstream
 
 logger = logging.getLogger("hostler.replica")
@@ -34,8 +35,6 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_LIMIT_S = 60.0
 STABLE_S = 60.0  # ready for so long, or one request served: earlier failures are forgotten
 HURRY_GRACE_S = 1.0
-PROBE_PAUSE_FIRST_S = 0.02
-PROBE_PAUSE_LIMIT_S = 0.5
 
 
 class State(enum.StrEnum):
@@ -92,6 +91,8 @@ class Replica:
         log: Path,
         restart_limit: int,
         download_stall_s: float,
+        probe_interval_s: float,
+        probe_failures: int,
         environments: Path,
         recipe: Recipe,
         changed: Callable[[], None],
@@ -111,7 +112,7 @@ class Replica:
         self.last_used = time.monotonic()
         self.failure: Failure | None = None
         self.progress: Progress | None = None
-        self.process: EngineProcess | None = None
+        self.process: EngineProcess | NoProcess | None = None
         self.address: str | None = None
         self.upstream: Upstream | None = None
         self.placement: Placement | None = None  # what it holds
@@ -120,6 +121,9 @@ class Replica:
         self._cache = cache
         self._restart_limit = restart_limit
         self._download_stall_s = download_stall_s
+        self._probe_interval_s = probe_interval_s
+        self._probe_failures = probe_failures
+        self._silence: Failure | None = None  # of this life
         self._environments = environments
         self._recipe = recipe
         self._changed = changed
@@ -155,39 +159,54 @@ class Replica:
                     advice = "This is a fault of the gateway: its own log has the details."
                     self._record(Failure(reason=f"the gateway failed: {exc!r}", advice=advice, at=time.time()))
                 if self.state is State.FAILED:
-                    await self._retry.wait()
+                    await self._until_retry()
                 else:
                     await asyncio.sleep(self._backoff_s())
         except asyncio.CancelledError:
             self._enter(State.STOPPED)
             raise
 
+    async def _until_retry(self) -> None:
+        """Until somebody gives it another chance, or what is served elsewhere may be back."""
+        try:
+            async with asyncio.timeout(self._engine.retry_s):
+                await self._retry.wait()
+        except TimeoutError:
+            return
+
     async def _live(self) -> None:
         """One life, from files to exit. Always ends with ReplicaFailed or cancelled."""
-        self.served, self.ready_since = 0, None
+        self.served, self.ready_since, self._silence = 0, None, None
         model_path = await self._fetch()
         python = await self._prepare()
         placement = await self._place()
         self._enter(State.STARTING)
         self.starts += 1
-        endpoint = self._node.new_endpoint(unix_socket=self._engine.unix_socket)
+        endpoint = self._node.new_endpoint(unix_socket=self._engine.listens_on_socket(self.launch))
         command = self._engine.command(self.launch, model_path, placement, endpoint, python)
-        mark_used(command.argv[0], self._environments)
+        endpoint = command.endpoint or endpoint
+        if command.argv:
+            mark_used(command.argv[0], self._environments)
         upstream = Upstream(endpoint)
         try:
             async with self._node.run(command, self.log) as process:
                 self.process = process
                 try:
-                    await self._until_ready(process, upstream, command.ready_path)
+                    path = await self._until_ready(process, upstream, command)
                     self.upstream, self.address = upstream, endpoint.address
                     metrics.LOAD_SECONDS.labels(self.launch.uid).observe(time.monotonic() - self.state_since)
                     self._enter(State.READY)
                     self._tell("INFO", f"{self.name} is ready")
-                    ended = await process.wait()
-                    # No await between the exit and the state: nobody is sent to a dead engine.
-                    self.failure = _exit_failure(ended, process, "while it was ready")
-                    self._leave(State.BACKOFF)
-                    raise ReplicaFailed(self.failure)
+                    watch = asyncio.create_task(self._end_if_silent(process, upstream, path, command))
+                    try:
+                        ended = await process.wait()
+                        # No await between the exit and the state: nobody is sent to a dead engine.
+                        self.failure = self._silence or _exit_failure(ended, process, "while it was ready")
+                        self._leave(State.BACKOFF)
+                        raise ReplicaFailed(self.failure)
+                    finally:
+                        watch.cancel()
+                        await asyncio.gather(watch, return_exceptions=True)
                 finally:
                     if self.state is not State.BACKOFF:
                         self._leave(State.STOPPING)
@@ -248,30 +267,52 @@ class Replica:
         finally:
             self.progress = None
 
-    async def _until_ready(self, process: EngineProcess, upstream: Upstream, path: str) -> None:
-        """A race of three: the probe answers, the process exits, the start's time ends."""
+    async def _until_ready(self, process: EngineProcess | NoProcess, upstream: Upstream, command: Command) -> str:
+        """A race of three: the probe answers, the process exits, the start's time ends. The path that answered."""
         limit_s = self.launch.start_timeout_s
         exited = asyncio.ensure_future(process.wait())
-        probing = asyncio.ensure_future(_probe_until_ready(upstream, path))
+        if command.endpoint:
+            probing = asyncio.ensure_future(ask_once(upstream, command.ready_path))
+        else:
+            probing = asyncio.ensure_future(until_ready(upstream, (command.ready_path, *command.other_ready_paths)))
         try:
             await asyncio.wait((exited, probing), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
             if exited.done():
                 self._leave(State.BACKOFF)
                 raise ReplicaFailed(_exit_failure(exited.result(), process, "before it was ready"))
             if probing.done():
-                probing.result()
-            else:
-                raise ReplicaFailed(
-                    _failure(
-                        f"it was not ready {limit_s:g} s after its start",
-                        "If the model needs longer to load, raise start_timeout_s.",
-                        tail=process.log_tail(),
-                    )
+                return probing.result()
+            raise ReplicaFailed(
+                _failure(
+                    f"it was not ready {limit_s:g} s after its start",
+                    "If the model needs longer to load, raise start_timeout_s.",
+                    tail=process.log_tail(),
                 )
+            )
+        except NotReady as exc:
+            advice = "Check that it is up, and the launch's base_url, api_key and ready_path."
+            raise ReplicaFailed(_failure(f"it is not served there: {exc}", advice)) from exc
         finally:
             for task in (exited, probing):
                 task.cancel()
             await asyncio.gather(exited, probing, return_exceptions=True)
+
+    async def _end_if_silent(
+        self, process: EngineProcess | NoProcess, upstream: Upstream, path: str, command: Command
+    ) -> None:
+        """Once it no longer answers, end the process; whoever waits for its exit finds out why."""
+        said = await until_silent(
+            upstream,
+            path,
+            interval_s=command.probe_interval_s or self._probe_interval_s,
+            failures=self._probe_failures,
+            cpu_s=process.cpu_s,
+        )
+        advice = "It is tried again." if command.endpoint else "It hung, so it was killed; `hostler logs` shows more."
+        self.failure = self._silence = _failure(said, advice, tail=process.log_tail())
+        self._leave(State.BACKOFF)
+        process.kill()
+        await upstream.close()
 
     def retry(self) -> None:
         """Give it another chance if it has failed."""
@@ -288,7 +329,7 @@ class Replica:
     async def confirm(self, limit_s: float = 1.0) -> None:
         """Wait shortly to learn whether the process is gone, after a connection to it broke."""
         process = self.process
-        if process is None or self.state is not State.READY:
+        if process is None or process.pid is None or self.state is not State.READY:
             return
         try:
             async with asyncio.timeout(limit_s):
@@ -330,18 +371,11 @@ class Replica:
         return f"{self.launch.uid}/{self.index}"
 
 
-async def _probe_until_ready(upstream: Upstream, path: str) -> None:
-    pause = PROBE_PAUSE_FIRST_S
-    while await upstream.probe(path) != 200:
-        await asyncio.sleep(pause)
-        pause = min(PROBE_PAUSE_LIMIT_S, pause * 1.5)
-
-
 def _failure(reason: str, advice: str, *, tail: tuple[str, ...] = (), final: bool = False) -> Failure:
     return Failure(reason=reason, advice=advice, at=time.time(), log_tail=tail, permanent=final)
 
 
-def _exit_failure(ended: Exit, process: EngineProcess, when: str) -> Failure:
+def _exit_failure(ended: Exit, process: EngineProcess | NoProcess, when: str) -> Failure:
     advice = "`hostler logs` shows more."
     if ended.signal == signal.SIGKILL:
         advice = "If nobody killed it, the system ran out of memory: a smaller context or model needs less."

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import msgspec
@@ -15,7 +17,6 @@ from engines.base import Endpoint
 # llama-server and uvicorn close idle connections after 5 s: be first, so that a request never meets a dead one.
 KEEPALIVE_S = 4.0
 CONNECT_LIMIT_S = 5.0
-PROBE_LIMIT_S = 3.0
 ASK_LIMIT_S = 5.0
 
 
@@ -26,13 +27,14 @@ class UpstreamLost(Exception):
 class Reply:
     """The reply to one request, whose head has come. Whoever got it closes it."""
 
-    def __init__(self, response: ClientResponse, open_replies: set[Reply]) -> None:
+    def __init__(self, response: ClientResponse, upstream: Upstream) -> None:
         self.status = response.status
         self.headers = [(name.lower(), value) for name, value in response.raw_headers]
         self.is_sse = response.content_type == "text/event-stream" and "content-encoding" not in response.headers
         self._response = response
-        self._open_replies = open_replies
-        open_replies.add(self)
+        self._upstream = upstream
+        upstream.heard += 1
+        upstream.replies.add(self)
 
     async def read(self) -> bytes:
         """The next bytes of the body as they came; empty at its end.
@@ -41,13 +43,15 @@ class Reply:
             UpstreamLost: the body broke off.
         """
         try:
-            return await self._response.content.readany()
+            chunk = await self._response.content.readany()
         except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
             raise UpstreamLost(str(exc) or type(exc).__name__) from exc
+        self._upstream.heard += 1
+        return chunk
 
     def close(self) -> None:
         """Done with it: at its end the connection is kept, before that the engine sees us leave."""
-        self._open_replies.discard(self)
+        self._upstream.replies.discard(self)
         self._response.close()
 
     def abort(self) -> None:
@@ -60,10 +64,16 @@ class Upstream:
     """A pool of connections to one replica. Close it to break all requests that are on it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._replies: set[Reply] = set()
-        self._base = "http://replica" if endpoint.socket else f"http://{endpoint.host}:{endpoint.port}"
-        self._authorization = ("authorization", f"Bearer {endpoint.api_key}")
+        self.replies: set[Reply] = set()  # that nobody has closed yet
+        self.heard = 0  # grows with each sign of life
+        self.asked = 0  # requests whose reply has not begun
+        self.last_loss = ""  # why the last probe got no answer
+        self.url_of = endpoint.url_of
+        self._own_headers = [*endpoint.headers.items()]
+        if endpoint.api_key:
+            self._own_headers.append(("authorization", f"Bearer {endpoint.api_key}"))
         self._endpoint = endpoint
+        self._proxy = _proxy_for(endpoint.url)
         self._session = _session(endpoint)
         self._fresh: aiohttp.ClientSession | None = None  # never uses a connection twice
 
@@ -78,15 +88,24 @@ class Upstream:
         Raises:
             UpstreamLost: no head arrived.
         """
-        sent = [*headers, self._authorization]
+        sent = [*headers, *self._own_headers]
+        self.asked += 1
         try:
-            return await self._send(self._session, method, path, sent, body)
-        except UpstreamLost:
-            if self._session.closed:
-                raise
-        if self._fresh is None:
-            self._fresh = _session(self._endpoint, force_close=True)
-        return await self._send(self._fresh, method, path, sent, body)
+            try:
+                return await self._send(self._session, method, path, sent, body)
+            except UpstreamLost as exc:
+                if self._session.closed or isinstance(exc.__cause__, TimeoutError):
+                    raise
+            if self._fresh is None:
+                self._fresh = _session(self._endpoint, force_close=True)
+            return await self._send(self._fresh, method, path, sent, body)
+        finally:
+            self.asked -= 1
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are not at their end."""
+        return self.asked + len(self.replies)
 
     async def _send(
         self,
@@ -98,18 +117,19 @@ class Upstream:
     ) -> Reply:
         try:
             response = await session.request(
-                method, self._base + path, headers=headers, data=body, allow_redirects=False
+                method, self.url_of(path), headers=headers, data=body, allow_redirects=False, proxy=self._proxy
             )
         except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
             raise UpstreamLost(str(exc) or type(exc).__name__) from exc
-        return Reply(response, self._replies)
+        return Reply(response, self)
 
-    async def probe(self, path: str) -> int | None:
+    async def probe(self, path: str, limit_s: float) -> int | None:
         """The status that the path answers with now; None if nothing answers."""
         try:
-            async with asyncio.timeout(PROBE_LIMIT_S):
+            async with asyncio.timeout(limit_s):
                 reply = await self.send("GET", path)
-        except (UpstreamLost, TimeoutError):
+        except (UpstreamLost, TimeoutError) as exc:
+            self.last_loss = str(exc)
             return None
         reply.close()
         return reply.status
@@ -132,7 +152,7 @@ class Upstream:
 
     async def close(self) -> None:
         """Close all connections; whoever waits for one sees UpstreamLost."""
-        for reply in tuple(self._replies):
+        for reply in tuple(self.replies):
             reply.abort()
         await self._session.close()
         if self._fresh:
@@ -152,7 +172,15 @@ def _session(endpoint: Endpoint, *, force_close: bool = False) -> aiohttp.Client
         connector=connector,
         auto_decompress=False,
         cookie_jar=DummyCookieJar(),
-        timeout=ClientTimeout(total=None, sock_connect=CONNECT_LIMIT_S),
+        timeout=ClientTimeout(total=None, sock_connect=CONNECT_LIMIT_S, sock_read=endpoint.silence_s),
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         read_bufsize=2**18,
     )
+
+
+def _proxy_for(url: str | None) -> str | None:
+    """The proxy of the environment through which an address elsewhere is reached."""
+    parts = urlsplit(url or "")
+    if not parts.hostname or proxy_bypass(parts.hostname):
+        return None
+    return getproxies().get(parts.scheme)

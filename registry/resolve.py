@@ -14,7 +14,7 @@ import msgspec
 from registry.decode import did_you_mean
 from registry.hubs import HUBS
 from registry.registry import Registry
-from registry.schema import FAMILIES, GGUF, LLMFamily, ModelFamily, ModelSpec, Source
+from registry.schema import ABILITIES, FAMILIES, GGUF, NO_FILES, LLMFamily, ModelFamily, ModelSpec, Source
 from registry.sources import BadUri, gguf_patterns, is_gguf, source_of
 
 PYTORCH = "pytorch"
@@ -34,6 +34,7 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
     model_file: str | None = None
     model_path: str | None = None
     multimodal_projector: str | None = None
+    model_ability: tuple[str, ...] | None = None
 
 
 class Artifact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -51,6 +52,11 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def local_path(self) -> Path | None:
         """Where the files are if they are on this machine anyway; None if a hub has to fetch them."""
         return Path(self.source.model_id) if self.source.model_hub == "local" else None
+
+    @property
+    def has_files(self) -> bool:
+        """Whether there is anything to fetch and to load."""
+        return self.source.model_hub != NO_FILES
 
 
 class NotResolved(ValueError):
@@ -97,6 +103,26 @@ def candidates(registry: Registry, selection: Selection, hubs: Sequence[str] = (
     raise NotResolved(
         f"No model was named. Give a model_name (for example {example!r}), or a model_hub and a model_id, "
         "or a model_path."
+    )
+
+
+def without_files(registry: Registry, selection: Selection, fallback_name: str) -> Artifact:
+    """What is served without files of ours: the family that `model_name` names, or one made for that name.
+
+    Args:
+        fallback_name: for a selection that names nothing.
+    Raises:
+        NotResolved: a type or an ability is not known.
+    """
+    _check_known("model_type", selection.model_type, registry.types)
+    name = selection.model_name or fallback_name
+    return _artifact(
+        registry,
+        selection,
+        fallback_name=name,
+        model_format=selection.model_format or "none",
+        quantization=selection.quantization or "none",
+        source=Source(model_hub=NO_FILES, model_id=name),
     )
 
 
@@ -231,8 +257,20 @@ def _artifact(
     if projector:
         main = source.files or (gguf_patterns(selection.quantization) if model_format == GGUF else ())
         source = msgspec.structs.replace(source, files=(*main, glob.escape(projector)) if main else ())
-    family = _with_one_spec(inherited(registry, family), spec)
+    family = _with_abilities(_with_one_spec(inherited(registry, family), spec), selection.model_ability)
     return Artifact(family=family, spec=spec, source=source, projector=projector)
+
+
+def _with_abilities(family: ModelFamily, abilities: tuple[str, ...] | None) -> ModelFamily:
+    """The family with the abilities that the user names."""
+    if not abilities:
+        return family
+    if "model_ability" not in family.__struct_fields__:
+        raise NotResolved(f"model_ability says nothing of {family.model_type} models. Leave it out.")
+    for ability in abilities:
+        if family.model_type in ABILITIES:
+            _check_known("model_ability", ability, ABILITIES[family.model_type])
+    return msgspec.structs.replace(family, model_ability=abilities)
 
 
 def _with_one_spec(family: ModelFamily, spec: ModelSpec) -> ModelFamily:
@@ -265,6 +303,8 @@ def _from_catalogue(
     family = registry.find(model_name, selection.model_type)
     if family is None:
         raise NotResolved(_unknown_name(registry, selection, model_name))
+    if selection.model_ability:
+        raise NotResolved(f"What {family.model_name!r} can do is known. Leave model_ability out.")
     family = inherited(registry, family)
     specs = _by_hub(_fitting(family, selection), hubs)
     found, refusal = [], None
@@ -320,7 +360,7 @@ def _unknown_name(registry: Registry, selection: Selection, model_name: str) -> 
 
 def _fitting(family: ModelFamily, selection: Selection) -> list[ModelSpec]:
     """The specs that fit, one at least; the first wish that nothing fits is the one to complain of."""
-    specs = [s for s in family.specs if s.model_uri or (s.model_id and s.model_hub in HUBS)]
+    specs = [s for s in family.specs if s.model_uri or (s.model_id and s.model_hub in (*HUBS, NO_FILES))]
     if not specs:
         hubs = sorted({s.model_hub for s in family.specs if s.model_id})
         raise NotResolved(

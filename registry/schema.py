@@ -21,6 +21,8 @@ from msgspec import Meta
 from registry.decode import DecodeError, check_plain, decode, did_you_mean, faults, nearest, schema
 
 GGUF = "ggufv2"
+# In place of a hub: the model has no files of its own.
+NO_FILES = "none"
 
 LLM_FORMATS = ("pytorch", "gptq", "awq", "fp4", "fp8", "bnb", "mlx", GGUF)
 # embedding and rerank
@@ -316,6 +318,13 @@ class FlexibleFamily(FlatFamily, frozen=True, kw_only=True, omit_defaults=True, 
     def abilities(self) -> tuple[str, ...]:
         """It answers; what, its launcher knows."""
         return ("flexible",)
+
+    @property
+    def specs(self) -> tuple[ModelSpec, ...]:
+        """Its sources; a launcher may do without any."""
+        if self.model_uri or self.model_id or self.model_specs:
+            return super().specs
+        return (ModelSpec(model_format="none", model_hub=NO_FILES, model_id=self.model_name),)
 
 
 ModelFamily = LLMFamily | EmbeddingFamily | RerankFamily | ImageFamily | AudioFamily | VideoFamily | FlexibleFamily

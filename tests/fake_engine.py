@@ -30,6 +30,7 @@ BEHAVIOUR = {
     "exit_code": 1,
     "die_after_requests": None,  # SIGKILL as the Nth inference request arrives, before any byte of a reply
     "die_after_tokens": None,  # SIGKILL in a stream, after N chunks
+    "hang_after_requests": None,  # as the Nth inference request arrives, nothing is answered any more, not even /health
     "half_event": False,  # ... and half an event first
     "exit_mid_body": False,  # not streamed: the head, half of the body, then SIGKILL
     "die_only_first": False,  # the dying above happens only in the first process; needs counter_file
@@ -42,6 +43,7 @@ BEHAVIOUR = {
     # Answering
     "tokens": 8,  # chunks of a stream, words of a reply
     "first_token_delay_s": 0.0,
+    "compute_s": 0.0,  # uses the processor for so long before each reply, and answers nobody meanwhile
     "token_delay_s": 0.0,
     "huge_body_bytes": 0,  # replies that are not streamed carry so many bytes of text
     "n_slots": 0,  # more requests than this wait inside; 0 is no limit
@@ -325,6 +327,10 @@ class Engine:
         limit = self.behaviour.die_after_requests
         if limit is not None and self.may_die and self.received >= limit:
             die()
+        limit = self.behaviour.hang_after_requests
+        if limit is not None and self.may_die and self.received >= limit:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            time.sleep(self.behaviour.lifetime_s)
         try:
             await self.take_slot()
             try:
@@ -349,6 +355,9 @@ class Engine:
 
     async def generate(self, body: dict, kind: str, connection: "Connection") -> None:
         behaviour = self.behaviour
+        compute_until = time.monotonic() + behaviour.compute_s
+        while time.monotonic() < compute_until:
+            pass
         if behaviour.error_status is not None:
             await connection.reply(behaviour.error_status, error_body(behaviour))
         elif kind == "embeddings":

@@ -36,7 +36,7 @@ PACKAGE_MAY_IMPORT = {
 GATEWAY_LAYERS = (
     ("addresses", "errors", "files", "gpus", "metrics", "upstream", "watchdog", "launch"),
     ("calls",),
-    ("client", "async_client", "choice", "placement", "process", "store"),
+    ("client", "async_client", "choice", "placement", "probe", "process", "store"),
     ("history",),
     ("config", "sdk"),
     ("downloads", "environments", "nodes"),

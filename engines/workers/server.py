@@ -34,6 +34,7 @@ BACKLOG = 1024
 SSE = "text/event-stream"
 # How torch, ctranslate2 and onnxruntime say it.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Failed to allocate memory", "std::bad_alloc")
+FAILURE_LIMIT = 1000  # characters
 
 T = TypeVar("T")
 
@@ -68,9 +69,9 @@ def serve(load: Load) -> None:
     try:
         routes = load(order)
     except Refused as exc:
-        sys.exit(exc.message)
+        sys.exit(_one_line(exc.message))
     except Exception as exc:  # whatever the libraries raise: it ends the process either way
-        sys.exit(f"{order.model} cannot be loaded: {type(exc).__name__}: {exc}")
+        sys.exit(_one_line(f"{order.model} cannot be loaded: {type(exc).__name__}: {exc}"))
     print(f"loaded in {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
     if arguments.host.endswith(".sock"):
         with contextlib.suppress(FileNotFoundError):
@@ -97,6 +98,12 @@ def create_app(routes: Iterable[BaseRoute], key: str) -> ASGIApp:
         exception_handlers={Refused: _refusal, HTTPException: _no_route, Cancelled: _nobody, Exception: _failure},
     )
     return _Guard(app, key)
+
+
+def _one_line(text: str) -> str:
+    """What users read of a failure is a log's last lines; libraries' errors may have many."""
+    line = " ".join(text.split())
+    return line if len(line) <= FAILURE_LIMIT else f"{line[:FAILURE_LIMIT]}..."
 
 
 def _arguments() -> argparse.Namespace:
@@ -151,11 +158,16 @@ async def _nobody(request: Request, exc: Exception) -> Response:
 async def _failure(request: Request, exc: Exception) -> Response:
     if is_out_of_memory(exc):
         return error(
-            f"There was not enough memory for this request: {exc}. Send a smaller one, or give the model more memory.",
+            f"There was not enough memory for this request{_reason(exc)}. Send a smaller one, or give the model more "
+            "memory.",
             status=503,
             code="out_of_memory",
         )
     return error(f"The model failed: {type(exc).__name__}: {exc}", status=500)
+
+
+def _reason(exc: BaseException) -> str:
+    return f": {text.rstrip('.')}" if (text := str(exc)) else ""
 
 
 def is_out_of_memory(exc: BaseException) -> bool:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from engines.base import Launch
 from gateway.api.body import read_object
-from gateway.api.wire import MASK, json_answer, launch_body, note_on, read_launch
+from gateway.api.wire import MASK, json_answer, launch_body, note_on, read_launch, unmasked
 from gateway.deployment import Deployment
 from gateway.errors import BadRequest, ModelNotFound, NotFound
 from gateway.fleet import Fleet
@@ -73,6 +73,8 @@ class Autostart:
         return answer
 
     def _keep(self, given: dict[str, Any], known: Deployment | None, entry: AutostartEntry) -> None:
+        if known is not None:
+            given = unmasked(given, known.launch)
         envs = given.get("envs")
         if known is not None and isinstance(envs, dict):
             kept = known.launch.envs

@@ -16,6 +16,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
+from gateway.api import alias
 from gateway.api.body import read_body
 from gateway.api.heads import FormHead, Head, is_form, read_form_head, read_head, read_query_head
 from gateway.api.ways import Way, check_served, replaced, with_adapter
@@ -79,6 +80,8 @@ class Inference:
             body = way.adapt(body, head, deployment.defaults)
             if head.lora_name:
                 body = self._with_adapter(body, head.lora_name, deployment)
+        if deployment.served_name != deployment.launch.uid:
+            body = _named(body, head, scope, deployment.served_name)
         await Exchange(self._fleet, deployment, way, head, scope, send, body).run(receive)
 
     def _with_adapter(self, body: bytes, lora_name: str, deployment: Deployment) -> bytes:
@@ -92,7 +95,7 @@ class Inference:
         if way.takes == "query":
             return read_query_head(scope["query_string"])
         if way.takes != "json":
-            content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+            content_type = _content_type(scope)
             if is_form(content_type):
                 return read_form_head(content_type, body)
             if way.takes == "form":
@@ -128,6 +131,8 @@ class Exchange:
         self.scope = scope
         self.send = send
         self.body = body
+        uid = deployment.launch.uid
+        self.back = alias.Back(deployment.served_name, uid) if deployment.served_name != uid else None
         self.is_stream = bool(head.stream) and way.streams
         self.started = time.perf_counter()
         self.started_at = time.time()
@@ -283,7 +288,7 @@ class Exchange:
         headers.append((b"x-hostler-replica", str(replica.index).encode()))
         if self.is_sse:
             headers += [header for header in SSE_HEADERS if header[0] not in {name for name, _ in headers}]
-        elif _is_json(headers) and (self.way.rewrite or self.way.opening or self.words):
+        elif _is_json(headers) and (self.way.rewrite or self.way.opening or self.words or self.back):
             chunk = await self._changed(reply, chunk, headers)
         if not self.status:
             await self._start(reply.status, headers)
@@ -296,6 +301,8 @@ class Exchange:
                 if self.way.chunk:
                     chunk = self.way.chunk(chunk)
                 chunk = replaced(chunk, self.words)
+                if self.back:
+                    chunk = self.back.put(chunk)
                 if chunk and self.way.events:
                     chunk = await asyncio.to_thread(self._rewritten, self.way.events, chunk)
             if chunk:
@@ -307,15 +314,17 @@ class Exchange:
         """The first bytes of a JSON reply that differs for clients; `headers` say its new length."""
         length = next((int(value) for name, value in headers if name == b"content-length"), None)
         headers[:] = [header for header in headers if header[0] != b"content-length"]
-        if self.way.rewrite or self.words:
+        if self.way.rewrite or self.words or self.back:
             whole = bytearray(chunk)
             while chunk := await reply.read():
                 whole += chunk
             chunk = replaced(bytes(whole), self.words)
+            if self.back:
+                chunk = self.back.put(chunk)
             if self.way.rewrite:
                 chunk = await asyncio.to_thread(self._rewritten, self.way.rewrite, chunk)
             length = len(chunk)
-        elif self.way.opening and chunk[:2] not in (b"", b"{", b"{}") and chunk[:1] == b"{":
+        if self.way.opening and chunk[:2] not in (b"", b"{", b"{}") and chunk[:1] == b"{":
             opening = self.way.opening(self)
             chunk = b"{" + opening + chunk[1:]
             length = None if length is None else length + len(opening)
@@ -338,7 +347,8 @@ class Exchange:
         parts = [chunk]
         while chunk := await reply.read():
             parts.append(chunk)
-        lines = b"".join(parts).splitlines()
+        whole = b"".join(parts)
+        lines = (self.back.put(whole) if self.back else whole).splitlines()
         await self._finish(b"".join(b"data: " + line + b"\n" for line in lines) + b"\n" + self.way.done)
 
     async def _relay_error(self, reply: Reply, chunk: bytes) -> None:
@@ -404,6 +414,17 @@ async def _unless_client_leaves(work: Awaitable[None], receive: Receive, exchang
     finally:
         watcher.cancel()
     return True
+
+
+def _content_type(scope: Scope) -> bytes:
+    return next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+
+
+def _named(body: bytes, head: Head | FormHead, scope: Scope, name: str) -> bytes:
+    """The request with the name by which the engine knows the model."""
+    if isinstance(head, FormHead):
+        return alias.in_form(body, _content_type(scope), name)
+    return alias.in_json(body, name)
 
 
 def _is_json(headers: Sequence[tuple[bytes, bytes]]) -> bool:

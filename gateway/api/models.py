@@ -240,7 +240,9 @@ class Models:
             there = ", ".join(str(replica.index) for replica in deployment.replicas)
             raise BadRequest(f"{deployment.launch.uid} has no replica {index}; it has {there}.", param="replica")
         if not log.exists():
-            raise NotFound(f"{deployment.launch.uid!r} has no log yet: replica {index} was never started.")
+            raise NotFound(
+                f"{deployment.launch.uid!r} has no log: replica {index} was never started, or runs elsewhere."
+            )
         if request.query_params.get("follow", "").lower() in ("1", "true", "yes"):
             return StreamingResponse(self._follow(log, lines), media_type="text/plain")
         return Response("".join(f"{line}\n" for line in tail(log, lines)), media_type="text/plain")

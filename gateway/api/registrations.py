@@ -113,7 +113,11 @@ class Registrations:
         if family is None:
             return json_answer(None)
         artifacts = await asyncio.to_thread(self._artifacts, family)
-        known = [engine for engine in self._fleet.engines if family.model_type in engine.model_types]
+        known = [
+            engine
+            for engine in self._fleet.engines
+            if family.model_type in engine.model_types and not engine.by_name_only
+        ]
         wish = request.query_params.get("enable_virtual_env")
         is_on = self._fleet.settings.model_environments if wish is None else wish.lower() in TRUE
         packages = family.virtualenv.packages if is_on and family.virtualenv else ()

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.api.body import read_object
-from gateway.api.wire import json_answer
+from gateway.api.wire import json_answer, shown_options, unmasked
 from gateway.calls import DRAIN_TIMEOUT_S
 from gateway.deployment import Deployment
 from gateway.errors import BadRequest, ModelNotFound, NotFound
@@ -36,7 +36,7 @@ class Reloads:
 
     async def start(self, request: Request) -> Response:
         """Change options; answers at once, and the replicas are started anew one after the other."""
-        uid = self._deployment(request).launch.uid
+        launch = self._deployment(request).launch
         body = await read_object(request, self._fleet.settings.max_body_bytes)
         try:
             wish = decode(body, ReloadBody, strict=False)
@@ -44,7 +44,9 @@ class Reloads:
             raise BadRequest(f"The reload cannot be read: {exc}") from exc
         if wish.python_executable is not None:
             raise BadRequest("`python_executable` cannot be chosen by a request.", param="python_executable")
-        return json_answer(_card(self._fleet.reload(uid, wish.model_config, wish.drain_timeout)), 202)
+        return json_answer(
+            _card(self._fleet.reload(launch.uid, unmasked(wish.model_config, launch), wish.drain_timeout)), 202
+        )
 
     async def status(self, request: Request) -> Response:
         """How far the last reload is."""
@@ -58,7 +60,7 @@ class Reloads:
         """What can be changed: name, type, default, and the value that the launch gives."""
         deployment = self._deployment(request)
         launch = deployment.launch
-        given = launch.options | launch.forced_options
+        given = shown_options(launch)
         parameters = _parameters(deployment.engine.options, given)
         fields = {name: getattr(launch, name) for name in RELOADABLE if name != "envs"}
         parameters += [one for one in _parameters(LaunchRequest, fields) if one["name"] in fields]
@@ -83,7 +85,7 @@ def _card(reload: Reload) -> dict[str, Any]:
     status = reload.stage if reload.is_over else "reloading"
     hidden = ("before", "after", "drain_timeout_s")
     facts = {name: value for name, value in msgspec.structs.asdict(reload).items() if name not in hidden}
-    return facts | {"status": status, "model_config": reload.after.options | reload.after.forced_options}
+    return facts | {"status": status, "model_config": shown_options(reload.after)}
 
 
 def _parameters(kind: type[msgspec.Struct], given: dict[str, Any]) -> list[dict[str, Any]]:

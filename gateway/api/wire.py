@@ -31,6 +31,7 @@ DESCRIBED: dict[str, tuple[str, ...]] = {
 }
 LOCAL_WORKER = "127.0.0.1"
 MASK = "******"
+SECRET_OPTIONS = ("api_key", "headers", "env")  # of engines; their values are not shown
 
 # Launch fields that mean something elsewhere, and why they are refused here.
 REFUSED = {
@@ -272,7 +273,23 @@ def launch_body(launch: Launch) -> dict[str, Any]:
         "envs": dict.fromkeys(launch.envs, MASK) or None,
         "force_options": True if launch.forced_options else None,
     }
-    return {key: value for key, value in body.items() if value is not None} | launch.options | launch.forced_options
+    return {key: value for key, value in body.items() if value is not None} | shown_options(launch)
+
+
+def shown_options(launch: Launch) -> dict[str, Any]:
+    """The options of a launch, what may be secret masked."""
+    options = launch.options | launch.forced_options
+    for name in SECRET_OPTIONS:
+        if value := options.get(name):
+            options[name] = dict.fromkeys(value, MASK) if isinstance(value, dict) else MASK
+    return options
+
+
+def unmasked(given: dict[str, Any], launch: Launch) -> dict[str, Any]:
+    """What was given, with the launch's own values for what came back masked."""
+    shown = shown_options(launch)
+    kept = {name: launch.options[name] for name in SECRET_OPTIONS if name in given and given[name] == shown.get(name)}
+    return given | kept
 
 
 def read_launch(body: dict[str, Any]) -> tuple[str | None, LaunchRequest]:

@@ -49,10 +49,10 @@ def check(file: str, as_json: bool) -> None:
         return
     for launch in launches:
         artifact = launch.artifact
-        click.echo(
-            f"{launch.uid}: {artifact.family.model_name} ({artifact.spec.model_format}) by {launch.engine}, from "
-            f"{artifact.source.model_hub}:{artifact.source.model_id}"
-        )
+        what, files = f"{artifact.family.model_name} ({artifact.spec.model_format})", ""
+        if artifact.has_files:
+            files = f", from {artifact.source.model_hub}:{artifact.source.model_id}"
+        click.echo(f"{launch.uid}: {what} by {launch.engine}{files}")
     click.echo(f"{file} is right: {len(launches)} model{'s' * (len(launches) != 1)}.")
 
 

@@ -8,13 +8,13 @@ import shutil
 import socket
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
 from engines.base import Command, Endpoint
 from gateway import gpus
 from gateway.gpus import Gpu
-from gateway.process import EngineProcess, engine_process, watchdog
+from gateway.process import EngineProcess, NoProcess, engine_process, watchdog
 
 SOCKET_PATH_LIMIT = 100  # bytes; the system's own limit is 104 to 108
 
@@ -42,11 +42,15 @@ class LocalNode:
             probe.bind(("127.0.0.1", 0))
             return Endpoint(port=probe.getsockname()[1], api_key=key)
 
-    def run(self, command: Command, log: Path) -> AbstractAsyncContextManager[EngineProcess]:
+    def run(self, command: Command, log: Path) -> AbstractAsyncContextManager[EngineProcess | NoProcess]:
         """The command as a process group, for the length of a block."""
         for name, text in command.files.items():
             (self.folder / name).write_text(text)
-        return engine_process(command.argv, command.env, log, folder=self.folder, grace_s=command.grace_s)
+        if command.endpoint:
+            return nullcontext(NoProcess())
+        return engine_process(
+            command.argv, command.env, log, folder=self.folder, cwd=command.folder, grace_s=command.grace_s
+        )
 
 
 @contextlib.asynccontextmanager

@@ -21,7 +21,7 @@ import msgspec
 
 from registry.hubs.base import Fetched
 from registry.hubs.local import find
-from registry.schema import Source
+from registry.schema import NO_FILES, Source
 
 TRY_INTERVAL_S = 0.1
 TRIES_PER_CALL = 50
@@ -56,6 +56,8 @@ def find_cached(source: Source, cache: Path, *, is_use: bool = True) -> Path | N
     Args:
         is_use: remember that the files were used now. Say False where it is only shown whether they are here.
     """
+    if source.model_hub == NO_FILES:
+        return Path()
     if source.model_hub == "local":
         found = find(source)
         return found.path if found else None

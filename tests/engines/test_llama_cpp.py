@@ -485,7 +485,7 @@ def python_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaCpp:
 
 def test_llama_cpp_pythons_server_serves_where_it_is_all_there_is(python_server: LlamaCpp) -> None:
     assert python_server.installed() is None
-    assert not python_server.unix_socket
+    assert not python_server.listens_on_socket(a_launch())
     options = {"n_threads": 2, "context_length": 1000, "use_mmap": False}
     command = python_server.command(a_launch(options, n_gpu=0), MODEL, Placement(gpu_uuids=()), PORT, None)
     assert command.argv == (

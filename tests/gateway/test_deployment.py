@@ -70,6 +70,8 @@ async def deployed(
                 placements=list,
                 tell=lambda kind, text: None,
                 download_stall_s=60,
+                probe_interval_s=10,
+                probe_failures=3,
                 environments=folder / "environments",
                 recipe=Recipe(),
                 changed=deployment.notify,
