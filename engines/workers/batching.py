@@ -211,10 +211,6 @@ class Batcher(Generic[R]):
         batch = [job for job in batch if not job.work.done.done()]
         if not batch:
             return
-        self.batches += 1
-        self.inputs += len(batch)
-        self.tokens += sum(job.piece.length for job in batch)
-        self.padded_tokens += len(batch) * max(job.piece.length for job in batch)
         contents = [job.piece.content for job in batch]
         try:
             results = await asyncio.get_running_loop().run_in_executor(self._model_thread, self._run, contents)
@@ -228,6 +224,10 @@ class Batcher(Generic[R]):
             await self._run_batch(batch[:middle])
             await self._run_batch(batch[middle:])
             return
+        self.batches += 1
+        self.inputs += len(batch)
+        self.tokens += sum(job.piece.length for job in batch)
+        self.padded_tokens += len(batch) * max(job.piece.length for job in batch)
         for job, result in finished:
             job.work.finish(job.place, result)
 

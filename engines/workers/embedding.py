@@ -202,7 +202,9 @@ class Embeddings:
         if body.get("dimensions") is None:
             return None
         wanted = int(number(body["dimensions"], "dimensions", int, least=1, most=10**9))
-        if self.is_sparse or wanted > self.dimensions:
+        if self.is_sparse:
+            raise Refused(f"{self.uid!r} gives weights of words, which have no `dimensions`.", param="dimensions")
+        if wanted > self.dimensions:
             raise Refused(
                 f"`dimensions` is {wanted}, and the vectors of {self.uid!r} have {self.dimensions}.", param="dimensions"
             )

@@ -176,6 +176,8 @@ class Encoder:
         Args:
             limit: the most tokens of each, if less than the model's.
         """
+        if len(inputs) > 1 and not all(isinstance(one, str | tuple) for one in inputs):
+            return [piece for one in inputs for piece in self.pieces([one], prompt, limit)]  # pictures and texts
         more: dict[str, Any] = {}
         if limit and limit < self.max_tokens:
             more["processing_kwargs"] = {"text": {"max_length": limit, "truncation": True}}

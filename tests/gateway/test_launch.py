@@ -155,7 +155,7 @@ def test_an_engine_that_is_asked_for_and_refuses_says_why(engine: Kiln, reason: 
 
 def test_an_engine_that_there_is_not_is_told_with_the_nearest() -> None:
     said = refusal(a_kiln(name="llama.cpp"), a_kiln(name="vllm"), model_engine="lama.cpp")
-    assert said == "There is no engine 'llama-cpp'. Did you mean 'llama.cpp'?"
+    assert said == "There is no engine 'lama.cpp'. Did you mean 'llama.cpp'?"
 
 
 def test_if_no_engine_can_the_reason_of_each_is_told() -> None:

@@ -81,9 +81,19 @@ def a_model(folder: Path, model_type: str, **fields: Any) -> dict[str, Any]:
     return {"model_path": str(folder), "model_type": model_type, "options": OPTIONS} | fields
 
 
+@pytest.fixture(scope="module")
+def with_sparse_head(torch_python: str, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MiniLM with a second head as BGE-M3 has one, which gives each word the weight 0.5."""
+    folder = shutil.copytree(minilm, tmp_path_factory.mktemp("sparse") / "m")
+    code = "import sys, torch; torch.save({'weight': torch.zeros(1, 384), 'bias': torch.full((1,), 0.5)}, sys.argv[1])"
+    subprocess.run([torch_python, "-c", code, str(folder / "sparse_linear.pt")], check=True, timeout=LOAD_LIMIT_S)
+    return folder
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def gateway(
     torch_python: str,
+    with_sparse_head: Path,
     minilm: Path,
     tiny_reranker: Path,
     smollm2_hf: Path,
@@ -93,6 +103,7 @@ async def gateway(
     models = {
         "minilm": a_model(minilm, "embedding", preload=True),
         "prompted": a_model(minilm, "embedding", options=OPTIONS | prompts),
+        "sparse": a_model(with_sparse_head, "embedding"),
         "reranker": a_model(tiny_reranker, "rerank", preload=True, model_engine="sentence_transformers"),
         "judge": a_model(smollm2_hf, "rerank", model_name="smollm2-reranker"),
         "not-a-judge": a_model(smollm2_hf, "rerank"),
@@ -189,6 +200,16 @@ async def test_prompts_go_before_texts(gateway: Gateway, reference: dict[str, An
     # The launch's own prompt, by default.
     assert cosine(vectors_of(await embed(gateway, TEXTS[0], model="prompted"))[0], theirs) > 0.9999
     assert cosine(vectors_of(await embed(gateway, TEXTS[0], prompt_name="query"))[0], theirs) < 0.999
+
+
+async def test_a_second_head_weighs_the_words_and_their_ids_become_tokens(gateway: Gateway) -> None:
+    answer = await embed(gateway, ["hello world hello", "world"], model="sparse", return_sparse=True)
+    first, second = vectors_of(answer)
+    assert first == {"7592": 0.5, "2088": 0.5}
+    assert second == {"2088": 0.5}
+    assert len(vectors_of(await embed(gateway, "hello", model="sparse"))[0]) == 384
+    body = {"model": "sparse", "input": list(first)}
+    assert (await gateway.post("/v1/convert_ids_to_tokens", body)).json == ["hello", "world"]
 
 
 @pytest.mark.parametrize(
