@@ -68,7 +68,7 @@ def size_up(
         attention, width = usual_shape(params)
         if launch.artifact.family.model_type != "LLM":
             attention = ()
-        basis += ", and the cache as usual models of that size have it: an estimate"
+        basis += ", and the cache as usual models of that size have it: an estimate" if attention else ""
     cache = needs.cache or Cache(tokens=_tokens(launch, facts))
     if launch.artifact.projector:
         weight_bytes += sum(size for name, size in (sizes or {}).items() if "mmproj" in name.lower())

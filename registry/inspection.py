@@ -125,12 +125,14 @@ def inspect(registry: Registry, model_type: str, model: str | bytes | Mapping[st
         return Inspection(model_type=model_type, model_name=None, errors=(str(exc),))
     name = data.get("model_name")
     if errors:
-        specs = _specs_of(model_type, data)
+        readable = _specs_of(model_type, data)
+        inspected = [_inspect_spec(None, spec, place, errors) for place, spec in readable if spec.model_uri is not None]
         return Inspection(
             model_type=model_type,
             model_name=name if isinstance(name, str) else None,
-            errors=(*errors, *_uri_errors(specs)),
+            errors=tuple(errors),
             notes=tuple(lifted),
+            specs=tuple(inspected),
         )
     try:
         registered = registry.notes_on(model_type, model)
@@ -171,19 +173,8 @@ def _specs_of(model_type: str, data: Mapping[str, Any]) -> list[tuple[str, Model
     return found
 
 
-def _uri_errors(specs: list[tuple[str, ModelSpec]]) -> list[str]:
-    errors = []
-    for place, spec in specs:
-        try:
-            if spec.model_uri is not None:
-                check_source(spec, place)
-        except RegistrationRefused as exc:
-            errors.append(f"{place}: {exc}")
-    return errors
-
-
-def _inspect_spec(family: ModelFamily, spec: ModelSpec, place: str, errors: list[str]) -> SpecInspection:
-    """One spec; a model_uri that is of no use is added to the errors."""
+def _inspect_spec(family: ModelFamily | None, spec: ModelSpec, place: str, errors: list[str]) -> SpecInspection:
+    """One spec, of a family unless that cannot be read; a model_uri that is of no use is added to the errors."""
     notes: list[str] = []
     try:
         notes = check_source(spec, place)
@@ -282,8 +273,8 @@ def _told(facts: Facts) -> list[tuple[str, Any]]:
     ]
 
 
-def contradictions(family: ModelFamily, spec: ModelSpec, facts: Facts) -> list[str]:
-    """Where the registration says otherwise than the files, and what to write instead."""
+def contradictions(family: ModelFamily | None, spec: ModelSpec, facts: Facts) -> list[str]:
+    """Where the registration says otherwise than the files, and what to write instead; None: only of the spec."""
     said = _format_contradictions(spec, facts) + _size_contradictions(spec, facts)
     declared = getattr(family, "architectures", None)
     if declared and facts.architectures and facts.kind != GGUF_FILES and not set(declared) & set(facts.architectures):

@@ -1,7 +1,7 @@
 """How much memory a model takes: its weights, the cache of keys and values, and what computing needs. Pure.
 
-What a model's own files say (`registry/weights.py`) gives weights and cache exactly; where they are not here, usual
-shapes of models of its size stand in for them. What an engine needs beside those two is always an estimate.
+What a model's own files say (`registry/weights.py`) gives its weights and cache; where they are not here, usual shapes
+of models of its size stand in for them. What an engine needs beside those two is always an estimate.
 """
 
 from __future__ import annotations

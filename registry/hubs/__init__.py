@@ -1,7 +1,8 @@
 """Where model files come from: one module a hub.
 
-A hub's module has one function, `fetch(source, cache, report) -> Fetched` (see `base.py`). It is called only
-in the child program `python -P -m registry.hubs.fetch`, so that whoever runs that can end it at any time.
+A hub's module has two functions, `fetch(source, cache, report) -> Fetched` and `list_files(source)` (see `base.py`).
+They are called only in the child program `python -P -m registry.hubs.fetch`, so that whoever runs that can end it at
+any time.
 This package itself imports no hub's library: `find_cached` is cheap enough to ask before each start.
 """
 

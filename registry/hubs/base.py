@@ -1,4 +1,4 @@
-"""What a hub is: one function, the words it speaks with, and how patterns choose among its files."""
+"""What a hub is: two functions, the words it speaks with, and how patterns choose among its files."""
 
 from __future__ import annotations
 

@@ -325,6 +325,17 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     assert done.output.splitlines()[-1].endswith("model.json cannot be registered.")
 
 
+def test_files_are_looked_into_even_if_the_rest_is_wrong(tmp_path: Path) -> None:
+    spec = {"model_format": "pytorch", "model_size_in_billions": 1, "model_uri": str(a_model(tmp_path))}
+    done = validate(written(tmp_path, an_llm(context_length="long", model_specs=[spec])), "--json")
+    assert done.exit_code == 1
+    (inspected,) = json.loads(done.output)["specs"]
+    assert inspected["contradictions"][0] == (
+        "model_format says pytorch, and the files are gguf. Give model_format ggufv2, or other files."
+    )
+    assert "context length: 8192" in inspected["inferred"]
+
+
 def test_contradictions_with_the_files_are_told(tmp_path: Path) -> None:
     gguf_file, folder = a_model(tmp_path), llama_folder(tmp_path / "folder")
     specs = [
