@@ -360,7 +360,7 @@ async def test_whoever_leaves_stops_the_hearing(gateway: Gateway, long_sound: by
         return times.user + times.system
 
     await hear(gateway, b"none")  # the model is loaded now
-    sound, wish = repeated(long_sound, 3), {"model": "ear", "stream": "true", "kwargs": '{"beam_size": 1}'}
+    sound, wish = repeated(long_sound, 6), {"model": "ear", "stream": "true", "kwargs": '{"beam_size": 1}'}
     begin = await cpu_s()
     await hear(gateway, sound, **wish)
     whole = await cpu_s() - begin
@@ -370,7 +370,8 @@ async def test_whoever_leaves_stops_the_hearing(gateway: Gateway, long_sound: by
     async with gateway.session.post(gateway.address + "/v1/audio/transcriptions", data=form) as response:
         assert (await response.content.readline()).startswith(b'data: {"type": "transcript.text.delta"')
     assert (await hear(gateway, b"none")).status == 400  # its turn comes once the first has ended
-    assert await cpu_s() - begin < whole * 0.7
+    spent = await cpu_s() - begin
+    assert spent < whole * 0.7
 
 
 async def test_speech_comes_sentence_by_sentence_and_an_engine_killed_meanwhile_breaks_it_off(gateway: Gateway) -> None:
