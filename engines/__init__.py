@@ -71,13 +71,15 @@ def available(
     return tuple(engine.configured(of_site.get(engine.name, nothing), environments) for engine in engines.values())
 
 
-def find(name: str, engines: tuple[Engine, ...] = ENGINES) -> Engine:
+def find(name: str, engines: tuple[Engine, ...] = ENGINES, model_type: str | None = None) -> Engine:
     """The engine of that name, case aside, with `-` for `_` and `.`: Xinference spells some so.
 
+    Args:
+        model_type: where one name stands for several engines, the one that serves this type is meant.
     Raises:
         ValueError: there is none; the text says which there are.
     """
-    for engine in engines:
-        if same_name(engine.name) == same_name(name):
-            return engine
+    named = [one for one in engines if same_name(name) in map(same_name, (one.name, *one.aliases))]
+    if named:
+        return next((one for one in named if model_type in one.model_types), named[0])
     raise ValueError(f"There is no engine {name!r}. {did_you_mean(name, [e.name for e in engines])}")

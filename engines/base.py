@@ -144,6 +144,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
 
     name: ClassVar[str]
     """What it is called in launches and settings."""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """What Xinference's users call it."""
     model_types: ClassVar[tuple[str, ...]]
     """Which types of family it can serve."""
     unix_socket: ClassVar[bool] = True

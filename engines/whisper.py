@@ -106,6 +106,7 @@ class TransformersASR(Engine, frozen=True, kw_only=True):
     """Whisper and other models of speech recognition in the form of the transformers library."""
 
     name = "transformers-asr"
+    aliases = ("transformers",)
     model_types = ("audio",)
     options = TransformersASROptions
 

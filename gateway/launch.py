@@ -312,7 +312,7 @@ def _choose(
             return artifact, _choose_engine(name, artifact, known, request, environment_for)
         except ValueError as exc:
             accepting = any(
-                (not engine.by_name_only if name is None else same_name(engine.name) == same_name(name))
+                (not engine.by_name_only if name is None else engine is _named(name, artifact, known))
                 and artifact.family.model_type in engine.model_types
                 and engine.accepts(artifact) is None
                 for engine in known
@@ -320,6 +320,10 @@ def _choose(
             if refusal is None or (accepting and not is_near):
                 refusal, is_near = exc, accepting
     raise refusal or ValueError("There is nothing to choose from.")
+
+
+def _named(name: str, artifact: Artifact, known: Sequence[Engine]) -> Engine:
+    return engines.find(name, tuple(known), artifact.family.model_type)
 
 
 def _choose_engine(
@@ -332,7 +336,7 @@ def _choose_engine(
     """The engine asked for, or the first that is installed and accepts the artifact."""
     what = f"{artifact.family.model_name} ({artifact.spec.model_format})"
     if name is not None:
-        engine = engines.find(name, tuple(known))
+        engine = _named(name, artifact, known)
         if reason := _why_not(engine, artifact, request, environment_for):
             raise ValueError(f"{what} cannot run on {engine.name}: {reason}.")
         return engine
