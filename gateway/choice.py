@@ -14,13 +14,17 @@ Planner = Callable[[LaunchRequest], Launch]
 
 
 def engine_answers(engines: Sequence[Engine], request: LaunchRequest, plan: Planner) -> dict[str, str | None]:
-    """For each engine why it could not serve the request if it were named there; None if it could.
+    """For each engine of the model's type why it could not serve the request if it were named there; None if it could.
+
+    Engines that run only what names them are no answer.
 
     Args:
         plan: makes a launch of a request, or raises ValueError or RequestRefused with the reason.
     """
     answers: dict[str, str | None] = {}
     for engine in engines:
+        if engine.by_name_only or request.model_type not in engine.model_types:
+            continue
         try:
             plan(msgspec.structs.replace(request, model_engine=engine.name))
         except (ValueError, RequestRefused) as exc:

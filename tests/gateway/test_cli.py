@@ -156,7 +156,10 @@ def test_checking_settings_writes_nothing(tmp_path: Path) -> None:
         ("models: {'a b': {model_name: qwen3}}", ["'a b' cannot name a model"]),
         ("models: {m: {}}", ["'m'", "No model was named"]),
         ("engines: {lama.cpp: {}}", ["$.engines", "'lama.cpp'", "Did you mean 'llama.cpp'"]),
-        ("engines: {llama.cpp: {binary: /nowhere}}\nmodels: {m: {model_name: qwen3}}", ["'/nowhere'", "executable"]),
+        (
+            "engines: {llama.cpp: {binary: /nowhere}}\nmodels: {m: {model_name: qwen3, model_format: ggufv2}}",
+            ["'/nowhere'", "executable"],
+        ),
     ],
 )
 def test_settings_that_are_wrong_are_told_in_a_sentence(text: str, words: list[str], tmp_path: Path) -> None:
