@@ -37,6 +37,7 @@ async def gateway(
     model = {"model_path": str(smollm2_hf), "model_engine": "transformers", "options": OPTIONS}
     settings = {
         "engines": {"transformers": {"python": torch_python}},
+        "restart_limit": 2,
         "models": {"smol": model, "alone": model | {"options": OPTIONS | {"continuous_batching": False}}},
     }
     gateway = await Gateway.start(tmp_path_factory.mktemp("home"), settings)
