@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, worker_command
 from engines.environments import find_python, why_no_python
+from engines.packages import package_folder
 from registry.decode import DecodeError
 from registry.resolve import Artifact
 from registry.schema import LLMFamily
@@ -55,7 +56,11 @@ class Transformers(Engine, frozen=True, kw_only=True):
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""
-        return None if self._python() else why_no_python(self.name, self.settings)
+        python = self._python()
+        if python is None:
+            return why_no_python(self.name, self.settings)
+        lacking = [module for module in MODULES if package_folder(python, module) is None]
+        return f"{python} has no {' and no '.join(lacking)}" if lacking else None
 
     def accepts(self, artifact: Artifact) -> str | None:
         """PyTorch's formats."""

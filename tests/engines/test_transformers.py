@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
-from llms import FOLDER, a_family, a_launch, an_artifact
+from llms import FOLDER, a_family, a_launch, a_package, a_python, an_artifact
 
 from engines.base import Endpoint, EngineSettings, Placement
 from engines.environments import worker_argv
@@ -26,9 +27,14 @@ def options_of(options: dict[str, Any] | None = None, **more: Any) -> dict[str, 
     return told
 
 
-def test_where_the_library_is_not_it_says_what_to_install() -> None:
-    assert ENGINE.installed() is None
+def test_where_the_library_is_not_it_says_what_to_install(tmp_path: Path) -> None:
     assert "hostler engines install transformers" in str(Transformers().installed())
+    python = a_python(tmp_path)
+    engine = Transformers(settings=EngineSettings(python=str(python)))
+    assert engine.installed() == f"{python} has no torch and no transformers"
+    for name in ("torch", "transformers"):
+        a_package(python, name, f"{name}-1", {"__init__.py": ""})
+    assert engine.installed() is None
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,8 @@ OPTIONS = {"n_threads": 1, "context_length": 1024, "max_num_seqs": 4}
 HELLO = [{"role": "user", "content": "Say hello."}]
 FRANCE = "The capital of France is"
 WITHOUT_END = {"ignore_eos": True}
-# Chat templates by which what the model is to say is known: it goes on with what it is given.
+# A chat template by which what the model is to say is known: it goes on with what it is given.
 ECHO = "{% for message in messages %}{{ message.content }}{% endfor %}"
-THINKS = ECHO + "{% if add_generation_prompt %}<think>{% endif %}"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -37,6 +36,7 @@ async def gateway(
     model = {"model_path": str(smollm2_hf), "model_engine": "transformers", "options": OPTIONS}
     settings = {
         "engines": {"transformers": {"python": torch_python}},
+        "restart_limit": 2,
         "models": {"smol": model, "alone": model | {"options": OPTIONS | {"continuous_batching": False}}},
     }
     gateway = await Gateway.start(tmp_path_factory.mktemp("home"), settings)
@@ -215,10 +215,10 @@ async def test_a_custom_familys_template_tags_and_ends_reach_the_engine(
                 "model_uri": str(smollm2_hf),
             }
         ],
-        "chat_template": THINKS,
-        "reasoning_start_tag": "<think>",
-        "reasoning_end_tag": " is",
-        "stop": ["Paris"],
+        "chat_template": ECHO,
+        "reasoning_start_tag": " is",
+        "reasoning_end_tag": ".",
+        "stop": ["\n"],
     }
     registered = await gateway.post("/v1/model_registrations/LLM", {"model": json.dumps(family), "persist": False})
     assert registered.status == 200, registered.body
@@ -226,14 +226,13 @@ async def test_a_custom_familys_template_tags_and_ends_reach_the_engine(
     launch = {"model_name": "thinker", "model_uid": "thinker", "model_engine": "transformers"} | OPTIONS
     assert (await gateway.post("/v1/models", launch, timeout=aiohttp.ClientTimeout(170))).status == 200
     ask: dict[str, Any] = {"model": "thinker", "max_tokens": 12, "temperature": 0}
-    # The template is the chat itself and an open tag: what follows, up to the end tag, is thinking.
-    message = (
-        (await client.chat.completions.create(messages=[{"role": "user", "content": FRANCE}], **ask)).choices[0].message
-    )
-    assert (message.model_extra or {}).get("reasoning_content")
+    # The prompt is the chat itself, and so ends with an open tag: what follows, up to the end tag, is thinking.
+    chat = await client.chat.completions.create(messages=[{"role": "user", "content": FRANCE}], **ask)
+    message = chat.choices[0].message
+    assert ((message.model_extra or {}).get("reasoning_content"), message.content) == (" Paris", "")
     # And the family's stop ends any answer.
     answer = await client.completions.create(prompt=FRANCE, **ask)
-    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (" ", "stop")
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (" Paris.", "stop")
     assert (await gateway.request("DELETE", "/v1/models/thinker")).status == 200
 
 
