@@ -109,7 +109,7 @@ class Diffusers(Engine, frozen=True, kw_only=True):
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
         """A worker of ours; which one, the type of the model says."""
-        options = decode(launch.options, DiffusersOptions, "options", strict=False)
+        options = decode(_of_family(launch) | launch.options, DiffusersOptions, "options", strict=False)
         python = python or find_python(self.name, MODULES, self.settings, self.environments)
         if python is None:
             raise FileNotFoundError(self.installed())
@@ -117,6 +117,12 @@ class Diffusers(Engine, frozen=True, kw_only=True):
         return worker_command(
             worker, python, launch, model_path, placement, endpoint, _worker_options(options, launch, placement)
         )
+
+
+def _of_family(launch: Launch) -> dict[str, Any]:
+    """The options that the family says for every launch of it; it may say things that mean nothing to us."""
+    given = getattr(launch.artifact.family, "default_model_config", None) or {}
+    return {name: value for name, value in given.items() if name in DiffusersOptions.__struct_fields__}
 
 
 def _worker_options(options: DiffusersOptions, launch: Launch, placement: Placement) -> Mapping[str, Any]:

@@ -94,6 +94,14 @@ def test_the_launchs_defaults_go_before_the_familys() -> None:
     assert options["generate_config"] == {"guidance_scale": 0.0, "num_inference_steps": 4}
 
 
+def test_a_familys_options_go_below_the_launchs() -> None:
+    artifact = an_artifact(
+        ImageFamily(model_name="sd", default_model_config={"torch_dtype": "bfloat16", "variant": "fp16", "else": 1})
+    )
+    options = worker_options({"variant": "fp8"}, artifact)
+    assert (options["torch_dtype"], options["variant"]) == ("bfloat16", "fp8")
+
+
 def test_without_a_gpu_the_device_is_the_cpu() -> None:
     assert worker_options({}, n_gpu=0)["device"] == "cpu"
 

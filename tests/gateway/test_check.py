@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ LLAMA = {
     "llama.attention.head_count": 4,
 }
 PER_TOKEN = 2 * (32 + 32) * 2  # two layers, keys and values, of two bytes
+
+# However many engines there are.
+THE_ONLY_ONE = re.compile(r"the only (engine there is|one that can run this here)\.")
 
 
 def a_model(folder: Path, **changes: Any) -> Path:
@@ -63,10 +67,8 @@ async def test_a_launch_of_files_that_are_here_is_told_whole(start_gateway: Star
     assert report["verdict"].startswith("It fits. It takes about ")
     assert (report["model_name"], report["model_type"], report["model_engine"]) == ("tiny", "LLM", "llama.cpp")
     assert (report["spec"]["model_format"], report["spec_reason"]) == ("ggufv2", "the launch names its files.")
-    assert [name for name, reason in report["engines"].items() if reason is None] == ["llama.cpp"]
-    assert "ggufv2" in report["engines"]["transformers"]
-    assert "diffusers" not in report["engines"]
-    assert report["engine_reason"] == "of 4 engines it is the only one that can run this here."
+    assert [name for name, why_not in report["engines"].items() if why_not is None] == ["llama.cpp"]
+    assert THE_ONLY_ONE.search(report["engine_reason"])
     size = path.stat().st_size
     assert report["files"]["files"] == {path.name: size}
     assert (report["files"]["are_here"], report["files"]["total_bytes"]) == (True, size)
@@ -190,7 +192,9 @@ async def test_a_launch_says_which_engine_was_chosen_and_why(start_gateway: Star
         body = {"model_uid": uid, "model_name": uid, "model_path": path} | named
         assert (await gateway.post("/v1/models?wait_ready=false", body)).json == {"model_uid": uid}
     told = [one["event_content"] for one in (await gateway.get("/v1/models/chosen/events")).json]
-    assert told[:2] == ["Launch model", "llama.cpp was chosen: of 4 engines it is the only one that can run this here."]
+    assert told[0] == "Launch model"
+    assert told[1].startswith("llama.cpp was chosen: ")
+    assert THE_ONLY_ONE.search(told[1])
     told = [one["event_content"] for one in (await gateway.get("/v1/models/named/events")).json]
     assert not any("was chosen" in one for one in told)
 
@@ -207,7 +211,7 @@ async def test_the_verb_takes_what_launch_takes(start_gateway: StartGateway, tmp
 
     done = await asyncio.to_thread(run, "tiny", "--model-path", path, "--n-gpu", "none", "--n_ctx", "1000")
     assert done.exit_code == 0, done.output
-    assert "engine  llama.cpp: of 4 engines it is the only one that can run this here." in done.output
+    assert re.search(rf"engine  llama.cpp: .*{THE_ONLY_ONE.pattern}", done.output)
     assert "4 x 250 tokens" in done.output
     assert done.output.splitlines()[-1].startswith("It fits. ")
     done = await asyncio.to_thread(

@@ -23,6 +23,7 @@ from harness import Gateway, is_running, until
 from openai import AsyncOpenAI
 from xinference_client import RESTfulClient
 
+from gateway.api.inference import EVENT_LIMIT_BYTES
 from gateway.files import KEPT_S
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
@@ -197,18 +198,21 @@ async def test_an_edit_with_a_mask_of_another_size_than_asked_for(client: AsyncO
 async def test_an_edit_is_streamed_as_events_with_urls(gateway: Gateway) -> None:
     form = aiohttp.FormData()
     form.add_field("image[]", PICTURE, filename="a.png")
-    for name, value in {"model": "sd", "prompt": "snow", "stream": "true", "num_inference_steps": "4"}.items():
+    fields = {"model": "sd", "prompt": "snow", "stream": "true", "num_inference_steps": "2"}
+    for name, value in (fields | {"size": "1024x512"}).items():  # its event is larger than what is held of others
         form.add_field(name, value)
     async with gateway.session.post(gateway.address + "/v1/images/edits", data=form) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
-        events = (await response.text()).strip().split("\n\n")
+        events = [part for part in (await response.text()).strip().split("\n\n") if not part.startswith(":")]
     names = [event.splitlines()[0] for event in events]
     assert names[0] == "event: start"
     assert names[-1] == "event: complete"
     assert set(names[1:-1]) == {"event: processing"}
     complete = json.loads(events[-1].partition("data: ")[2])
     assert complete["data"][0]["b64_json"] is None
-    assert size_of(await fetched(gateway, complete["data"][0]["url"])) == (64, 48)
+    content = await fetched(gateway, complete["data"][0]["url"])
+    assert size_of(content) == (1024, 512)
+    assert len(content) > EVENT_LIMIT_BYTES
 
 
 # --- seeds
