@@ -28,6 +28,7 @@ LOG_PAUSE_S = 30.0
 TAIL_LINES = 12
 TAIL_BLOCK_BYTES = 8192
 END_PAUSE_S = 0.02
+KILLED_LIMIT_S = 5.0  # a process that the kernel holds longer is not waited for
 WATCHDOG_PAUSE_S = 0.5
 
 logger = logging.getLogger("hostler.process")
@@ -111,6 +112,9 @@ class EngineProcess:
             await asyncio.sleep(END_PAUSE_S)
         self._signal(signal.SIGKILL)
         await self._process.wait()
+        killed = time.monotonic()
+        while self._is_alive() and time.monotonic() - killed < KILLED_LIMIT_S:  # others give their memory back, too
+            await asyncio.sleep(END_PAUSE_S)
 
     def _is_alive(self) -> bool:
         """Whether the leader runs, or any other member of its group; the dead that nobody has reaped do not count."""
