@@ -322,7 +322,7 @@ class FlexibleFamily(FlatFamily, frozen=True, kw_only=True, omit_defaults=True, 
     @property
     def specs(self) -> tuple[ModelSpec, ...]:
         """Its sources; a launcher may do without any."""
-        if self.model_uri or self.model_id or self.model_specs:
+        if self.model_uri is not None or self.model_id or self.model_specs:
             return super().specs
         return (ModelSpec(model_format="none", model_hub=NO_FILES, model_id=self.model_name),)
 

@@ -9,6 +9,7 @@ import pytest
 
 from gateway.errors import (
     BadKey,
+    BadReply,
     BadRequest,
     BodyTooLarge,
     Busy,
@@ -62,6 +63,7 @@ TABLE: list[tuple[type[HostlerError], int, str, str | None]] = [
     (ModelFailed, 503, "server_error", "model_failed"),
     (ShuttingDown, 503, "server_error", "shutting_down"),
     (EngineDied, 502, "server_error", "engine_died"),
+    (BadReply, 502, "server_error", "bad_reply"),
 ]
 RETRY = {Busy, ModelLoading, ModelStopped, ShuttingDown, TooManyRequests}
 

@@ -72,8 +72,10 @@ async def test_an_error_ends_the_group(tmp_path: Path) -> None:
     assert not any(map(is_alive, await pids_in(tmp_path)))
 
 
-async def hold(script: str, folder: Path, grace_s: float) -> None:
+async def hold(script: str, folder: Path, grace_s: float, running: asyncio.Event | None = None) -> None:
     async with engine_process(["sh", "-c", script], {}, folder / "a.log", folder=folder, grace_s=grace_s):
+        if running:
+            running.set()
         await asyncio.Event().wait()
 
 
@@ -88,8 +90,10 @@ async def test_a_cancel_ends_the_group(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("times", [2, 3])
 async def test_a_second_cancel_ends_the_grace_and_the_group(times: int, tmp_path: Path) -> None:
-    task = asyncio.create_task(hold(FAMILY_OF_A_DEAF_LEADER, tmp_path, grace_s=300))
+    running = asyncio.Event()  # a cancel before that leaves no grace
+    task = asyncio.create_task(hold(FAMILY_OF_A_DEAF_LEADER, tmp_path, 300, running))
     pids = await pids_in(tmp_path)
+    await running.wait()
     task.cancel()
     await asyncio.sleep(0.1)
     assert is_alive(pids[0])  # the grace lasts
