@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
+from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, worker_command
 from engines.environments import find_python, why_no_python
 from registry.decode import decode
 from registry.resolve import Artifact
@@ -18,21 +18,6 @@ from registry.schema import ModelSpec
 MODULES = ("diffusers", "torch", "transformers")
 FORMATS = ("pytorch", "diffusers")
 MOST_PIXELS = 2048 * 2048
-
-
-class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One LoRA: its name, and its folder or .safetensors file."""
-
-    lora_name: str
-    local_path: str
-
-
-class PeftModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """LoRAs of a launch, as Xinference's clients send them; the kwargs are those of diffusers."""
-
-    lora_list: tuple[Lora, ...] = ()
-    image_lora_load_kwargs: dict[str, Any] | None = None
-    image_lora_fuse_kwargs: dict[str, Any] | None = None
 
 
 class DiffusersOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,7 +51,9 @@ class DiffusersOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         ]
         | None
     ) = None
-    peft_model_config: Annotated[PeftModelConfig, Meta(description="LoRAs to load and fuse")] | None = None
+    lora_list: Annotated[tuple[Adapter, ...], Meta(description="LoRAs to load and fuse, as folders or files")] = ()
+    image_lora_load_kwargs: Annotated[dict[str, Any], Meta(description="of diffusers, to load them")] | None = None
+    image_lora_fuse_kwargs: Annotated[dict[str, Any], Meta(description="of diffusers, to fuse them")] | None = None
     gguf_quantization: Annotated[str, Meta(description="which GGUF file of the gguf_model_path's folder")] | None = None
     gguf_model_path: Annotated[str, Meta(description="GGUF file of the transformer, or its folder")] | None = None
     lightning_version: Annotated[str, Meta(description="which file of the lightning_model_path's folder")] | None = None
@@ -128,7 +115,6 @@ def _of_family(launch: Launch) -> dict[str, Any]:
 def _worker_options(options: DiffusersOptions, launch: Launch, placement: Placement) -> Mapping[str, Any]:
     """As the workers read them; what is not set is left out."""
     family, spec = launch.artifact.family, launch.artifact.spec
-    lora = options.peft_model_config or PeftModelConfig()
     has_no_gpu = launch.n_gpu == 0 or placement.gpu_uuids == ()
     of_family = getattr(family, "default_generate_config", None) or {}
     values = {
@@ -144,9 +130,9 @@ def _worker_options(options: DiffusersOptions, launch: Launch, placement: Placem
         "scheduler": options.scheduler,
         "generate_config": {**of_family, **options.default_generate_config},
         "controlnet": _controlnets(options.controlnet, family),
-        "lora_list": msgspec.to_builtins(lora.lora_list),
-        "image_lora_load_kwargs": lora.image_lora_load_kwargs,
-        "image_lora_fuse_kwargs": lora.image_lora_fuse_kwargs,
+        "lora_list": msgspec.to_builtins(options.lora_list),
+        "image_lora_load_kwargs": options.image_lora_load_kwargs,
+        "image_lora_fuse_kwargs": options.image_lora_fuse_kwargs,
         "gguf_file": _file(
             options.gguf_model_path, "gguf_model_file_name_template", "quantization", options.gguf_quantization, spec
         ),

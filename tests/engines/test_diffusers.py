@@ -74,7 +74,7 @@ LORA = {"lora_name": "a", "local_path": "/a.safetensors"}
         ({"controlnet": "/nets/canny"}, {"controlnet": ["/nets/canny"]}),
         ({"controlnet": ["canny", "/b"]}, {"controlnet": ["/nets/canny", "/b"]}),
         (
-            {"peft_model_config": {"lora_list": [LORA], "image_lora_fuse_kwargs": {"lora_scale": 0.5}}},
+            {"lora_list": [LORA], "image_lora_fuse_kwargs": {"lora_scale": 0.5}},
             {"lora_list": [LORA], "image_lora_fuse_kwargs": {"lora_scale": 0.5}},
         ),
         ({"gguf_model_path": "/q.gguf"}, {"gguf_file": "/q.gguf"}),
@@ -114,7 +114,7 @@ def test_without_a_gpu_the_device_is_the_cpu() -> None:
         ({"gguf_quantization": "Q4_0"}, "gguf_quantization needs gguf_model_path"),
         ({"lightning_version": "4"}, "lightning_version needs lightning_model_path"),
         ({"cpu_offload": True, "sequential_cpu_offload": True}, "exclude each other"),
-        ({"peft_model_config": {"lora_list": [{"lora_name": "a"}]}}, "local_path"),
+        ({"lora_list": [{"lora_name": "a"}]}, "local_path"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], sentence: str) -> None:
