@@ -31,9 +31,8 @@ UID = re.compile(r"(?!.*//)[^\s/\\?%#&=+]([^\s\\?%#&=+]{0,98}[^\s/\\?%#&=+])?")
 RESERVED_UIDS = frozenset(
     ["prompts", "families", "instances", "instance", "vllm-supported", "update_type", "llm", "recommend", "update_spec"]
 )
-
-RESERVED_ENDINGS = frozenset(
-    ["start", "stop", "logs", "progress", "cancel", "events", "replicas", "versions", "reload"]
+RESERVED_ENDING = re.compile(
+    r"/(start|stop|logs|progress|cancel|events|versions|reload(/config)?|replicas(/\d+)?|requests/[^/]+/abort)$"
 )
 SENT_TO_ALL = ("trust_remote_code",)
 FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -241,7 +240,7 @@ def check_uid(uid: str) -> None:
     if REPLICA_NAME.search(uid):
         raise ValueError(f"{uid!r} cannot name a model: replicas are named so. Choose another name.")
     parts = uid.split("/")
-    if parts[1:] and parts[-1] in RESERVED_ENDINGS:
+    if RESERVED_ENDING.search(uid):
         raise ValueError(f"{uid!r} cannot name a model: the API uses paths that end so. Choose another name.")
     if not (
         UID.fullmatch(uid)

@@ -397,7 +397,9 @@ def test_a_word_of_the_api_is_no_uid(uid: str) -> None:
         a_plan(uid)
 
 
-@pytest.mark.parametrize("uid", ["a/start", "a/stop", "a/logs"])
+@pytest.mark.parametrize(
+    "uid", ["a/start", "a/stop", "a/logs", "a/b/reload", "a/reload/config", "a/replicas/3", "a/requests/b/abort"]
+)
 def test_a_uid_does_not_end_like_what_is_below_a_model_in_the_api(uid: str) -> None:
     with pytest.raises(ValueError, match="cannot name a model"):
         check_uid(uid)
