@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gateway.cli.options import as_json_option, megabytes, print_json, print_table, seconds, text
+from gateway.amounts import megabytes
+from gateway.cli.options import as_json_option, check_answered, print_json, print_table, seconds, text
 
 if TYPE_CHECKING:
     from engines.environments import Environment
@@ -99,8 +100,9 @@ def install(
 @command.command("upgrade")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--offline", is_flag=True, help="Ask no package index: all is in folders of wheels.")
+@as_json_option
 @with_settings
-def upgrade(settings: Settings, names: tuple[str, ...], offline: bool) -> None:
+def upgrade(settings: Settings, names: tuple[str, ...], offline: bool, as_json: bool) -> None:
     """Bring engines to the versions of this release, and remove their older ones; all that are here if none is named.
 
     A version that the settings name stays.
@@ -112,29 +114,37 @@ def upgrade(settings: Settings, names: tuple[str, ...], offline: bool) -> None:
     folder = settings.environments_path
     here = {engine for listed in list_environments(folder) for engine, model in listed.users if model is None}
     chosen = [same_name(name) for name in names] or [name for name in PINS if name in here]
-    if not chosen:
+    if not chosen and not as_json:
         click.echo("No engine is installed; see `hostler engines list`.")
+    upgraded = []
     for name in chosen:
         environment = _wanted(name, None)
         python = _build(settings, environment, (), offline)
-        click.echo(f"{name} is up to date: {python}")
+        removed = []
+        if not as_json:
+            click.echo(f"{name} is up to date: {python}")
         kept = {same_name(engine): of_site.version for engine, of_site in settings.engines.items()}
         for listed in list_environments(folder):
             is_older = (name, None) in listed.users and listed.fingerprint != environment.folder_name
             if is_older and (kept.get(name) is None or _version(name, listed) != kept[name]):
                 try:
-                    _remove(name, listed, folder)
+                    removed.append(_remove(name, listed, folder, as_json))
                 except click.ClickException as exc:
                     click.echo(f"{listed.fingerprint} stays: {exc.message}", err=True)
+        upgraded.append({"name": name, "fingerprint": environment.folder_name, "python": python, "removed": removed})
+    if as_json:
+        print_json(upgraded)
 
 
 @command.command("remove")
 @click.argument("name")
 @click.option("--version", help="Only this version of it.")
 @click.option("--check", "-y", is_flag=True, help="Do not ask.")
+@as_json_option
 @with_settings
-def remove(settings: Settings, name: str, version: str | None, check: bool) -> None:
+def remove(settings: Settings, name: str, version: str | None, check: bool, as_json: bool) -> None:
     """Delete an engine's environments, or one by its folder as the list shows it."""
+    check_answered(as_json, check)
     from engines.requirements import same_name
     from gateway.environments import list_environments
 
@@ -148,12 +158,14 @@ def remove(settings: Settings, name: str, version: str | None, check: bool) -> N
     ]
     if not found:
         raise click.ClickException(f"No environment here is named {name!r}; see `hostler engines list`.")
-    print_table(COLUMNS, [row for listed in found for row in _rows(listed)])
+    if not as_json:
+        print_table(COLUMNS, [row for listed in found for row in _rows(listed)])
     if not check and not click.confirm("Delete?", default=False):
         click.echo("Nothing was deleted.")
         return
-    for listed in found:
-        _remove(None if listed.fingerprint == name else engine, listed, folder)
+    removed = [_remove(None if listed.fingerprint == name else engine, listed, folder, as_json) for listed in found]
+    if as_json:
+        print_json(removed)
 
 
 def describe(listed: Listed) -> str:
@@ -227,7 +239,8 @@ class _Progress:
             click.echo(step, err=True)
 
 
-def _remove(engine: str | None, listed: Listed, folder: Any) -> None:
+def _remove(engine: str | None, listed: Listed, folder: Any, as_json: bool) -> dict[str, Any]:
+    """Delete it, for that engine or for all, and tell people; what programs are told of it."""
     from gateway import environments
 
     try:
@@ -237,10 +250,11 @@ def _remove(engine: str | None, listed: Listed, folder: Any) -> None:
             freed = environments.remove_for((engine, None), listed.fingerprint, folder)
     except environments.EnvironmentInUse as exc:
         raise click.ClickException(str(exc)) from exc
-    if freed:
+    if not as_json and freed:
         click.echo(f"{listed.fingerprint} is deleted: {megabytes(freed)} are free.")
-    else:
+    elif not as_json:
         click.echo(f"{listed.fingerprint} stays for the others that share it.")
+    return {"fingerprint": listed.fingerprint, "freed_bytes": freed}
 
 
 # --- how they look
