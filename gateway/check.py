@@ -15,6 +15,7 @@ import msgspec
 
 import engines
 from engines.base import Launch, Needs, Placement
+from gateway.amounts import megabytes
 from gateway.choice import engine_answers, why_this_engine
 from gateway.downloads import DownloadFailed, list_files
 from gateway.errors import RequestRefused
@@ -23,7 +24,7 @@ from gateway.gpus import Gpu
 from gateway.launch import LaunchRequest
 from gateway.placement import needs_of, place
 from gateway.process import CannotStart
-from gateway.room import Device, Ram, Room, advice, megabytes, observe_devices, observe_ram, verdict
+from gateway.room import Device, Ram, Room, advice, observe_devices, observe_ram, verdict
 from gateway.sizing import Memory, Sizing, size_up, told
 from registry import weights
 from registry.cache import LIBRARIES
