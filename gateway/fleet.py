@@ -105,7 +105,7 @@ class Fleet:
         deployment = self._deployments.get(uid)
         if deployment is None or deployment.is_closed:
             hint = did_you_mean(uid, self._deployments, what="Served here")
-            raise ModelNotFound(f"The model {uid!r} is not served here. {hint}", param="model")
+            raise ModelNotFound(f"Model not found in the model list, uid: {uid}. {hint}", param="model")
         return deployment
 
     def deployments(self) -> list[Deployment]:

@@ -267,8 +267,7 @@ class Models:
         try:
             return self._deployment(request)
         except ModelNotFound as exc:
-            uid = request.path_params["uid"]
-            raise BadRequest(f"Model not found in the model list, uid: {uid}. {exc.message}", param="model") from exc
+            raise BadRequest(exc.message, param="model") from exc
 
     def _deployment(self, request: Request) -> Deployment:
         return self._fleet.find(request.path_params["uid"])
