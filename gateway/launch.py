@@ -27,6 +27,7 @@ from registry.registry import Registry
 from registry.resolve import Artifact, Selection, candidates, without_files
 
 UID = re.compile(r"(?!.*//)[^\s/\\?%#&=+]([^\s\\?%#&=+]{0,98}[^\s/\\?%#&=+])?")
+UID_SHOWN = 120  # of one that is refused
 # Paths below /v1/models that mean something else than a uid.
 RESERVED_UIDS = frozenset(
     ["prompts", "families", "instances", "instance", "vllm-supported", "update_type", "llm", "recommend", "update_spec"]
@@ -250,7 +251,7 @@ def check_uid(uid: str) -> None:
         and len(file_name(uid).encode()) <= FILE_NAME_BYTES
     ):
         raise ValueError(
-            f"{uid!r} cannot name a model: 1 to 100 characters, no white space, none of \\ ? % # & = +, no "
+            f"{uid[:UID_SHOWN]!r} cannot name a model: 1 to 100 characters, no white space, none of \\ ? % # & = +, no "
             "dash at its begin, and slashes only inside."
         )
 

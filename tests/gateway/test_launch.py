@@ -385,6 +385,12 @@ def test_a_uid_may_not_be(uid: str) -> None:
         check_uid(uid)
 
 
+def test_a_uid_that_is_refused_is_not_told_in_full() -> None:
+    with pytest.raises(ValueError, match="cannot name a model") as caught:
+        check_uid("a" * 10**6)
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize("uid", ["a\0b", "a\x1b[31mb", "a\x7f", "a\u202eb", "\ud800"])
 def test_a_uid_has_nothing_in_it_that_does_not_print(uid: str) -> None:
     with pytest.raises(ValueError, match="cannot name a model"):
