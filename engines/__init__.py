@@ -75,11 +75,13 @@ def find(name: str, engines: tuple[Engine, ...] = ENGINES, model_type: str | Non
     """The engine of that name, case aside, with `-` for `_` and `.`: Xinference spells some so.
 
     Args:
-        model_type: where one name stands for several engines, the one that serves this type is meant.
+        model_type: where one name stands for several engines, the one that serves this type is meant; else the one
+            that is called so itself.
     Raises:
         ValueError: there is none; the text says which there are.
     """
     named = [one for one in engines if same_name(name) in map(same_name, (one.name, *one.aliases))]
     if named:
+        named.sort(key=lambda one: same_name(one.name) != same_name(name))
         return next((one for one in named if model_type in one.model_types), named[0])
     raise ValueError(f"There is no engine {name!r}. {did_you_mean(name, [e.name for e in engines])}")

@@ -40,6 +40,14 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     load_timeout_s: float = LOAD_TIMEOUT_S
     environment: Environment | None = None
 
+    def gpus_of(self, index: int) -> tuple[int, ...] | None:
+        """Which of the GPUs that were named are for that replica: `n_gpu` of them each, or else all for all."""
+        if not self.gpu_idx:
+            return self.gpu_idx
+        size = self.n_gpu or len(self.gpu_idx)
+        begin = index * size % len(self.gpu_idx)
+        return self.gpu_idx[begin : begin + size]
+
 
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
     """What one replica asks of the machine.

@@ -45,6 +45,7 @@ class SentenceTransformers(Engine, frozen=True, kw_only=True):
     """Folders of transformers that embed or rank."""
 
     name = "sentence-transformers"
+    aliases = ("transformers", "flag")
     model_types = ("embedding", "rerank")
     options = SentenceTransformersOptions
 

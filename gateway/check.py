@@ -15,15 +15,16 @@ import msgspec
 
 import engines
 from engines.base import Launch, Needs, Placement
+from gateway.amounts import megabytes
 from gateway.choice import engine_answers, why_this_engine
 from gateway.downloads import DownloadFailed, list_files
 from gateway.errors import RequestRefused
 from gateway.fleet import Fleet
 from gateway.gpus import Gpu
 from gateway.launch import LaunchRequest
-from gateway.placement import place
+from gateway.placement import needs_of, place
 from gateway.process import CannotStart
-from gateway.room import Device, Ram, Room, advice, megabytes, observe_devices, observe_ram, verdict
+from gateway.room import Device, Ram, Room, advice, observe_devices, observe_ram, verdict
 from gateway.sizing import Memory, Sizing, size_up, told
 from registry import weights
 from registry.cache import LIBRARIES
@@ -306,8 +307,8 @@ def _room(
     """The GPUs of each copy, as its start would choose them now; without any the machine's memory."""
     taken = [r.placement for d in fleet.deployments() for r in d.replicas if r.placement]
     placements: list[Placement] = []
-    for _ in range(launch.replica):
-        placement = place(needs, gpus, [*taken, *placements])
+    for index in range(launch.replica):
+        placement = place(needs_of(launch, needs, index), gpus, [*taken, *placements])
         if isinstance(placement, str):
             problems.append(f"It cannot be placed: {placement}. Change gpu_idx or n_gpu.")
             return Room((), (), ram)

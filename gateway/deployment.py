@@ -47,7 +47,7 @@ class Deployment:
         Raises:
             TooManyRequests: all that are ready are as busy as the launch allows.
         """
-        ready = self._ready()
+        ready = self.ready()
         limit = self.launch.request_limits
         if ready and limit is not None and all(replica.in_flight >= limit for replica in ready):
             raise TooManyRequests(
@@ -73,7 +73,7 @@ class Deployment:
         Raises:
             As `acquire`, but TooManyRequests.
         """
-        await self._once_there_is(lambda: next(iter(self._ready()), None))
+        await self._once_there_is(lambda: next(iter(self.ready()), None))
 
     async def _once_there_is(self, look: Callable[[], Replica | None]) -> Replica:
         """What `look` finds, once it finds something; counted as waiting until then, so that the model starts."""
@@ -93,7 +93,8 @@ class Deployment:
                 self.notify()
         return replica
 
-    def _ready(self) -> list[Replica]:
+    def ready(self) -> list[Replica]:
+        """Those that new requests may go to."""
         if self._stopping:
             return []
         return [replica for replica in self.staying if replica.state is State.READY]

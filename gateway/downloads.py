@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from engines.environments import module_argv
+from gateway.amounts import megabytes
 from gateway.process import start
 from registry import hubs
 from registry.hubs.choose import is_offline
@@ -37,7 +38,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
             return self.stage
         percent = 100 * self.done_bytes / self.total_bytes
         left = f", {self.eta_s:.0f} s left" if self.eta_s else ""
-        return f"{self.stage} {percent:.0f} % of {self.total_bytes / 1e6:,.0f} MB{left}"
+        return f"{self.stage} {percent:.0f} % of {megabytes(self.total_bytes)}{left}"
 
 
 class DownloadFailed(Exception):

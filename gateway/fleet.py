@@ -105,7 +105,7 @@ class Fleet:
         deployment = self._deployments.get(uid)
         if deployment is None or deployment.is_closed:
             hint = did_you_mean(uid, self._deployments, what="Served here")
-            raise ModelNotFound(f"The model {uid!r} is not served here. {hint}", param="model")
+            raise ModelNotFound(f"Model not found in the model list, uid: {uid}. {hint}", param="model")
         return deployment
 
     def deployments(self) -> list[Deployment]:
@@ -209,7 +209,7 @@ class Fleet:
             CannotKeep: the data folder cannot be written; nothing has changed then.
         """
         deployment = self._changeable(uid, "`replica`")
-        wished = len(deployment.staying) + count
+        wished = deployment.launch.replica + count
         if wished > REPLICA_LIMIT:
             raise BadRequest(f"{uid} would have {wished} replicas; {REPLICA_LIMIT} are the most.", param="replica")
         self._wish(deployment, replica=wished)
@@ -236,13 +236,14 @@ class Fleet:
         if index not in staying:
             there = ", ".join(map(str, sorted(staying)))
             raise BadRequest(f"{uid} has no replica {index}; it has {there}.", param="replica_id")
-        if len(staying) == 1:
+        wished = deployment.launch.replica - 1  # not those that stay: a reload has one less in between
+        if not wished:
             await self.terminate(uid)
             return 0
-        self._wish(deployment, replica=len(staying) - 1)
+        self._wish(deployment, replica=wished)
         self.events.add(uid, "INFO", f"Remove {staying[index].name}")
         await deployment.remove(staying[index])
-        return len(deployment.staying)
+        return wished
 
     def reload(self, uid: str, changes: dict[str, Any], drain_timeout_s: float) -> Reload:
         """Change options of a model that is served: its replicas are started anew, one after the other.

@@ -27,13 +27,13 @@ from registry.registry import Registry
 from registry.resolve import Artifact, Selection, candidates, without_files
 
 UID = re.compile(r"(?!.*//)[^\s/\\?%#&=+]([^\s\\?%#&=+]{0,98}[^\s/\\?%#&=+])?")
+UID_SHOWN = 120  # of one that is refused
 # Paths below /v1/models that mean something else than a uid.
 RESERVED_UIDS = frozenset(
     ["prompts", "families", "instances", "instance", "vllm-supported", "update_type", "llm", "recommend", "update_spec"]
 )
-
-RESERVED_ENDINGS = frozenset(
-    ["start", "stop", "logs", "progress", "cancel", "events", "replicas", "versions", "reload"]
+RESERVED_ENDING = re.compile(
+    r"/(start|stop|logs|progress|cancel|events|versions|reload(/config)?|replicas(/\d+)?|requests/[^/]+/abort)$"
 )
 SENT_TO_ALL = ("trust_remote_code",)
 FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -53,8 +53,10 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
 
     model_engine: Annotated[str, Meta(description="engine; chosen if not given")] | None = None
     replica: Annotated[int, Meta(ge=1, le=REPLICA_LIMIT, description="copies to run")] = 1
-    gpu_idx: Annotated[tuple[int, ...], Meta(description="these GPUs and no others")] | None = None
-    n_gpu: Annotated[int, Meta(ge=0, description="how many GPUs; 0: the CPU alone")] | None = None
+    gpu_idx: (
+        Annotated[tuple[int, ...], Meta(description="these GPUs and no others, split evenly over the copies")] | None
+    ) = None
+    n_gpu: Annotated[int, Meta(ge=0, description="how many GPUs for a copy; 0: the CPU alone")] | None = None
     options: Annotated[dict[str, Any], Meta(description="options of the engine, by its own names")] = {}
     force_options: Annotated[
         bool, Meta(description="pass options that are not known here to the engine's command line")
@@ -130,17 +132,13 @@ def plan(
         if set(options) <= set(engine.options.__struct_fields__) or not engine.takes_flags:
             raise
         raise ValueError(f"{exc} `force_options` passes on what is not known here, unchecked.") from exc
-    if request.gpu_idx is not None and len(set(request.gpu_idx)) < len(request.gpu_idx):
-        raise ValueError(f"gpu_idx {list(request.gpu_idx)} names a GPU twice.")
-    if request.gpu_idx is not None and request.n_gpu is not None and len(request.gpu_idx) != request.n_gpu:
-        raise ValueError(f"gpu_idx names {len(request.gpu_idx)} GPUs, n_gpu says {request.n_gpu}: give one of them.")
     return Launch(
         uid=uid,
         artifact=artifact,
         engine=engine.name,
         replica=request.replica,
         gpu_idx=request.gpu_idx,
-        n_gpu=request.n_gpu,
+        n_gpu=_n_gpu(request),
         options=options,
         forced_options=forced,
         envs=request.envs,
@@ -151,6 +149,29 @@ def plan(
         load_timeout_s=request.load_timeout_s,
         environment=environment_for(artifact, engine),
     )
+
+
+def _n_gpu(request: LaunchRequest) -> int | None:
+    """How many GPUs each copy gets: its share, where they are named.
+
+    Raises:
+        ValueError: they cannot be shared out so.
+    """
+    named = request.gpu_idx
+    if named is None:
+        return request.n_gpu
+    if len(set(named)) < len(named):
+        raise ValueError(f"gpu_idx {list(named)} names a GPU twice.")
+    if len(named) % request.replica:
+        raise ValueError(
+            f"Invalid input. Allocated gpu must be a multiple of replica: gpu_idx names {len(named)}, and each of the "
+            f"{request.replica} copies gets as many as the others."
+        )
+    share = len(named) // request.replica
+    if request.n_gpu not in (None, share):
+        each = "" if request.replica == 1 else f", {share} for each copy"
+        raise ValueError(f"gpu_idx names {len(named)} GPUs{each}, n_gpu says {request.n_gpu}: give one of them.")
+    return share if request.replica > 1 and named else request.n_gpu
 
 
 def _of_engine(options: dict[str, Any], engine: Engine) -> dict[str, Any]:
@@ -220,7 +241,7 @@ def check_uid(uid: str) -> None:
     if REPLICA_NAME.search(uid):
         raise ValueError(f"{uid!r} cannot name a model: replicas are named so. Choose another name.")
     parts = uid.split("/")
-    if parts[1:] and parts[-1] in RESERVED_ENDINGS:
+    if RESERVED_ENDING.search(uid):
         raise ValueError(f"{uid!r} cannot name a model: the API uses paths that end so. Choose another name.")
     if not (
         UID.fullmatch(uid)
@@ -230,7 +251,7 @@ def check_uid(uid: str) -> None:
         and len(file_name(uid).encode()) <= FILE_NAME_BYTES
     ):
         raise ValueError(
-            f"{uid!r} cannot name a model: 1 to 100 characters, no white space, none of \\ ? % # & = +, no "
+            f"{uid[:UID_SHOWN]!r} cannot name a model: 1 to 100 characters, no white space, none of \\ ? % # & = +, no "
             "dash at its begin, and slashes only inside."
         )
 

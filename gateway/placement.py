@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from engines.base import Needs, Placement
+import msgspec
+
+from engines.base import Launch, Needs, Placement
 from gateway.gpus import Gpu
+
+
+def needs_of(launch: Launch, needs: Needs, index: int) -> Needs:
+    """What that replica asks for, of what the engine asks for each."""
+    return needs if needs.gpu_idx is None else msgspec.structs.replace(needs, gpu_idx=launch.gpus_of(index))
 
 
 def place(needs: Needs, gpus: Sequence[Gpu], taken: Sequence[Placement] = ()) -> Placement | str:

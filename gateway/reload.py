@@ -72,7 +72,7 @@ class Reload(msgspec.Struct, kw_only=True):
             self.stage = "draining"
             new = await self._replace(deployment, replica, make)
             self.stage = "loading"
-            while deployment.is_loaded and new.state is not State.READY and new.failure is None:
+            while _is_coming(new, deployment):
                 await deployment.changed()
             if deployment.is_closed:
                 return f"{self.model_uid} was terminated meanwhile."
@@ -86,3 +86,9 @@ class Reload(msgspec.Struct, kw_only=True):
         new = make(deployment, replica.index)
         deployment.add(new)
         return new
+
+
+def _is_coming(replica: Replica, deployment: Deployment) -> bool:
+    """Whether it is to be ready, and may yet be."""
+    is_wanted = deployment.is_loaded and replica in deployment.staying
+    return is_wanted and replica.state is not State.READY and replica.failure is None

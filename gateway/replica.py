@@ -24,7 +24,7 @@ from gateway import metrics
 from gateway.downloads import DownloadFailed, Progress, fetch
 from gateway.environments import CannotBuild, Recipe, mark_used, prepare
 from gateway.nodes.local import LocalNode
-from gateway.placement import place
+from gateway.placement import needs_of, place
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
 from gateway.process import CannotStart, EngineProcess, Exit, NoProcess
 from gateway.upstream import Upstream
@@ -217,7 +217,7 @@ class Replica:
 
     async def _place(self) -> Placement:
         """The GPUs for this life; no await between looking at what is taken and taking."""
-        needs = self._engine.needs(self.launch)
+        needs = needs_of(self.launch, self._engine.needs(self.launch), self.index)
         gpus = await asyncio.to_thread(self._node.list_gpus) if needs.gpu_idx or needs.n_gpu else []
         placement = place(needs, gpus, self._placements())
         if isinstance(placement, str):

@@ -10,6 +10,7 @@ import msgspec
 import psutil
 
 from engines.base import Placement
+from gateway.amounts import megabytes
 from gateway.gpus import Gpu
 from gateway.process import memory_bytes
 from gateway.sizing import Sizing
@@ -180,8 +181,3 @@ def holder_name(holder: Holder) -> str:
 
 def _amount(size_bytes: int | None) -> str:
     return "an unknown amount" if size_bytes is None else megabytes(size_bytes)
-
-
-def megabytes(size_bytes: int) -> str:
-    """A size, in the unit that all sizes have here."""
-    return f"{size_bytes / 1e6:,.0f} MB"

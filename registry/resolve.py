@@ -37,6 +37,14 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
     model_ability: tuple[str, ...] | None = None
 
 
+def name_of(selection: Selection) -> str | None:
+    """What the model is called: as the selection says, else as its files are."""
+    if selection.model_name or not (place := selection.model_path or selection.model_id):
+        return selection.model_name
+    name = place.rstrip("/").rpartition("/")[2]
+    return Path(name).stem if is_gguf(name) else name
+
+
 class Artifact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The exact thing to load after all choices.
 
@@ -183,7 +191,6 @@ def _in_place(registry: Registry, selection: Selection, model_path: str) -> Arti
     return _artifact(
         registry,
         selection,
-        fallback_name=path.stem if is_file else path.name,
         model_format=model_format,
         quantization=quantization,
         source=source,
@@ -209,7 +216,6 @@ def _on_hub(registry: Registry, selection: Selection, model_id: str) -> Artifact
     return _artifact(
         registry,
         selection,
-        fallback_name=model_id.rstrip("/").rpartition("/")[2],
         model_format=model_format,
         quantization=quantization,
         source=Source(model_hub=hub, model_id=model_id, model_revision=selection.model_revision, files=files),
@@ -235,7 +241,7 @@ def _artifact(
     registry: Registry,
     selection: Selection,
     *,
-    fallback_name: str,
+    fallback_name: str = "",
     model_format: str,
     quantization: str,
     source: Source,
@@ -252,7 +258,7 @@ def _artifact(
         model_revision=source.model_revision,
     )
     if family is None:
-        family = _unregistered(selection, selection.model_name or fallback_name, spec)
+        family = _unregistered(selection, name_of(selection) or fallback_name, spec)
     projector = selection.multimodal_projector
     if projector:
         main = source.files or (gguf_patterns(selection.quantization) if model_format == GGUF else ())

@@ -31,6 +31,7 @@ BEHAVIOUR = {
     "die_after_requests": None,  # SIGKILL as the Nth inference request arrives, before any byte of a reply
     "die_after_tokens": None,  # SIGKILL in a stream, after N chunks
     "hang_after_requests": None,  # as the Nth inference request arrives, nothing is answered any more, not even /health
+    "drop_after_requests": None,  # from the Nth inference request on, their connections are closed without a byte
     "half_event": False,  # ... and half an event first
     "exit_mid_body": False,  # not streamed: the head, half of the body, then SIGKILL
     "die_only_first": False,  # the dying above happens only in the first process; needs counter_file
@@ -327,6 +328,10 @@ class Engine:
         limit = self.behaviour.die_after_requests
         if limit is not None and self.may_die and self.received >= limit:
             die()
+        limit = self.behaviour.drop_after_requests
+        if limit is not None and self.received >= limit:
+            connection.transport.close()
+            return
         limit = self.behaviour.hang_after_requests
         if limit is not None and self.may_die and self.received >= limit:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

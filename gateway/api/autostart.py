@@ -18,6 +18,7 @@ from gateway.deployment import Deployment
 from gateway.errors import BadRequest, ModelNotFound, NotFound
 from gateway.fleet import Fleet
 from registry.decode import decode
+from registry.resolve import name_of
 
 WITHOUT_EFFECT = ("priority", "max_retries", "retry_interval_seconds")
 
@@ -83,7 +84,7 @@ class Autostart:
             uid, wish = read_launch(given | {"preload": entry.enabled})
         except ValueError as exc:
             raise BadRequest(str(exc)) from exc
-        uid = uid or wish.model_name
+        uid = uid or name_of(wish)
         if not uid:
             raise BadRequest("Invalid input. Please specify the `model_name` field.", param="model_name")
         self._fleet.keep(uid, wish)

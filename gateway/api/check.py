@@ -14,6 +14,7 @@ from gateway.api.wire import json_answer, read_launch
 from gateway.errors import BadRequest
 from gateway.fleet import Fleet
 from registry.hubs.choose import AUTO, choose_hub
+from registry.resolve import name_of
 
 
 class Check:
@@ -32,10 +33,10 @@ class Check:
         hubs: tuple[str, ...] = ()
         if str(body.get("download_hub")).lower() == AUTO:
             hubs = (await asyncio.to_thread(choose_hub, None, os.environ),)
-        if not (uid or wish.model_name):
+        if not (name := uid or name_of(wish)):
             raise BadRequest("Invalid input. Please specify the `model_name` field.", param="model_name")
-        return json_answer(await check.check(self._fleet, uid or self._free_uid(wish.model_name), wish, hubs))
+        return json_answer(await check.check(self._fleet, uid or self._free_uid(name), wish, hubs))
 
-    def _free_uid(self, model_name: str | None) -> str:
+    def _free_uid(self, model_name: str) -> str:
         taken = {deployment.launch.uid for deployment in self._fleet.deployments()}
-        return check.ANY_UID if model_name is None or model_name in taken else model_name
+        return check.ANY_UID if model_name in taken else model_name

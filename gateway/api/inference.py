@@ -35,7 +35,7 @@ from gateway.errors import (
     envelope,
 )
 from gateway.fleet import Fleet
-from gateway.replica import Replica, State
+from gateway.replica import Replica
 from gateway.upstream import Reply, UpstreamLost
 
 logger = logging.getLogger("hostler.inference")
@@ -208,8 +208,7 @@ class Exchange:
 
     def _has_nobody_but(self, replica: Replica, life: int) -> bool:
         """Whether the replica lives on in the same life and is alone: what it has dropped, it would drop again."""
-        is_alone = all((other is replica) == (other.state is State.READY) for other in self.deployment.replicas)
-        return is_alone and replica.starts == life
+        return self.deployment.ready() == [replica] and replica.starts == life
 
     def _death(self, replica: Replica, exc: UpstreamLost) -> str:
         failure = replica.failure

@@ -44,6 +44,7 @@ from gateway.launch import REPLICA_LIMIT
 from gateway.process import tail
 from gateway.replica import Replica, State
 from registry.hubs.choose import AUTO, choose_hub
+from registry.resolve import name_of
 
 FOLLOW_PAUSE_S = 0.25
 START_LOOK_S = 0.2
@@ -97,7 +98,7 @@ class Models:
         hubs: tuple[str, ...] = ()
         if str(body.get("download_hub")).lower() == AUTO:
             hubs = (await asyncio.to_thread(choose_hub, None, os.environ),)
-        deployment = self._fleet.launch(uid or self._free_uid(wish.model_name), wish, hubs)
+        deployment = self._fleet.launch(uid or self._free_uid(name_of(wish)), wish, hubs)
         if _is_waiting(request):
             await self._until_ready(deployment)
         answer = json_answer({"model_uid": deployment.launch.uid})
@@ -266,8 +267,7 @@ class Models:
         try:
             return self._deployment(request)
         except ModelNotFound as exc:
-            uid = request.path_params["uid"]
-            raise BadRequest(f"Model not found in the model list, uid: {uid}. {exc.message}", param="model") from exc
+            raise BadRequest(exc.message, param="model") from exc
 
     def _deployment(self, request: Request) -> Deployment:
         return self._fleet.find(request.path_params["uid"])

@@ -77,8 +77,7 @@ class Reloads:
         try:
             return self._fleet.find(request.path_params["uid"])
         except ModelNotFound as exc:
-            uid = request.path_params["uid"]
-            raise BadRequest(f"Model not found in the model list, uid: {uid}. {exc.message}", param="model") from exc
+            raise BadRequest(exc.message, param="model") from exc
 
 
 def _card(reload: Reload) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Requests:
         try:
             deployment = self._fleet.find(uid)
         except ModelNotFound as exc:
-            raise BadRequest(f"Model not found in the model list, uid: {uid}. {exc.message}", param="model") from exc
+            raise BadRequest(exc.message, param="model") from exc
         if not self._tells(deployment):
             return json_answer({"msg": "NO_OP"})
         block_s = _block_duration(await read_object(request, BODY_LIMIT_BYTES))

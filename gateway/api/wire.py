@@ -185,7 +185,7 @@ def instance_replica(replica: Replica) -> dict[str, Any]:
         "worker_address": LOCAL_WORKER,
         "model_address": replica.address,
         "accelerators": list(replica.placement.gpu_uuids or ()) if replica.placement else [],
-        "gpu_idx": list(replica.launch.gpu_idx or ()),
+        "gpu_idx": list(replica.launch.gpus_of(replica.index) or ()),
         "status": instance_status(replica.state),
         "model_state": str(replica.state),
         "created_ts": int(time.time() - (time.monotonic() - replica.state_since)),
@@ -382,8 +382,6 @@ def _read_gpus(given: dict[str, Any]) -> None:
             given["gpu_idx"] = [part.strip() for part in gpu_idx.split(",") if part.strip()]
         if not isinstance(given["gpu_idx"], list):
             raise ValueError(f"`gpu_idx` is the number of a GPU, or a list of such, not {gpu_idx!r}.")
-        if len(given["gpu_idx"]) % given["replica"]:
-            raise ValueError("Invalid input. Allocated gpu must be a multiple of replica.")
         return
     if n_gpu in (None, "auto"):
         return

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
+from gateway.amounts import megabytes
 from gateway.cli.cached import command as list_command
 from gateway.cli.cached import show
-from gateway.cli.options import as_json_option, check_answered, megabytes, print_json, tell, with_client
+from gateway.cli.options import as_json_option, check_answered, print_json, tell, with_client
 from gateway.cli.remove_cache import remove
 from gateway.client import Client, ClientError
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from gateway.cli.options import as_json_option, megabytes, print_json, print_table, text, with_client
+from gateway.amounts import megabytes
+from gateway.cli.options import as_json_option, print_json, print_table, text, with_client
 from gateway.client import Client
 
 # title -> key

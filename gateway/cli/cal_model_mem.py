@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 import msgspec
 
-from gateway.cli.options import as_json_option, megabytes, print_json, print_table
+from gateway.amounts import megabytes
+from gateway.cli.options import as_json_option, print_json, print_table
 from registry.memory import Cache, estimate, usual_shape, usual_weight_bytes
 
 

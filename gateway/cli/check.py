@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
+from gateway.amounts import megabytes
 from gateway.cli.launch import LaunchCommand, wish_of
 from gateway.cli.launch import command as launch
-from gateway.cli.options import megabytes, print_json, print_table, text, with_client
+from gateway.cli.options import print_json, print_table, text, with_client
 from gateway.client import Client
 
 FILES_SHOWN = 20

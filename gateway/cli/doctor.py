@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from gateway.cli.options import as_json_option, megabytes, print_json
+from gateway.amounts import megabytes
+from gateway.cli.options import as_json_option, print_json
 
 PACKAGES = (
     "starlette",

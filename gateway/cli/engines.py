@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gateway.cli.options import as_json_option, megabytes, print_json, print_table, seconds, text
+from gateway.amounts import megabytes
+from gateway.cli.options import as_json_option, check_answered, print_json, print_table, seconds, text
 
 if TYPE_CHECKING:
     from engines.environments import Environment
@@ -115,11 +116,11 @@ def upgrade(settings: Settings, names: tuple[str, ...], offline: bool, as_json: 
     chosen = [same_name(name) for name in names] or [name for name in PINS if name in here]
     if not chosen and not as_json:
         click.echo("No engine is installed; see `hostler engines list`.")
-    done: dict[str, Any] = {}
+    upgraded = []
     for name in chosen:
         environment = _wanted(name, None)
         python = _build(settings, environment, (), offline)
-        done[name] = {"python": python, "removed": [], "kept": {}}
+        removed = []
         if not as_json:
             click.echo(f"{name} is up to date: {python}")
         kept = {same_name(engine): of_site.version for engine, of_site in settings.engines.items()}
@@ -127,16 +128,12 @@ def upgrade(settings: Settings, names: tuple[str, ...], offline: bool, as_json: 
             is_older = (name, None) in listed.users and listed.fingerprint != environment.folder_name
             if is_older and (kept.get(name) is None or _version(name, listed) != kept[name]):
                 try:
-                    freed = _remove(name, listed, folder)
+                    removed.append(_remove(name, listed, folder, as_json))
                 except click.ClickException as exc:
                     click.echo(f"{listed.fingerprint} stays: {exc.message}", err=True)
-                    done[name]["kept"][listed.fingerprint] = exc.message
-                    continue
-                done[name]["removed"].append(listed.fingerprint)
-                if not as_json:
-                    click.echo(_removed(listed, freed))
+        upgraded.append({"name": name, "fingerprint": environment.folder_name, "python": python, "removed": removed})
     if as_json:
-        print_json(done)
+        print_json(upgraded)
 
 
 @command.command("remove")
@@ -147,6 +144,7 @@ def upgrade(settings: Settings, names: tuple[str, ...], offline: bool, as_json: 
 @with_settings
 def remove(settings: Settings, name: str, version: str | None, check: bool, as_json: bool) -> None:
     """Delete an engine's environments, or one by its folder as the list shows it."""
+    check_answered(as_json, check)
     from engines.requirements import same_name
     from gateway.environments import list_environments
 
@@ -160,21 +158,14 @@ def remove(settings: Settings, name: str, version: str | None, check: bool, as_j
     ]
     if not found:
         raise click.ClickException(f"No environment here is named {name!r}; see `hostler engines list`.")
-    if as_json and not check:
-        raise click.UsageError("--json asks nothing: say --check too.")
     if not as_json:
         print_table(COLUMNS, [row for listed in found for row in _rows(listed)])
     if not check and not click.confirm("Delete?", default=False):
         click.echo("Nothing was deleted.")
         return
-    freed = {
-        listed.fingerprint: _remove(None if listed.fingerprint == name else engine, listed, folder) for listed in found
-    }
+    removed = [_remove(None if listed.fingerprint == name else engine, listed, folder, as_json) for listed in found]
     if as_json:
-        print_json({"freed_bytes": freed})
-        return
-    for listed in found:
-        click.echo(_removed(listed, freed[listed.fingerprint]))
+        print_json(removed)
 
 
 def describe(listed: Listed) -> str:
@@ -248,22 +239,22 @@ class _Progress:
             click.echo(step, err=True)
 
 
-def _remove(engine: str | None, listed: Listed, folder: Any) -> int:
-    """The bytes that are free now; 0 if others share it."""
+def _remove(engine: str | None, listed: Listed, folder: Any, as_json: bool) -> dict[str, Any]:
+    """Delete it, for that engine or for all, and tell people; what programs are told of it."""
     from gateway import environments
 
     try:
         if engine is None:
-            return environments.remove(listed.fingerprint, folder)
-        return environments.remove_for((engine, None), listed.fingerprint, folder)
+            freed = environments.remove(listed.fingerprint, folder)
+        else:
+            freed = environments.remove_for((engine, None), listed.fingerprint, folder)
     except environments.EnvironmentInUse as exc:
         raise click.ClickException(str(exc)) from exc
-
-
-def _removed(listed: Listed, freed: int) -> str:
-    if freed:
-        return f"{listed.fingerprint} is deleted: {megabytes(freed)} are free."
-    return f"{listed.fingerprint} stays for the others that share it."
+    if not as_json and freed:
+        click.echo(f"{listed.fingerprint} is deleted: {megabytes(freed)} are free.")
+    elif not as_json:
+        click.echo(f"{listed.fingerprint} stays for the others that share it.")
+    return {"fingerprint": listed.fingerprint, "freed_bytes": freed}
 
 
 # --- how they look

@@ -103,11 +103,6 @@ def text(value: Any) -> str:
     return "-" if value is None or value == "" else str(value)
 
 
-def megabytes(size: float | None) -> str:
-    """Bytes for people."""
-    return "-" if size is None else f"{size / 1e6:,.0f} MB"
-
-
 def seconds(time_s: float | None) -> str:
     """A duration for people."""
     if time_s is None:

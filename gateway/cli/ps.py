@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from gateway.cli.options import as_json_option, megabytes, print_json, print_table, seconds, with_client
+from gateway.amounts import megabytes
+from gateway.cli.options import as_json_option, print_json, print_table, seconds, with_client
 from gateway.client import Client
 
 

@@ -277,7 +277,7 @@ def test_a_gateway_is_asked_and_a_second_one_on_its_folder_refused(tmp_path: Pat
 
         unknown = run(tmp_path, "start", "smal", "--endpoint", address)
         assert unknown.returncode == 1
-        assert "'smal' is not served here. Did you mean 'small'?" in unknown.stderr
+        assert "uid: smal. Did you mean 'small'?" in unknown.stderr
 
         second = run(tmp_path, "serve", "--port", "0", "--home", str(home))
         assert (second.returncode, second.stdout) == (2, "")

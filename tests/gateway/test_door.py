@@ -76,8 +76,8 @@ async def test_an_unknown_model_is_named_with_its_neighbours(start_gateway: Star
     answer = await gateway.complete("fakee")
     assert answer.status == 404
     assert answer.error["code"] == "model_not_found"
-    assert "'fake'" in answer.error["message"]
     assert answer.json["detail"] == answer.error["message"]
+    assert answer.json["detail"] == "Model not found in the model list, uid: fakee. Did you mean 'fake'?"
     assert answer.headers["x-hostler-error-source"] == answer.error["source"] == "gateway"
 
 

@@ -637,7 +637,7 @@ def test_the_command_line_installs_lists_and_removes_an_engine_offline(tmp_path:
 
     done = hostler(home, *install, "--json")
     assert done.returncode == 0, done.stderr
-    assert "installing 5 packages for piper" in done.stderr
+    assert f"installing {len(PINS['piper'].packages)} packages for piper" in done.stderr
     python = json.loads(done.stdout)["python"]
     assert find_python("piper", ("no_such_module",), EngineSettings(), home / "environments") == python
 
@@ -658,7 +658,13 @@ def test_the_command_line_installs_lists_and_removes_an_engine_offline(tmp_path:
     [listed] = json.loads(hostler(home, "engines", "list", "--json").stdout)
     assert listed["versions"] == {"piper": "1.8.0"}
 
-    assert hostler(home, "engines", "remove", "piper", "-y").returncode == 0
+    [again] = json.loads(hostler(home, "engines", "upgrade", "--offline", "--json").stdout)
+    assert (again["name"], again["removed"]) == ("piper", [])
+
+    assert "--check" in hostler(home, "engines", "remove", "piper", "--json").stderr
+    [removed] = json.loads(hostler(home, "engines", "remove", "piper", "-y", "--json").stdout)
+    assert removed["fingerprint"] == listed["fingerprint"]
+    assert removed["freed_bytes"] > 0
     assert json.loads(hostler(home, "engines", "list", "--json").stdout) == []
     assert "No environment here is named 'piper'" in hostler(home, "engines", "remove", "piper", "-y").stderr
 

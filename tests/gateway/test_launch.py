@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engines.base import Command, Endpoint, Engine, Launch, Placement
 from gateway.launch import RESERVED_UIDS, LaunchRequest, Site, check_uid, file_name, plan
+from gateway.placement import needs_of
 from registry.registry import Registry
 from registry.resolve import Artifact
 from registry.schema import LLMFamily, ModelSpec, Virtualenv
@@ -81,7 +82,7 @@ def test_a_plan_holds_all_that_was_wished_for() -> None:
         model_engine="KILN",
         replica=2,
         gpu_idx=(0, 1),
-        n_gpu=2,
+        n_gpu=1,
         options={"n_threads": 3},
         envs={"A": "b"},
         preload=True,
@@ -95,7 +96,7 @@ def test_a_plan_holds_all_that_was_wished_for() -> None:
         engine="kiln",
         replica=2,
         gpu_idx=(0, 1),
-        n_gpu=2,
+        n_gpu=1,
         options={"n_threads": 3},
         envs={"A": "b"},
         preload=True,
@@ -200,6 +201,30 @@ def test_gpus_that_are_named_and_counted_differently_are_refused(gpu_idx: tuple[
 def test_gpus_that_are_named_or_counted_are_taken(gpu_idx: tuple[int, ...] | None, n_gpu: int | None) -> None:
     launch = a_plan(gpu_idx=gpu_idx, n_gpu=n_gpu)
     assert (launch.gpu_idx, launch.n_gpu) == (gpu_idx, n_gpu)
+
+
+@pytest.mark.parametrize(
+    ("replica", "gpu_idx", "shares"),
+    [
+        (1, (0, 1), [(0, 1), (0, 1)]),  # a copy that is added later has what the first has
+        (2, (0, 1), [(0,), (1,), (0,)]),
+        (2, (3, 1, 2, 0), [(3, 1), (2, 0), (3, 1)]),
+        (2, (), [(), ()]),
+        (2, None, [None, None]),
+    ],
+)
+def test_gpus_that_are_named_are_split_evenly_over_the_copies(
+    replica: int, gpu_idx: tuple[int, ...] | None, shares: list[tuple[int, ...] | None]
+) -> None:
+    launch = a_plan(replica=replica, gpu_idx=gpu_idx)
+    needs = a_kiln().needs(launch)
+    assert [needs_of(launch, needs, index).gpu_idx for index in range(len(shares))] == shares
+
+
+def test_gpus_that_cannot_be_split_evenly_are_refused() -> None:
+    assert "Allocated gpu must be a multiple of replica" in refusal(replica=2, gpu_idx=(0, 1, 2))
+    assert "2 for each copy, n_gpu says 4" in refusal(replica=2, gpu_idx=(0, 1, 2, 3), n_gpu=4)
+    assert a_plan(replica=2, gpu_idx=(0, 1, 2, 3), n_gpu=2).n_gpu == 2
 
 
 def test_a_gpu_that_is_named_twice_is_refused() -> None:
@@ -360,6 +385,12 @@ def test_a_uid_may_not_be(uid: str) -> None:
         check_uid(uid)
 
 
+def test_a_uid_that_is_refused_is_not_told_in_full() -> None:
+    with pytest.raises(ValueError, match="cannot name a model") as caught:
+        check_uid("a" * 10**6)
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize("uid", ["a\0b", "a\x1b[31mb", "a\x7f", "a\u202eb", "\ud800"])
 def test_a_uid_has_nothing_in_it_that_does_not_print(uid: str) -> None:
     with pytest.raises(ValueError, match="cannot name a model"):
@@ -372,7 +403,9 @@ def test_a_word_of_the_api_is_no_uid(uid: str) -> None:
         a_plan(uid)
 
 
-@pytest.mark.parametrize("uid", ["a/start", "a/stop", "a/logs"])
+@pytest.mark.parametrize(
+    "uid", ["a/start", "a/stop", "a/logs", "a/b/reload", "a/reload/config", "a/replicas/3", "a/requests/b/abort"]
+)
 def test_a_uid_does_not_end_like_what_is_below_a_model_in_the_api(uid: str) -> None:
     with pytest.raises(ValueError, match="cannot name a model"):
         check_uid(uid)

@@ -107,6 +107,42 @@ async def test_a_change_that_does_not_start_is_taken_back(start_gateway: StartGa
     assert (await gateway.complete("m")).status == 200
 
 
+async def test_a_copy_that_is_started_anew_counts_while_others_come_and_go(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    gateway = await start_gateway()
+    await launched(gateway, tmp_path, {"tokens": 600, "token_delay_s": 0.1}, replica=2)
+    stream = asyncio.create_task(gateway.stream("m"))
+    async with asyncio.timeout(10):
+        while [one["in_flight"] for one in await gateway.replicas()] != [1, 0]:
+            await asyncio.sleep(0.02)
+    assert (await gateway.post("/v1/models/m/reload", {"model_config": {"n_batch": 64}})).status == 202
+    assert (await gateway.get("/v1/models/m/reload")).json["stage"] == "draining"
+    assert (await gateway.request("DELETE", "/v1/models/m/replicas/1")).json == {"remaining_replicas": 1}
+    assert (await gateway.post("/v1/models/m/replicas?wait_ready=false", {})).status == 200
+    assert (await gateway.get("/v1/models/m")).json["replica"] == 2
+    stream.cancel()
+    await asyncio.gather(stream, return_exceptions=True)
+    assert (await over(gateway))["stage"] == "ready"
+    assert len(await gateway.replicas()) == 2
+
+
+async def test_a_copy_that_is_removed_while_it_loads_is_waited_for_no_longer(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    gateway = await start_gateway()
+    await launched(gateway, tmp_path, replica=2)
+    change = {"envs": {"FAKE_ENGINE": json.dumps({"never_ready": True})}}
+    assert (await gateway.post("/v1/models/m/reload", {"model_config": change})).status == 202
+    async with asyncio.timeout(10):
+        while (await gateway.get("/v1/models/m/reload")).json["stage"] != "loading":
+            await asyncio.sleep(0.02)
+    assert (await gateway.request("DELETE", "/v1/models/m/replicas/0")).status == 200
+    async with asyncio.timeout(10):
+        while (await gateway.get("/v1/models/m/reload")).json["replicas_done"] != 1:
+            await asyncio.sleep(0.02)
+
+
 async def test_a_model_that_is_terminated_or_not_loaded_meanwhile(start_gateway: StartGateway, tmp_path: Path) -> None:
     gateway = await start_gateway()
     await launched(gateway, tmp_path, {"ready_after_s": 5, "lifetime_s": 60}, n_threads=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Gateway, StartGateway, fake_model, is_running
+from harness import Gateway, StartGateway, events_in, fake_model, is_running
 from hostler import AsyncClient, Client
 from xinference_client import AsyncRESTfulClient, RESTfulClient
 
@@ -97,6 +97,30 @@ async def test_a_request_on_a_copy_that_goes_ends_as_it_should(start_gateway: St
     assert all(lines[-1] == "data: [DONE]" for lines in late)
     assert (await removing).json == {"remaining_replicas": 1}
     assert (await gateway.replicas())[0]["starts"] == 1
+
+
+async def test_what_the_only_copy_that_stays_has_dropped_is_not_sent_to_it_again(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    gateway, events = await start_gateway(), tmp_path / "events"
+    fake = {"tokens": 600, "token_delay_s": 0.1, "drop_after_requests": 2, "events_file": str(events)}
+    await launched(gateway, tmp_path, fake=fake, replica=2)
+    async with asyncio.timeout(30):
+        while {one["state"] for one in await gateway.replicas()} != {"ready"}:
+            await asyncio.sleep(0.02)
+    streams = [asyncio.create_task(gateway.stream("m")) for _ in range(2)]  # one on each
+    async with asyncio.timeout(10):
+        while len(events_in(events, "request")) < 2:
+            await asyncio.sleep(0.02)
+    removing = asyncio.create_task(gateway.request("DELETE", "/v1/models/m/replicas/0"))
+    async with asyncio.timeout(10):
+        while (await gateway.get("/v1/models/m")).json["replica"] != 1:
+            await asyncio.sleep(0.02)
+    assert (await gateway.complete("m")).status == 502
+    assert len(events_in(events, "request")) <= 4  # an attempt on a warm connection sends it once more
+    for task in (*streams, removing):
+        task.cancel()
+    await asyncio.gather(*streams, removing, return_exceptions=True)
 
 
 async def test_a_request_that_outlasts_the_drain_is_told(start_gateway: StartGateway, tmp_path: Path) -> None:

@@ -334,6 +334,21 @@ async def test_launches_that_cannot_be_are_refused_and_not_kept(start_gateway: S
     assert (await gateway.request("DELETE", "/v1/models/fake")).status == 400  # the settings declare it
 
 
+async def test_a_launch_by_its_files_alone_is_called_as_they_are(start_gateway: StartGateway, tmp_path: Path) -> None:
+    gateway = await start_gateway()
+    file = tmp_path / "Some-1B.Q4_0.gguf"
+    file.write_bytes(b"GGUF")
+    wish = fake_model(file, {})
+    checked = await gateway.post("/v1/models/check", wish)
+    assert (checked.status, checked.json["model_name"]) == (200, "Some-1B.Q4_0")
+    assert (await gateway.post("/v1/models", wish)).json == {"model_uid": "Some-1B.Q4_0"}
+    assert (await gateway.complete("Some-1B.Q4_0")).status == 200
+    second = (await gateway.post("/v1/models", wish)).json["model_uid"]
+    assert second.startswith("Some-1B.Q4_0-")
+    nameless = await gateway.post("/v1/models", {"model_format": "ggufv2"})
+    assert (nameless.status, "specify the `model_name` field" in nameless.json["detail"]) == (400, True)
+
+
 async def test_a_launch_that_fails_while_somebody_waits_is_forgotten(
     start_gateway: StartGateway, tmp_path: Path
 ) -> None:

@@ -254,6 +254,7 @@ async def test_the_machine_is_described(client: RESTfulClient, gateway: Gateway)
     assert "qwen3" in (await gateway.get("/v1/models/families")).json["chat"]
     assert (await gateway.get("/v1/cluster/version")).json["version"]
     assert (await gateway.post("/v1/rerank", {"model": "x"})).error["param"] == "query"
+    assert (await gateway.post("/v1/supervisor/relaunch", {})).status == 501
     versions = (await gateway.get("/v1/models/LLM/smollm2-instruct/versions")).json
     assert "smollm2-instruct--0_135B--ggufv2--Q4_1" in {version["model_version"] for version in versions}
 
