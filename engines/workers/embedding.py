@@ -215,7 +215,7 @@ class Embeddings:
         most = min(limit or self.encoder.max_tokens, self.encoder.max_tokens)
         for index, one in enumerate(inputs):
             text = one.get("text") if isinstance(one, dict) else one
-            if isinstance(text, str) and (count := self.encoder.count((prompt or "") + text)) > most:
+            if isinstance(text, str) and (count := len(self.encoder.ids((prompt or "") + text))) > most:
                 raise Refused(
                     f"Input {index} has {count} tokens or more; {self.uid!r} reads {most}. Split it, or leave out "
                     "`truncate: false` to have it cut.",

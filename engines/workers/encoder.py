@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,7 @@ class Encoder:
 
     def __init__(self, model: Any, machine: Machine, max_tokens: int | None) -> None:
         self.model, self.machine = model, machine
+        self._tokenizing = threading.Lock()  # how a tokenizer cuts is its own state, set anew by each call
         self.max_tokens = self._limit(max_tokens)
         tokenizer = model.tokenizer
         self.tokenizer = tokenizer if callable(tokenizer) and hasattr(tokenizer, "convert_ids_to_tokens") else None
@@ -165,10 +167,14 @@ class Encoder:
         """As much of a text as can matter."""
         return text[: self.max_tokens * CHARACTERS_OF_TOKEN]
 
-    def count(self, text: str, pair: str | None = None) -> int:
-        """How many tokens it has, uncut."""
+    def ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Its tokens, uncut."""
         assert self.tokenizer is not None
-        return len(self.tokenizer(text, pair, truncation=False, verbose=False)["input_ids"])
+        with self._tokenizing:
+            found: list[int] = self.tokenizer(
+                text, add_special_tokens=add_special_tokens, truncation=False, verbose=False
+            )["input_ids"]
+        return found
 
     def pieces(self, inputs: Sequence[Any], prompt: str | None = None, limit: int | None = None) -> list[Piece]:
         """Inputs as the library's `preprocess` takes them, prepared.
@@ -181,7 +187,8 @@ class Encoder:
         more: dict[str, Any] = {}
         if limit and limit < self.max_tokens:
             more["processing_kwargs"] = {"text": {"max_length": limit, "truncation": True}}
-        features = self.model.preprocess(list(inputs), prompt=prompt, **more)
+        with self._tokenizing:
+            features = self.model.preprocess(list(inputs), prompt=prompt, **more)
         if _can_be_split(features):
             return _split(features)
         if len(inputs) > 1:
