@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -233,16 +232,11 @@ def pad(contents: list[dict[str, Any]], pad_id: int, side: str) -> dict[str, Any
 
 
 def after_failure(exc: RuntimeError) -> None:
-    """Free what a failed batch holds; end the process if its GPU cannot be used any more."""
+    """Free what a failed batch holds."""
     import torch
 
-    if not torch.cuda.is_available():
-        return
-    if isinstance(exc, torch.cuda.OutOfMemoryError):
+    if torch.cuda.is_available() and isinstance(exc, torch.cuda.OutOfMemoryError):
         torch.cuda.empty_cache()
-    elif "CUDA error" in str(exc):
-        print(f"The GPU has failed, so the worker ends: {exc}", file=sys.stderr, flush=True)
-        os._exit(1)
 
 
 def _is_tensor(value: Any) -> bool:

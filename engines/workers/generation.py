@@ -19,17 +19,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from engines.workers.answers import Message, Text, message_of
-from engines.workers.generators import Failed, new_batch
+from engines.workers.generators import new_batch
 from engines.workers.sampling import MOST_LOGPROBS, Line, Wish
 from engines.workers.server import (
     Order,
     Refused,
-    error,
     flag,
-    is_out_of_memory,
     number,
     read_json,
     serve,
+    stream_failure,
     unless_client_leaves,
 )
 
@@ -248,8 +247,8 @@ class Generation:
                 if has_usage:
                     prompts = list({id(answer.prompt): answer.prompt for answer in answers}.values())
                     yield _event(head | {"choices": [], "usage": _usage(prompts, answers)})
-            except (Failed, RuntimeError, MemoryError) as exc:
-                yield _event(json.loads(bytes(failure(exc).body)))
+            except Exception as exc:
+                yield _event(json.loads(bytes(stream_failure(exc).body)))
             finally:
                 for answer in answers:
                     answer.cancel()
@@ -496,20 +495,9 @@ async def whole(answers: Sequence[Answer]) -> list[str]:
 
     try:
         return list(await asyncio.gather(*(one(answer) for answer in answers)))
-    except Failed as exc:
-        if is_out_of_memory(exc):
-            raise MemoryError(str(exc)) from exc
-        raise
     finally:
         for answer in answers:
             answer.cancel()
-
-
-def failure(exc: BaseException) -> Response:
-    """What a stream ends with."""
-    if is_out_of_memory(exc):
-        return error(f"There was not enough memory for this request: {exc}.", status=503, code="out_of_memory")
-    return error(f"The model failed: {exc}", status=500)
 
 
 # --- reading the fields of requests
