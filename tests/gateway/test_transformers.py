@@ -217,7 +217,7 @@ async def test_a_request_that_the_cache_cannot_hold_is_refused_and_spoils_no_oth
     assert (await complete(client, "narrow")).choices[0].text.startswith(" Paris")
     other = asyncio.create_task(complete(client, "narrow", max_tokens=50, ignore_eos=True))
     for body in ({"prompt": "word " * 100}, {"max_tokens": 100}):
-        with pytest.raises(openai.BadRequestError, match="context (is|of) 64"):
+        with pytest.raises(openai.BadRequestError, match=r"context (is|of) 64"):
             await complete(client, "narrow", **body)
     assert (await other).usage.completion_tokens == 50
 
