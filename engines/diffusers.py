@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
+from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, worker_command
 from engines.environments import find_python, why_no_python
-from registry.decode import decode
 from registry.resolve import Artifact
 from registry.schema import ModelSpec
 
@@ -20,17 +19,10 @@ FORMATS = ("pytorch", "diffusers")
 MOST_PIXELS = 2048 * 2048
 
 
-class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One LoRA: its name, and its folder or .safetensors file."""
-
-    lora_name: str
-    local_path: str
-
-
 class PeftModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """LoRAs of a launch, as Xinference's clients send them; the kwargs are those of diffusers."""
 
-    lora_list: tuple[Lora, ...] = ()
+    lora_list: tuple[Adapter, ...] = ()
     image_lora_load_kwargs: dict[str, Any] | None = None
     image_lora_fuse_kwargs: dict[str, Any] | None = None
 
@@ -109,7 +101,7 @@ class Diffusers(Engine, frozen=True, kw_only=True):
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
         """A worker of ours; which one, the type of the model says."""
-        options = decode(launch.options, DiffusersOptions, "options", strict=False)
+        options: DiffusersOptions = self.read_options(launch.options)
         python = python or find_python(self.name, MODULES, self.settings, self.environments)
         if python is None:
             raise FileNotFoundError(self.installed())
