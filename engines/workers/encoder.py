@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.workers.batching import Piece
+from engines.workers.device import torch_device
 from engines.workers.server import Order, Refused
 
 BATCH_TOKENS_THREAD = 512  # on a CPU, which gains nothing by more; a small request waits for the batch that runs
@@ -38,22 +39,14 @@ class Machine:
         import torch
 
         options = order.options
-        self.device = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+        if options.get("n_threads") is None and "OMP_NUM_THREADS" not in os.environ:
+            options = options | {"n_threads": max(1, (os.cpu_count() or 2) - 1)}
+        self.device = torch_device(options)
         is_gpu = self.device.startswith("cuda")
-        if is_gpu and not torch.cuda.is_available():
-            raise Refused(
-                f"The launch says device {self.device!r}, but torch {torch.__version__} sees no GPU here. Leave "
-                "`device` out, or install a torch that fits the driver."
-            )
         dtype = options.get("dtype") or "auto"
         if dtype == "auto":
             dtype = "float32" if not is_gpu else "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
         self.dtype = getattr(torch, dtype)
-        threads = options.get("n_threads")
-        if threads is None and "OMP_NUM_THREADS" not in os.environ:
-            threads = max(1, (os.cpu_count() or 2) - 1)
-        if threads:
-            torch.set_num_threads(threads)
         on_cpu = min(BATCH_TOKENS_THREAD * torch.get_num_threads(), BATCH_TOKENS_GPU)
         self.batch_tokens = options.get("batch_tokens") or (BATCH_TOKENS_GPU if is_gpu else on_cpu)
         self.trust_remote_code = bool(options.get("trust_remote_code"))

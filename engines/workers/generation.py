@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from engines.workers.answers import Message, Text, message_of
+from engines.workers.device import torch_device
 from engines.workers.generators import new_batch
 from engines.workers.sampling import MOST_LOGPROBS, Line, Wish
 from engines.workers.server import (
@@ -61,11 +62,9 @@ def load(order: Order) -> list[BaseRoute]:
 
     logging.disable_progress_bar()
     options = order.options
-    if threads := options.get("n_threads"):
-        torch.set_num_threads(threads)
+    device = torch_device(options)
     trust = {"trust_remote_code": bool(options.get("trust_remote_code"))}
     tokenizer = AutoTokenizer.from_pretrained(order.model, **trust)
-    device = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     how: dict[str, Any] = {"dtype": options.get("dtype") or "auto", **trust}
     for name in ("attn_implementation", "device_map"):
         if options.get(name):

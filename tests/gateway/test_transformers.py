@@ -282,6 +282,14 @@ async def test_a_worker_killed_in_mid_stream_gives_an_error_and_is_back(client: 
     assert (await complete(client)).choices[0].text.startswith(" Paris")
 
 
+async def test_a_gpu_that_is_not_there_is_told(gateway: Gateway, smollm2_hf: Path) -> None:
+    launch = {"model_uid": "away", "model_path": str(smollm2_hf), "model_engine": "transformers"}
+    wish = {"options": {"device": "cuda"}, "envs": {"CUDA_VISIBLE_DEVICES": ""}}
+    answer = await gateway.post("/v1/models", launch | wish, timeout=aiohttp.ClientTimeout(170))
+    assert "sees no GPU here. Leave `device` out" in answer.error["message"]
+    await gateway.request("DELETE", "/v1/models/away")
+
+
 async def test_files_that_are_no_model_end_in_a_sentence(gateway: Gateway, smollm2_hf: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
