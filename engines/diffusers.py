@@ -59,6 +59,9 @@ class DiffusersOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         | None
     ) = None
     peft_model_config: Annotated[PeftModelConfig, Meta(description="LoRAs to load and fuse")] | None = None
+    lora_list: Annotated[tuple[Adapter, ...], Meta(description="the same, as the API hands it on")] = ()
+    image_lora_load_kwargs: dict[str, Any] | None = None
+    image_lora_fuse_kwargs: dict[str, Any] | None = None
     gguf_quantization: Annotated[str, Meta(description="which GGUF file of the gguf_model_path's folder")] | None = None
     gguf_model_path: Annotated[str, Meta(description="GGUF file of the transformer, or its folder")] | None = None
     lightning_version: Annotated[str, Meta(description="which file of the lightning_model_path's folder")] | None = None
@@ -114,7 +117,7 @@ class Diffusers(Engine, frozen=True, kw_only=True):
 def _worker_options(options: DiffusersOptions, launch: Launch, placement: Placement) -> Mapping[str, Any]:
     """As the workers read them; what is not set is left out."""
     family, spec = launch.artifact.family, launch.artifact.spec
-    lora = options.peft_model_config or PeftModelConfig()
+    lora = options.peft_model_config or options
     has_no_gpu = launch.n_gpu == 0 or placement.gpu_uuids == ()
     of_family = getattr(family, "default_generate_config", None) or {}
     values = {
