@@ -272,6 +272,12 @@ def worker_command(
     )
 
 
+def family_ends(launch: Launch) -> dict[str, list[Any]]:
+    """The texts and the tokens that end an answer of the launch's family, by the names that requests have for them."""
+    ends = {name: getattr(launch.artifact.family, name, None) for name in ("stop", "stop_token_ids")}
+    return {name: list(value) for name, value in ends.items() if value}
+
+
 def visible_gpus(placement: Placement) -> dict[str, str]:
     """The variable by which CUDA's libraries see the GPUs of the placement and no others."""
     if placement.gpu_uuids is None:

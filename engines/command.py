@@ -11,7 +11,6 @@ import msgspec
 from msgspec import Meta
 
 from engines.base import Command, Endpoint, Engine, Launch, Placement, visible_gpus
-from registry.decode import decode
 from registry.resolve import Artifact
 
 # How a server is told where to listen; one of them must be said.
@@ -69,7 +68,7 @@ class ServerCommand(Engine, frozen=True, kw_only=True):
 
     def listens_on_socket(self, launch: Launch) -> bool:
         """If the command line has a place for one."""
-        options = decode(launch.options, CommandOptions, "options", strict=False)
+        options: CommandOptions = self.read_options(launch.options)
         return any("{socket}" in text for text in (*options.words, *options.env.values()))
 
     def served_name(self, launch: Launch) -> str:
@@ -80,7 +79,7 @@ class ServerCommand(Engine, frozen=True, kw_only=True):
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
         """The words of the command line with their places filled in; no shell reads them."""
-        options = decode(launch.options, CommandOptions, "options", strict=False)
+        options: CommandOptions = self.read_options(launch.options)
         places = {
             "{port}": str(endpoint.port),
             "{host}": endpoint.host,

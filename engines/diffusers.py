@@ -11,7 +11,6 @@ from msgspec import Meta
 
 from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, worker_command
 from engines.environments import find_python, why_no_python
-from registry.decode import decode
 from registry.resolve import Artifact
 from registry.schema import ModelSpec
 

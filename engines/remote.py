@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from engines.base import Command, Endpoint, Engine, Launch, Needs, Placement
-from registry.decode import Secret, decode
+from registry.decode import Secret
 from registry.resolve import Artifact
 
 Seconds = Annotated[float, Meta(gt=0)]
@@ -78,7 +78,7 @@ class Remote(Engine, frozen=True, kw_only=True):
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
         """No program, but where requests go."""
-        options = decode(launch.options, RemoteOptions, "options", strict=False)
+        options: RemoteOptions = self.read_options(launch.options)
         return Command(
             argv=(),
             ready_path=options.ready_path,

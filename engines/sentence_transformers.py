@@ -13,7 +13,6 @@ from msgspec import Meta
 
 from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
 from engines.environments import find_python, why_no_python
-from registry.decode import decode
 from registry.resolve import Artifact
 from registry.schema import RerankFamily
 
@@ -66,7 +65,7 @@ class SentenceTransformers(Engine, frozen=True, kw_only=True):
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
         """The worker for the family's type."""
-        options = decode(launch.options, SentenceTransformersOptions, "options", strict=False)
+        options: SentenceTransformersOptions = self.read_options(launch.options)
         said: dict[str, Any] = msgspec.to_builtins(options)
         if launch.n_gpu == 0:
             said["device"] = "cpu"

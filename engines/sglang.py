@@ -15,11 +15,11 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, forced_flags, visible_gpus
+from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, family_ends, forced_flags, visible_gpus
 from engines.environments import find_python, why_no_python
-from engines.packages import annotated_fields, literal_keys, package_folder
+from engines.packages import annotated_fields, package_folder
 from engines.parsers import reasoning_parser, tool_parser
-from engines.vllm import Flag, flag_words, has_gpu, template_file
+from engines.vllm import Flag, flag_words, has_gpu, known_parser, template_file
 from registry.decode import DecodeError, did_you_mean
 from registry.resolve import Artifact
 from registry.schema import ModelFamily
@@ -154,9 +154,7 @@ class Sglang(Engine, frozen=True, kw_only=True):
 
     def defaults(self, launch: Launch) -> Mapping[str, Any]:
         """The texts and tokens that end an answer of the family, and whether it is to think."""
-        family = launch.artifact.family
-        ends = {name: getattr(family, name, None) for name in ("stop", "stop_token_ids")}
-        found: dict[str, Any] = {name: list(value) for name, value in ends.items() if value}
+        found: dict[str, Any] = dict(family_ends(launch))
         if launch.options.get("enable_thinking") is not None:
             thinking = self.read_options(launch.options).enable_thinking
             found["chat_template_kwargs"] = {"enable_thinking": thinking, "thinking": thinking}
@@ -224,15 +222,9 @@ def _of_options(options: SglangOptions, placement: Placement) -> dict[str, Flag]
 
 def _of_family(options: SglangOptions, family: ModelFamily, folder: Path | None) -> dict[str, Flag]:
     flags: dict[str, Flag] = {}
-    if tools := options.tool_call_parser or _known(tool_parser(family, "sglang"), folder, TOOL_PARSERS):
+    if tools := options.tool_call_parser or known_parser(tool_parser(family, "sglang"), folder, TOOL_PARSERS):
         flags["tool_call_parser"] = tools
-    thinking = options.reasoning_parser or _known(reasoning_parser(family, "sglang"), folder, REASONING_PARSERS)
+    thinking = options.reasoning_parser or known_parser(reasoning_parser(family, "sglang"), folder, REASONING_PARSERS)
     if thinking and (options.reasoning_parser or options.reasoning_content is not False):
         flags["reasoning_parser"] = thinking
     return flags
-
-
-def _known(name: str | None, folder: Path | None, file: str) -> str | None:
-    """The parser, unless the installed version is known to lack it: it would not start."""
-    there = literal_keys(folder, file) if folder else frozenset()
-    return name if not there or name in there else None

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, worker_command
+from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, family_ends, worker_command
 from engines.environments import find_python, why_no_python
 from engines.packages import package_folder
 from registry.decode import DecodeError
@@ -80,8 +80,7 @@ class Transformers(Engine, frozen=True, kw_only=True):
 
     def defaults(self, launch: Launch) -> Mapping[str, Any]:
         """The texts and tokens that end an answer of the family."""
-        ends = {name: getattr(launch.artifact.family, name, None) for name in ("stop", "stop_token_ids")}
-        return {name: list(value) for name, value in ends.items() if value}
+        return family_ends(launch)
 
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None

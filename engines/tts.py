@@ -11,7 +11,6 @@ from msgspec import Meta
 from engines.audio import family_of, local_folder, why_elsewhere
 from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
 from engines.environments import find_python, why_no_python
-from registry.decode import decode
 from registry.resolve import Artifact
 
 ONNX = "onnx"
@@ -52,7 +51,7 @@ class _Speaking(Engine, frozen=True, kw_only=True):
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
         """Our worker over the library."""
-        options: Any = decode(launch.options, self.options, "options", strict=False)
+        options: Any = self.read_options(launch.options)
         said = msgspec.to_builtins(options)
         if launch.n_gpu == 0:
             said["device"] = "cpu"

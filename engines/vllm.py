@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, forced_flags, visible_gpus
+from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, family_ends, forced_flags, visible_gpus
 from engines.environments import find_python, why_no_python
 from engines.packages import annotated_fields, distributions, literal_keys, package_folder
 from engines.parsers import reasoning_parser, tool_parser
@@ -190,9 +190,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
 
     def defaults(self, launch: Launch) -> Mapping[str, Any]:
         """The texts and tokens that end an answer of the family."""
-        family = launch.artifact.family
-        ends = {name: getattr(family, name, None) for name in ("stop", "stop_token_ids")}
-        return {name: list(value) for name, value in ends.items() if value}
+        return family_ends(launch)
 
     def choose_adapter(self, names: Sequence[str], lora_name: str) -> Mapping[str, Any]:
         """An adapter is a model of its own name to vLLM."""
@@ -294,10 +292,12 @@ def _of_family(options: VllmOptions, family: ModelFamily, folder: Path | None) -
                 flags["hf_overrides"] = overrides
         return flags
     flags = {}
-    tools = options.tool_call_parser or _known(tool_parser(family, "vllm"), folder, "tool_parsers/__init__.py")
+    tools = options.tool_call_parser or known_parser(tool_parser(family, "vllm"), folder, "tool_parsers/__init__.py")
     if tools and options.enable_auto_tool_choice is not False:
         flags |= {"enable_auto_tool_choice": True, "tool_call_parser": tools}
-    thinking = options.reasoning_parser or _known(reasoning_parser(family, "vllm"), folder, "reasoning/__init__.py")
+    thinking = options.reasoning_parser or known_parser(
+        reasoning_parser(family, "vllm"), folder, "reasoning/__init__.py"
+    )
     if thinking and (options.reasoning_parser or options.reasoning_content is not False):
         flags["reasoning_parser"] = thinking
     if options.enable_thinking is not None:
@@ -305,7 +305,7 @@ def _of_family(options: VllmOptions, family: ModelFamily, folder: Path | None) -
     return flags
 
 
-def _known(name: str | None, folder: Path | None, file: str) -> str | None:
+def known_parser(name: str | None, folder: Path | None, file: str) -> str | None:
     """The parser, unless the installed version is known to lack it: it would not start."""
     there = literal_keys(folder, file) if folder else frozenset()
     return name if not there or name in there else None

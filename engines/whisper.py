@@ -12,7 +12,6 @@ from msgspec import Meta
 from engines.audio import family_of, local_folder, why_elsewhere
 from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
 from engines.environments import find_python, why_no_python
-from registry.decode import decode
 from registry.resolve import Artifact
 
 CT2 = "ctranslate2"
@@ -79,7 +78,7 @@ class FasterWhisper(Engine, frozen=True, kw_only=True):
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
         """Our worker over faster-whisper."""
-        options = decode(launch.options, FasterWhisperOptions, "options", strict=False)
+        options: FasterWhisperOptions = self.read_options(launch.options)
         if launch.n_gpu == 0:
             options = msgspec.structs.replace(options, device="cpu")
         said = msgspec.to_builtins(options)
@@ -131,7 +130,7 @@ class TransformersASR(Engine, frozen=True, kw_only=True):
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
         """Our worker over the transformers library."""
-        options = decode(launch.options, TransformersASROptions, "options", strict=False)
+        options: TransformersASROptions = self.read_options(launch.options)
         if launch.n_gpu == 0:
             options = msgspec.structs.replace(options, device="cpu")
         said = msgspec.to_builtins(options)

@@ -89,6 +89,11 @@ def tiny_ocr(torch_python: str, tiny_sd: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_clip(torch_python: str, tiny_sd: Path) -> Path:
+    return models.made_by(torch_python, "tiny-clip", tiny_sd)
+
+
+@pytest.fixture(scope="session")
 def tiny_wan(torch_python: str) -> Path:
     return models.made_by(torch_python, "tiny-wan")
 

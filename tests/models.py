@@ -285,6 +285,24 @@ def make_tiny_ocr(folder: str, sd: str) -> None:
     TrOCRProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(folder)
 
 
+def make_tiny_clip(folder: str, sd: str) -> None:
+    """A model of CLIP's kind, which embeds texts and pictures; its weights are random."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    torch.manual_seed(11)
+    tokenizer = CLIPTokenizer.from_pretrained(f"{sd}/tokenizer")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    words = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPConfig(
+        text_config=sizes | words, vision_config=sizes | {"image_size": 32, "patch_size": 8}, projection_dim=16
+    )
+    CLIPModel(config).save_pretrained(folder)
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(pictures, tokenizer).save_pretrained(folder)
+
+
 # SmolLM2's layers, and the shapes of two of each layer's weights: out, in.
 SMOLLM2_LAYERS, ADAPTED = 30, {"q": (576, 576), "v": (192, 576)}
 ADAPTER_RANK = 4
@@ -502,6 +520,7 @@ MAKERS: dict[str, Callable[..., None]] = {
     "tiny-lora": make_tiny_lora,
     "tiny-wan": make_tiny_wan,
     "tiny-ocr": make_tiny_ocr,
+    "tiny-clip": make_tiny_clip,
     "lora-gguf": make_lora_gguf,
     "lora-hf": make_lora_hf,
     "tiny-reranker": make_tiny_reranker,

@@ -25,6 +25,7 @@ from diffusers.pipelines.auto_pipeline import (
 )
 
 from engines.workers import samplers
+from engines.workers.device import torch_device
 from engines.workers.jobs import Job
 from engines.workers.server import Cancelled, Order, Refused, is_out_of_memory
 from engines.workers.wishes import Wish
@@ -64,9 +65,9 @@ class Pipelines:
         self._options = order.options
         self.uid = order.uid
         self._folder = Path(order.model)
-        if threads := self._options.get("n_threads"):
-            torch.set_num_threads(int(threads))
-        self._device = self._options.get("device") or _best_device()
+        self._device = torch_device(self._options)
+        if not self._options.get("device") and torch.backends.mps.is_available():
+            self._device = "mps"
         self._dtype = _dtype_of(self._options.get("torch_dtype"), self._device)
         diffusers.utils.logging.disable_progress_bar()  # logs are read by people
         transformers.utils.logging.disable_progress_bar()
@@ -377,12 +378,6 @@ def gguf_transformer(folder: Path, file: Path, dtype: torch.dtype) -> Any:
         torch_dtype=dtype,
         local_files_only=True,
     )
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _dtype_of(name: str | None, device: str) -> torch.dtype:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -98,7 +97,8 @@ class Embeddings:
     async def embed(self, request: Request) -> Response:
         """OpenAI's embeddings, and what Xinference's clients may add."""
         body = await read_json(request)
-        inputs = [self._input(one) for one in inputs_of(body.get("input"))]
+        given = inputs_of(body.get("input"))
+        inputs = await asyncio.to_thread(lambda: [self._input(one) for one in given])
         prompt = self._prompt(body)
         limit = self._limit(body)
         wants_sparse = flag(body.get("return_sparse"), "return_sparse")
@@ -111,7 +111,9 @@ class Embeddings:
         normalize = flag(body.get("normalize_embeddings"), "normalize_embeddings", default=self.normalize)
         if not flag(body.get("truncate"), "truncate", default=True):
             await asyncio.to_thread(self._check_lengths, inputs, prompt, limit)
-        work = self.batcher.map(inputs, lambda chunk: self.encoder.pieces(chunk, prompt, limit), size_of)
+        work = self.batcher.map(
+            inputs, lambda chunk: self.encoder.pieces([opened(one) for one in chunk], prompt, limit), size_of
+        )
         found, n_tokens = await unless_client_leaves(request, work)
         if wants_sparse or self.is_sparse:
             texts = [json.dumps(dict(zip(map(str, ids), weights, strict=True))) for ids, weights in map(_sparse, found)]
@@ -127,7 +129,7 @@ class Embeddings:
         return f'{{"object":"list","model":{json.dumps(self.uid)},"data":[{data}],"usage":{usage}}}'
 
     def _input(self, one: Any) -> Any:
-        """An input as the library takes it: a text, or a dict with a picture."""
+        """An input as `opened` takes it: a text, or a dict with a picture and perhaps a text."""
         if isinstance(one, str):
             return self.encoder.cut(one)
         if isinstance(one, list):
@@ -149,8 +151,7 @@ class Embeddings:
                 + (", not an image." if text is None else ", not a text and an image as one."),
                 param="input",
             )
-        picture = picture_of(one["image"])
-        return picture if text is None else {"text": self.encoder.cut(text), "image": picture}
+        return {"image": one["image"]} | ({} if text is None else {"text": self.encoder.cut(text)})
 
     def _decoded(self, ids: list[Any]) -> str:
         """The text of token ids, which are the model's own."""
@@ -215,7 +216,7 @@ class Embeddings:
         most = min(limit or self.encoder.max_tokens, self.encoder.max_tokens)
         for index, one in enumerate(inputs):
             text = one.get("text") if isinstance(one, dict) else one
-            if isinstance(text, str) and (count := self.encoder.count((prompt or "") + text)) > most:
+            if isinstance(text, str) and (count := len(self.encoder.ids((prompt or "") + text))) > most:
                 raise Refused(
                     f"Input {index} has {count} tokens or more; {self.uid!r} reads {most}. Split it, or leave out "
                     "`truncate: false` to have it cut.",
@@ -279,9 +280,17 @@ def inputs_of(given: Any) -> list[Any]:
     return given
 
 
+def opened(one: Any) -> Any:
+    """An input as the library takes it, once its turn comes: pictures are much larger open than as files."""
+    if isinstance(one, str):
+        return one
+    picture = picture_of(one["image"])
+    return {"text": one["text"], "image": picture} if "text" in one else picture
+
+
 def picture_of(given: Any) -> Any:
     """A picture out of base64 text or a data address. Raises Refused for addresses of other places."""
-    from PIL import Image, UnidentifiedImageError
+    from engines.workers import pictures
 
     if not isinstance(given, str):
         raise Refused("`image` is a picture as base64 text, or a data: address.", param="input")
@@ -290,12 +299,7 @@ def picture_of(given: Any) -> Any:
             "`image` is an address, and nothing is fetched here. Send the picture itself: data:image/png;base64,...",
             param="input",
         )
-    text = given.partition(",")[2] if given.startswith("data:") else given
-    try:
-        picture = Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
-        return picture.convert("RGB")
-    except (ValueError, UnidentifiedImageError, OSError, Image.DecompressionBombError) as exc:
-        raise Refused(f"`image` cannot be read as a picture: {exc}.", param="input") from exc
+    return pictures.picture_of(pictures.from_base64(given, "image"), "image").convert("RGB")
 
 
 def size_of(one: Any) -> int:

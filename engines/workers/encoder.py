@@ -10,12 +10,13 @@ import json
 import logging
 import os
 import re
-import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from engines.workers.batching import Piece
+from engines.workers.device import torch_device
 from engines.workers.server import Order, Refused
 
 BATCH_TOKENS_THREAD = 512  # on a CPU, which gains nothing by more; a small request waits for the batch that runs
@@ -38,22 +39,14 @@ class Machine:
         import torch
 
         options = order.options
-        self.device = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+        if options.get("n_threads") is None and "OMP_NUM_THREADS" not in os.environ:
+            options = options | {"n_threads": max(1, (os.cpu_count() or 2) - 1)}
+        self.device = torch_device(options)
         is_gpu = self.device.startswith("cuda")
-        if is_gpu and not torch.cuda.is_available():
-            raise Refused(
-                f"The launch says device {self.device!r}, but torch {torch.__version__} sees no GPU here. Leave "
-                "`device` out, or install a torch that fits the driver."
-            )
         dtype = options.get("dtype") or "auto"
         if dtype == "auto":
             dtype = "float32" if not is_gpu else "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
         self.dtype = getattr(torch, dtype)
-        threads = options.get("n_threads")
-        if threads is None and "OMP_NUM_THREADS" not in os.environ:
-            threads = max(1, (os.cpu_count() or 2) - 1)
-        if threads:
-            torch.set_num_threads(threads)
         on_cpu = min(BATCH_TOKENS_THREAD * torch.get_num_threads(), BATCH_TOKENS_GPU)
         self.batch_tokens = options.get("batch_tokens") or (BATCH_TOKENS_GPU if is_gpu else on_cpu)
         self.trust_remote_code = bool(options.get("trust_remote_code"))
@@ -147,6 +140,7 @@ class Encoder:
 
     def __init__(self, model: Any, machine: Machine, max_tokens: int | None) -> None:
         self.model, self.machine = model, machine
+        self._tokenizing = threading.Lock()  # how a tokenizer cuts is its own state, set anew by each call
         self.max_tokens = self._limit(max_tokens)
         tokenizer = model.tokenizer
         self.tokenizer = tokenizer if callable(tokenizer) and hasattr(tokenizer, "convert_ids_to_tokens") else None
@@ -165,10 +159,14 @@ class Encoder:
         """As much of a text as can matter."""
         return text[: self.max_tokens * CHARACTERS_OF_TOKEN]
 
-    def count(self, text: str, pair: str | None = None) -> int:
-        """How many tokens it has, uncut."""
+    def ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Its tokens, uncut."""
         assert self.tokenizer is not None
-        return len(self.tokenizer(text, pair, truncation=False, verbose=False)["input_ids"])
+        with self._tokenizing:
+            found: list[int] = self.tokenizer(
+                text, add_special_tokens=add_special_tokens, truncation=False, verbose=False
+            )["input_ids"]
+        return found
 
     def pieces(self, inputs: Sequence[Any], prompt: str | None = None, limit: int | None = None) -> list[Piece]:
         """Inputs as the library's `preprocess` takes them, prepared.
@@ -181,7 +179,8 @@ class Encoder:
         more: dict[str, Any] = {}
         if limit and limit < self.max_tokens:
             more["processing_kwargs"] = {"text": {"max_length": limit, "truncation": True}}
-        features = self.model.preprocess(list(inputs), prompt=prompt, **more)
+        with self._tokenizing:
+            features = self.model.preprocess(list(inputs), prompt=prompt, **more)
         if _can_be_split(features):
             return _split(features)
         if len(inputs) > 1:
@@ -226,16 +225,11 @@ def pad(contents: list[dict[str, Any]], pad_id: int, side: str) -> dict[str, Any
 
 
 def after_failure(exc: RuntimeError) -> None:
-    """Free what a failed batch holds; end the process if its GPU cannot be used any more."""
+    """Free what a failed batch holds."""
     import torch
 
-    if not torch.cuda.is_available():
-        return
-    if isinstance(exc, torch.cuda.OutOfMemoryError):
+    if torch.cuda.is_available() and isinstance(exc, torch.cuda.OutOfMemoryError):
         torch.cuda.empty_cache()
-    elif "CUDA error" in str(exc):
-        print(f"The GPU has failed, so the worker ends: {exc}", file=sys.stderr, flush=True)
-        os._exit(1)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -19,17 +19,17 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from engines.workers.answers import Message, Text, message_of
-from engines.workers.generators import Failed, new_batch
+from engines.workers.device import torch_device
+from engines.workers.generators import new_batch
 from engines.workers.sampling import MOST_LOGPROBS, Line, Wish
 from engines.workers.server import (
     Order,
     Refused,
-    error,
     flag,
-    is_out_of_memory,
     number,
     read_json,
     serve,
+    stream_failure,
     unless_client_leaves,
 )
 
@@ -62,11 +62,9 @@ def load(order: Order) -> list[BaseRoute]:
 
     logging.disable_progress_bar()
     options = order.options
-    if threads := options.get("n_threads"):
-        torch.set_num_threads(threads)
+    device = torch_device(options)
     trust = {"trust_remote_code": bool(options.get("trust_remote_code"))}
     tokenizer = AutoTokenizer.from_pretrained(order.model, **trust)
-    device = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     how: dict[str, Any] = {"dtype": options.get("dtype") or "auto", **trust}
     for name in ("attn_implementation", "device_map"):
         if options.get(name):
@@ -95,6 +93,8 @@ class Generation:
         self._tags = tuple(options["reasoning_tags"]) if options.get("reasoning_tags") else None
         of_model = getattr(model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT_LENGTH
         self._context = min(options.get("context_length") or min(of_model, CONTEXT_LENGTH), of_model)
+        if cache_tokens := options.get("kv_cache_tokens"):
+            self._context = min(self._context, cache_tokens)  # one that needs more would end all others
         self._vocabulary = model.config.get_text_config().vocab_size
         self._defaults = model.generation_config
         self._end_ids = _end_ids(model.generation_config, tokenizer)
@@ -130,9 +130,9 @@ class Generation:
         """Text, or a chat, as token ids."""
         body = await read_json(request)
         if "messages" in body:
-            ids = self._encode_chat(body)[0]
+            ids = (await asyncio.to_thread(self._encode_chat, body))[0]
         else:
-            (ids,) = self._encode(body.get("prompt"))
+            (ids,) = await asyncio.to_thread(self._encode, body.get("prompt"))
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._context})
 
     async def detokenize(self, request: Request) -> Response:
@@ -147,7 +147,7 @@ class Generation:
     async def complete(self, request: Request) -> Response:
         """OpenAI's completion."""
         body = await read_json(request)
-        prompts = self._encode(body.get("prompt"))
+        prompts = await asyncio.to_thread(self._encode, body.get("prompt"))
         echo = flag(body.get("echo"), "echo")
         n = number(body.get("n") or 1, "n", int, least=1, most=MOST_CHOICES)
         answers = []
@@ -184,7 +184,7 @@ class Generation:
     async def chat(self, request: Request) -> Response:
         """OpenAI's chat."""
         body = await read_json(request)
-        prompt, text, has_tools = self._encode_chat(body)
+        prompt, text, has_tools = await asyncio.to_thread(self._encode_chat, body)
         n = number(body.get("n") or 1, "n", int, least=1, most=MOST_CHOICES)
         wish = self._wish(body, len(prompt), None, _chat_logprobs(body))
         answers = [Answer(self, prompt, wish, copy) for copy in range(n)]
@@ -243,13 +243,15 @@ class Generation:
 
         async def lines() -> AsyncIterator[str]:
             try:
+                for answer in answers:
+                    answer.start()
                 async for event in events:
                     yield _event(event)
                 if has_usage:
                     prompts = list({id(answer.prompt): answer.prompt for answer in answers}.values())
                     yield _event(head | {"choices": [], "usage": _usage(prompts, answers)})
-            except (Failed, RuntimeError, MemoryError) as exc:
-                yield _event(json.loads(bytes(failure(exc).body)))
+            except Exception as exc:
+                yield _event(json.loads(bytes(stream_failure(exc).body)))
             finally:
                 for answer in answers:
                     answer.cancel()
@@ -313,10 +315,11 @@ class Generation:
                 param="response_format",
             )
         room = self._context - prompt_tokens
+        larger = "launch the model with a larger context_length (and kv_cache_tokens, if it says so)"
         if room < 1:
             raise Refused(
                 f"The prompt has {prompt_tokens} tokens, and the model's context is {self._context}. Shorten it, or "
-                "launch the model with a larger context_length.",
+                f"{larger}.",
                 code="context_length_exceeded",
             )
         wished = body.get("max_completion_tokens") or body.get("max_tokens")
@@ -324,7 +327,7 @@ class Generation:
         if tokens > room:
             raise Refused(
                 f"max_tokens={tokens} and a prompt of {prompt_tokens} tokens are more than the model's context of "
-                f"{self._context}. Ask for fewer, or launch the model with a larger context_length.",
+                f"{self._context}. Ask for fewer, or {larger}.",
                 param="max_tokens",
                 code="context_length_exceeded",
             )
@@ -414,6 +417,9 @@ class Answer:
         self._line = Line(prompt, wish, put)
         self._tokens: list[int] = []
         self._told = 0
+
+    def start(self) -> None:
+        """Begin to write; whoever calls it sees to `cancel`."""
         self._batch.start(self._line)
 
     async def pieces(self) -> AsyncIterator[Piece]:
@@ -495,21 +501,12 @@ async def whole(answers: Sequence[Answer]) -> list[str]:
         return "".join([piece.text async for piece in answer.pieces()])
 
     try:
+        for answer in answers:
+            answer.start()
         return list(await asyncio.gather(*(one(answer) for answer in answers)))
-    except Failed as exc:
-        if is_out_of_memory(exc):
-            raise MemoryError(str(exc)) from exc
-        raise
     finally:
         for answer in answers:
             answer.cancel()
-
-
-def failure(exc: BaseException) -> Response:
-    """What a stream ends with."""
-    if is_out_of_memory(exc):
-        return error(f"There was not enough memory for this request: {exc}.", status=503, code="out_of_memory")
-    return error(f"The model failed: {exc}", status=500)
 
 
 # --- reading the fields of requests

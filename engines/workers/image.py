@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute, Route
 
 from engines.workers.jobs import Job, Jobs
 from engines.workers.pictures import Size, encoded, mask_of, rounded
-from engines.workers.server import Cancelled, Order, Refused, flag, is_out_of_memory, read_json, serve
+from engines.workers.server import Order, Refused, flag, read_json, serve, stream_failure
 from engines.workers.wishes import Form, Wish, wish_of
 
 TELL_EVERY_S = 0.5
@@ -104,13 +104,10 @@ class Pictures:
                     yield _event("processing", {"type": "processing", "progress": told})
                 await asyncio.wait((task,), timeout=TELL_EVERY_S)
             yield _event("complete", {"type": "complete"} | _reply(task.result()))
-        except Refused as exc:
-            yield _error(exc.message, exc.status)
-        except Cancelled:
-            yield _error("The request was cancelled.", 409)
         except Exception as exc:
-            what = "There was not enough memory" if is_out_of_memory(exc) else "The model failed"
-            yield _error(f"{what}: {type(exc).__name__}: {exc}", 500)
+            failed = stream_failure(exc)
+            message = json.loads(bytes(failed.body))["error"]["message"]
+            yield _event("error", {"type": "error", "error": {"message": message, "code": failed.status_code}})
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -177,10 +174,6 @@ def _reply(data: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _event(name: str, data: dict[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
-
-
-def _error(message: str, status: int) -> bytes:
-    return _event("error", {"type": "error", "error": {"message": message, "code": status}})
 
 
 def load(order: Order) -> list[BaseRoute]:

@@ -10,6 +10,7 @@ from typing import Any
 from starlette.routing import BaseRoute
 
 from engines.workers import speech
+from engines.workers.device import onnx_session
 from engines.workers.server import Order, Refused, serve
 
 # The first letter of a voice's name -> its language as espeak-ng names it.
@@ -35,20 +36,10 @@ class Kokoro:
     speeds = (0.5, 2.0)
 
     def __init__(self, order: Order) -> None:
-        import onnxruntime
         from kokoro_onnx import Kokoro as Model
 
         model, voices = _files(Path(order.model))
-        options = onnxruntime.SessionOptions()
-        if n_threads := order.options.get("n_threads"):
-            options.intra_op_num_threads = n_threads
-        gpu = ["CUDAExecutionProvider"] if order.options.get("device") == "cuda" else []
-        try:
-            session = onnxruntime.InferenceSession(
-                str(model), sess_options=options, providers=[*gpu, "CPUExecutionProvider"]
-            )
-        except Exception as exc:  # its errors have no base class but this
-            raise Refused(f"{model} cannot be loaded, the file may be damaged: {exc}") from exc
+        session = onnx_session(str(model), order.options)
         self._model = Model.from_session(session, str(voices))
         self._language: str | None = order.options.get("language")
         self.voices = [speech.Voice(name, LANGUAGES.get(name[:1], "en-us")) for name in self._model.voices]

@@ -52,8 +52,7 @@ class LanguageModelJudge:
             raise Refused(f"max_tokens {self.encoder.max_tokens} leaves no room for a query and a document.")
 
     def _ids(self, text: str) -> list[int]:
-        found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
+        return self.encoder.ids(text, add_special_tokens=False)
 
     def _word(self, files: Files, word: str) -> int:
         ids = self._ids(word)

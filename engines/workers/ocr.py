@@ -19,6 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from engines.workers.device import torch_device
 from engines.workers.image import flattened
 from engines.workers.jobs import Job, Jobs
 from engines.workers.server import Cancelled, Order, Refused, more_options, number
@@ -35,9 +36,7 @@ class Reader:
     def __init__(self, order: Order, jobs: Jobs) -> None:
         """Load it. Raises Refused if transformers does not know it."""
         self._jobs, self._uid = jobs, order.uid
-        if threads := order.options.get("n_threads"):
-            torch.set_num_threads(int(threads))
-        self._device = order.options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch_device(order.options)
         transformers.utils.logging.disable_progress_bar()
         folder = Path(order.model)
         try:

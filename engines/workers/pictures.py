@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import io
@@ -28,8 +29,8 @@ async def read_picture(value: Any, name: str) -> Image.Image:
         Refused: it is no picture, or too large.
     """
     if isinstance(value, UploadFile):
-        return picture_of(await value.read(), name)
-    return picture_of(from_base64(value, name), name)
+        return await asyncio.to_thread(picture_of, await value.read(), name)
+    return await asyncio.to_thread(lambda: picture_of(from_base64(value, name), name))
 
 
 def from_base64(value: Any, name: str) -> bytes:

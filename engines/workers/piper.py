@@ -9,6 +9,7 @@ from typing import Any
 from starlette.routing import BaseRoute
 
 from engines.workers import speech
+from engines.workers.device import onnx_session
 from engines.workers.server import Order, Refused, serve
 
 TUNING = {"noise_scale": (0.0, 2.0), "noise_w_scale": (0.0, 2.0), "volume": (0.0, 10.0)}
@@ -20,15 +21,10 @@ class Piper:
     speeds = (0.25, 4.0)
 
     def __init__(self, order: Order) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        if n_threads := order.options.get("n_threads"):
-            options.intra_op_num_threads = n_threads
         self._voices: dict[str, tuple[Any, int | None]] = {}
         self.voices: list[speech.Voice] = []
         paths = _files(Path(order.model))
-        loaded = [(path, _load(path, options, order.options.get("device", "cpu"))) for path in paths]
+        loaded = [(path, _load(path, order.options)) for path in paths]
         self.rate: int = loaded[0][1].config.sample_rate
         for path, voice in loaded:
             if voice.config.sample_rate != self.rate:
@@ -61,10 +57,9 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _load(path: Path, options: Any, device: str) -> Any:
+def _load(path: Path, options: Mapping[str, Any]) -> Any:
     import json
 
-    import onnxruntime
     from piper import PiperConfig, PiperVoice
 
     about = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
@@ -72,11 +67,7 @@ def _load(path: Path, options: Any, device: str) -> Any:
         config = PiperConfig.from_dict(about)
     except (KeyError, TypeError, AttributeError, ValueError) as exc:
         raise Refused(f"{path}.json does not describe a Piper voice: {type(exc).__name__}: {exc}.") from exc
-    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
-    try:
-        session = onnxruntime.InferenceSession(str(path), sess_options=options, providers=providers)
-    except Exception as exc:  # its errors have no base class but this
-        raise Refused(f"The voice {path} cannot be loaded, the file may be damaged: {exc}") from exc
+    session = onnx_session(str(path), options)
     return PiperVoice(session=session, config=config)
 
 

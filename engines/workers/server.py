@@ -34,6 +34,8 @@ BACKLOG = 1024
 SSE = "text/event-stream"
 # How torch, ctranslate2 and onnxruntime say it.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Failed to allocate memory", "std::bad_alloc")
+GPU_FAILED = "CUDA error"  # as torch says it
+TELL_S = 0.5  # for those whose requests it has ended, to read so
 FAILURE_LIMIT = 1000  # characters
 
 T = TypeVar("T")
@@ -95,7 +97,7 @@ def create_app(routes: Iterable[BaseRoute], key: str) -> ASGIApp:
     """The routes and /health as an app that answers whoever has the key."""
     app = Starlette(
         routes=[Route("/health", _health), *routes],
-        exception_handlers={Refused: _refusal, HTTPException: _no_route, Cancelled: _nobody, Exception: _failure},
+        exception_handlers={HTTPException: _no_route} | dict.fromkeys((Refused, Cancelled, Exception), _failure),
     )
     return _Guard(app, key)
 
@@ -141,21 +143,24 @@ async def _health(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-async def _refusal(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, Refused)
-    return error(exc.message, status=exc.status, param=exc.param, code=exc.code)
-
-
 async def _no_route(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     return error(f"{request.method} {request.url.path}: {exc.detail}.", status=exc.status_code)
 
 
-async def _nobody(request: Request, exc: Exception) -> Response:
-    return error("The request was cancelled.", status=409, code="cancelled")
-
-
 async def _failure(request: Request, exc: Exception) -> Response:
+    return failure(exc)
+
+
+def failure(exc: BaseException) -> Response:
+    """What is told of a request that has ended so, whole or in the last event of a stream.
+
+    A GPU that has failed fails for good: the process ends once that is told, so that a fresh one is started.
+    """
+    if isinstance(exc, Refused):
+        return error(exc.message, status=exc.status, param=exc.param, code=exc.code)
+    if isinstance(exc, Cancelled):
+        return error("The request was cancelled.", status=409, code="cancelled")
     if is_out_of_memory(exc):
         return error(
             f"There was not enough memory for this request{_reason(exc)}. Send a smaller one, or give the model more "
@@ -163,7 +168,17 @@ async def _failure(request: Request, exc: Exception) -> Response:
             status=503,
             code="out_of_memory",
         )
+    if GPU_FAILED in str(exc):
+        print(f"The GPU has failed, so the worker ends: {exc}", file=sys.stderr, flush=True)
+        asyncio.get_running_loop().call_later(TELL_S, os._exit, 1)
     return error(f"The model failed: {type(exc).__name__}: {exc}", status=500)
+
+
+def stream_failure(exc: BaseException) -> Response:
+    """The same for a stream, whose last event holds its body; the log tells it too, as nothing else would."""
+    if not isinstance(exc, Refused | Cancelled):
+        print(f"a stream failed: {type(exc).__name__}: {exc}", file=sys.stderr, flush=True)
+    return failure(exc)
 
 
 def _reason(exc: BaseException) -> str:
@@ -303,9 +318,7 @@ async def streamed(request: Request, pieces: AsyncGenerator[bytes, None], media_
             except Exception as exc:
                 if media_type != SSE or isinstance(exc, Cancelled):
                     raise  # the body breaks off, which says it
-                print(f"a stream failed: {type(exc).__name__}: {exc}", file=sys.stderr, flush=True)
-                told = await (_refusal if isinstance(exc, Refused) else _failure)(request, exc)
-                yield b"data: " + bytes(told.body) + b"\n\n"
+                yield b"data: " + bytes(stream_failure(exc).body) + b"\n\n"
 
     return StreamingResponse(body(), media_type=media_type)
 
@@ -332,7 +345,9 @@ def number(value: Any, name: str, kind: type[int] | type[float], *, least: float
         if isinstance(value, bool):
             raise ValueError
         found = kind(value)
-    except (TypeError, ValueError) as exc:
+        if kind is int and isinstance(value, float) and found != value:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as exc:
         what = "a whole number" if kind is int else "a number"
         raise Refused(f"`{name}` is {what}, not {value!r}.", param=name) from exc
     if not least <= found <= most:

@@ -43,9 +43,8 @@ def token_routes(encoder: Encoder) -> list[BaseRoute]:
         if not isinstance(text, str):
             raise Refused("`content` is the text to split into tokens.", param="content")
         special = flag(body.get("add_special_tokens"), "add_special_tokens", default=True)
-        found = await asyncio.to_thread(
-            lambda: tokenizer()(text, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
-        )
+        tokenizer()
+        found = await asyncio.to_thread(encoder.ids, text, add_special_tokens=special)
         return JSONResponse({"tokens": found, "count": len(found), "max_model_len": encoder.max_tokens})
 
     async def detokenize(request: Request) -> Response:

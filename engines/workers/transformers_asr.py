@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute
 
 from engines.workers import transcription
 from engines.workers.audio import RATE_HEARD
+from engines.workers.device import torch_device
 from engines.workers.server import Cancelled, Order, Refused, number, serve
 from engines.workers.transcription import Segment, Wish, Word
 
@@ -37,11 +38,7 @@ class TransformersASR:
 
         folder = Path(order.model)
         kind = _architecture(folder)
-        if n_threads := order.options.get("n_threads"):
-            torch.set_num_threads(n_threads)
-        device = order.options.get("device") or "auto"
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch_device(order.options)
         dtype = order.options.get("torch_dtype") or "auto"
         if dtype == "auto" and device == "cpu":
             dtype = "float32"  # halves are slow there

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from engines.workers.jobs import Jobs
-from engines.workers.pictures import from_base64, mask_of, picture_of
+from engines.workers.pictures import mask_of, read_picture
 from engines.workers.server import Refused, more_options, number, read_json
 
 KIND = "webui"
@@ -68,9 +68,9 @@ class WebUi:
             pictures = said.get("init_images")
             if not isinstance(pictures, list) or not pictures:
                 raise Refused("`init_images` is a list of pictures as base64.", param="init_images")
-            wish.pictures = [picture_of(from_base64(one, "init_images"), "init_images") for one in pictures]
+            wish.pictures = [await read_picture(one, "init_images") for one in pictures]
             if said.get("mask"):
-                wish.mask = mask_of(picture_of(from_base64(said["mask"], "mask"), "mask"))
+                wish.mask = mask_of(await read_picture(said["mask"], "mask"))
         work = self._pictures.work(wish)
         made = await self._jobs.run(request, self._jobs.begin(wish.request_id, KIND), work)
         seeds = [one["seed"] for one in made]

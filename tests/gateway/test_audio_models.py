@@ -67,6 +67,14 @@ async def test_an_unknown_default_voice_is_refused(
     assert "There is no voice 'bob'" in answer.error["message"]
 
 
+async def test_a_gpu_that_the_library_cannot_use_is_told_and_the_cpu_not_taken_unasked(
+    start_gateway: StartGateway, piper_python: str, piper_voice: Path
+) -> None:
+    _, answer = await launched(start_gateway, piper_python, piper_voice, options={"device": "cuda"})
+    assert "The launch says device 'cuda'" in answer.error["message"]
+    assert "onnxruntime-gpu" in answer.error["message"]
+
+
 async def test_a_python_without_the_library_says_what_to_do(
     start_gateway: StartGateway, piper_voice: Path, tmp_path: Path
 ) -> None:

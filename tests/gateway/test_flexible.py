@@ -46,6 +46,8 @@ class Odd:
             return bytearray(1 << 50)
         if kind == "raise":
             raise LookupError("no such thing")
+        if kind == "gpu":
+            raise RuntimeError("CUDA error: device-side assert triggered")
         if kind == "unknown":
             return object()
         return [Found(Path("/a"), b"xyz"), float("nan"), {1, 1}, (n for n in range(2))]
@@ -185,6 +187,17 @@ async def test_a_request_that_fails_says_why_and_the_next_one_is_answered(
     assert said in answer.error["message"]
     assert (await infer(gateway, "odd", "things")).status == 200
     assert (await gateway.until("odd"))["starts"] == 1
+
+
+async def test_a_gpu_that_has_failed_is_told_and_the_engine_started_again(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    gateway = await start(start_gateway, tmp_path, "odd", settings={"restart_limit": 5})
+    assert (await launch(gateway, "odd")).status == 200
+    answer = await infer(gateway, "odd", "gpu")
+    assert (answer.status, "device-side assert" in answer.error["message"]) == (500, True)
+    await gateway.until("odd", starts=2, state="ready")
+    assert (await infer(gateway, "odd", "things")).status == 200
 
 
 async def test_arguments_that_the_model_does_not_take_are_a_bad_request(

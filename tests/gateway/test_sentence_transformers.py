@@ -14,6 +14,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ async def gateway(
     minilm: Path,
     tiny_reranker: Path,
     smollm2_hf: Path,
+    tiny_clip: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Gateway]:
     prompts = {"prompts": {"mine": "query: "}, "default_prompt_name": "mine", "normalize_embeddings": False}
@@ -106,6 +108,7 @@ async def gateway(
         "sparse": a_model(with_sparse_head, "embedding"),
         "reranker": a_model(tiny_reranker, "rerank", preload=True, model_engine="sentence_transformers"),
         "judge": a_model(smollm2_hf, "rerank", model_name="smollm2-reranker"),
+        "clip": a_model(tiny_clip, "embedding"),
         "not-a-judge": a_model(smollm2_hf, "rerank"),
     }
     home = tmp_path_factory.mktemp("home")
@@ -264,6 +267,41 @@ async def test_a_worker_killed_in_mid_request_is_not_noticed_by_the_client(gatew
     os.kill(pid, signal.SIGKILL)
     assert len(vectors_of(await asking)) == 100
     assert (await gateway.until("minilm", state="ready"))["pid"] != pid
+
+
+async def test_pictures_and_texts_are_embedded_beside_one_another(gateway: Gateway) -> None:
+    red, blue = ({"image": f"data:image/png;base64,{a_picture(colour)}"} for colour in (b"\xff\0\0", b"\0\0\xff"))
+    vectors = vectors_of(await embed(gateway, ["hello", red, blue, {"image": a_picture(b"\xff\0\0")}], model="clip"))
+    assert cosine(vectors[1], vectors[3]) == pytest.approx(1)
+    assert max(cosine(vectors[1], vectors[2]), cosine(vectors[0], vectors[1])) < 0.9999
+    assert vectors[0] == pytest.approx(vectors_of(await embed(gateway, "hello", model="clip"))[0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ("no picture", "`image` is a file, or base64 of one"),
+        ("https://example.com/cat.png", "nothing is fetched here"),
+        (7, "`image` is a picture as base64 text"),
+        ("huge", "has 8192x8193 pixels; make it smaller"),
+    ],
+)
+async def test_a_picture_that_cannot_be_read_is_told(image: Any, said: str, gateway: Gateway) -> None:
+    given = a_picture(b"\0\0\0", 8192, 8193) if image == "huge" else image
+    answer = await embed(gateway, ["hello", {"image": given}], model="clip")
+    assert (answer.status, said in answer.error["message"]) == (400, True), answer.body
+
+
+def a_picture(colour: bytes, width: int = 40, height: int = 30) -> str:
+    """A PNG of one colour, as base64."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compress((b"\0" + colour * width) * height, 1)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return base64.b64encode(file).decode()
 
 
 # --- ranking

@@ -37,7 +37,11 @@ async def gateway(
     settings = {
         "engines": {"transformers": {"python": torch_python}},
         "restart_limit": 2,
-        "models": {"smol": model, "alone": model | {"options": OPTIONS | {"continuous_batching": False}}},
+        "models": {
+            "smol": model,
+            "alone": model | {"options": OPTIONS | {"continuous_batching": False}},
+            "narrow": model | {"options": OPTIONS | {"kv_cache_tokens": 64}},
+        },
     }
     gateway = await Gateway.start(tmp_path_factory.mktemp("home"), settings)
     yield gateway
@@ -198,6 +202,26 @@ async def test_refusals_name_what_is_wrong(client: AsyncOpenAI, gateway: Gateway
         assert (answer.status, answer.error["param"]) == (400, param), answer.body
 
 
+async def test_nothing_is_written_for_a_request_that_is_refused(client: AsyncOpenAI, gateway: Gateway) -> None:
+    bodies: list[dict[str, Any]] = [
+        {"prompt": [FRANCE, "word " * 1100]},
+        {"prompt": FRANCE, "stream": True, "stream_options": {"include_usage": "perhaps"}},
+    ]
+    for body in bodies:
+        more = {"model": "smol", "max_tokens": 900, "ignore_eos": True}
+        assert (await gateway.post("/v1/completions", more | body)).status == 400
+        assert await lines_written(gateway, "smol") == 0
+
+
+async def test_a_request_that_the_cache_cannot_hold_is_refused_and_spoils_no_other(client: AsyncOpenAI) -> None:
+    assert (await complete(client, "narrow")).choices[0].text.startswith(" Paris")
+    other = asyncio.create_task(complete(client, "narrow", max_tokens=50, ignore_eos=True))
+    for body in ({"prompt": "word " * 100}, {"max_tokens": 100}):
+        with pytest.raises(openai.BadRequestError, match=r"context (is|of) 64"):
+            await complete(client, "narrow", **body)
+    assert (await other).usage.completion_tokens == 50
+
+
 async def test_a_custom_familys_template_tags_and_ends_reach_the_engine(
     gateway: Gateway, smollm2_hf: Path, client: AsyncOpenAI
 ) -> None:
@@ -256,6 +280,14 @@ async def test_a_worker_killed_in_mid_stream_gives_an_error_and_is_back(client: 
         async for _ in stream:
             pass
     assert (await complete(client)).choices[0].text.startswith(" Paris")
+
+
+async def test_a_gpu_that_is_not_there_is_told(gateway: Gateway, smollm2_hf: Path) -> None:
+    launch = {"model_uid": "away", "model_path": str(smollm2_hf), "model_engine": "transformers"}
+    wish = {"options": {"device": "cuda"}, "envs": {"CUDA_VISIBLE_DEVICES": ""}}
+    answer = await gateway.post("/v1/models", launch | wish, timeout=aiohttp.ClientTimeout(170))
+    assert "sees no GPU here. Leave `device` out" in answer.error["message"]
+    await gateway.request("DELETE", "/v1/models/away")
 
 
 async def test_files_that_are_no_model_end_in_a_sentence(gateway: Gateway, smollm2_hf: Path, tmp_path: Path) -> None:
