@@ -40,10 +40,10 @@ from gateway.upstream import Reply, UpstreamLost
 
 logger = logging.getLogger("hostler.inference")
 
-# Headers that belong to one connection or one door, and end there.
+# Headers that belong to one connection or one door, and end there; a reply that is packed could not be changed.
 NOT_FORWARDED = frozenset(
-    b"authorization connection content-length cookie expect host keep-alive proxy-authorization proxy-connection te "
-    b"trailer transfer-encoding upgrade x-api-key x-request-id".split()
+    b"accept-encoding authorization connection content-length cookie expect host keep-alive proxy-authorization "
+    b"proxy-connection te trailer transfer-encoding upgrade x-api-key x-request-id".split()
 )
 NOT_RETURNED = frozenset(
     b"access-control-allow-credentials access-control-allow-headers access-control-allow-methods "
