@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -52,6 +53,8 @@ NOT_RETURNED = frozenset(
 )
 SSE = b"text/event-stream"
 SSE_HEADERS = [(b"content-type", SSE), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+# What servers say to a path that they do not have.
+NO_ROUTE = re.compile(r"(40[45]:? *)?((file|page|path|route) )?(not found|method not allowed)\.?$|\s*<", re.IGNORECASE)
 ATTEMPTS = 2
 ENGINE_ERROR_LIMIT_BYTES = 64 * 1024
 EVENT_LIMIT_BYTES = 2**20
@@ -358,6 +361,10 @@ class Exchange:
             chunk = await reply.read()
             text += chunk
         error = _engine_error(reply.status, text)
+        if reply.status in (404, 405) and NO_ROUTE.match(error.message):
+            uid, engine = self.deployment.launch.uid, self.deployment.engine.name
+            said = f"The engine of {uid!r}, {engine}, has no {self.way.path}. Launch the model on one that has."
+            error = msgspec.structs.replace(error, message=said)
         if self.status:  # comments were sent, so the error can only be an event
             await self._finish(self._error_event(error))
             return
