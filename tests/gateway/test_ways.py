@@ -236,6 +236,12 @@ def test_clients_get_sorted_scores_and_what_they_asked_for() -> None:
     assert rich["meta"]["tokens"] == {"input_tokens": 9, "output_tokens": 9}
 
 
+def test_the_schema_of_a_chats_answer_is_not_read() -> None:
+    content = json.dumps(CHAT | {"response_format": {"type": "json_schema", "json_schema": {}}}).encode()
+    head = read_head(msgspec.json.Decoder(ChatHead), content, "/v1/chat/completions")
+    assert not hasattr(head, "response_format")
+
+
 def test_a_prompt_that_is_missing_is_named() -> None:
     with pytest.raises(BadRequest, match="has no `prompt`"):
         read_head(msgspec.json.Decoder(PromptHead), b'{"model": "m"}', "/v1/completions")
