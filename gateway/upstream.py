@@ -69,6 +69,7 @@ class Upstream:
         self.asked = 0  # requests whose reply has not begun
         self.last_loss = ""  # why the last probe got no answer
         self.url_of = endpoint.url_of
+        self.is_elsewhere = endpoint.url is not None
         self._own_headers = [*endpoint.headers.items()]
         if endpoint.api_key:
             self._own_headers.append(("authorization", f"Bearer {endpoint.api_key}"))

@@ -44,8 +44,10 @@ logger = logging.getLogger("hostler.inference")
 # Headers that belong to one connection or one door, and end there; a reply that is packed could not be changed.
 NOT_FORWARDED = frozenset(
     b"accept-encoding authorization connection content-length cookie expect host keep-alive proxy-authorization "
-    b"proxy-connection te trailer transfer-encoding upgrade x-api-key x-request-id".split()
+    b"proxy-connection te trailer transfer-encoding upgrade x-api-key x-hostler-hops x-request-id".split()
 )
+HOPS_HEADER = "x-hostler-hops"  # through how many gateways a request has come: a remote model may lead back to us
+HOP_LIMIT = 5
 NOT_RETURNED = frozenset(
     b"access-control-allow-credentials access-control-allow-headers access-control-allow-methods "
     b"access-control-allow-origin connection date keep-alive server set-cookie trailer transfer-encoding upgrade "
@@ -269,6 +271,8 @@ class Exchange:
             if name not in NOT_FORWARDED
         ]
         headers.append(("x-request-id", self.scope["request_id"].decode("latin-1")))
+        if upstream.is_elsewhere:
+            headers.append((HOPS_HEADER, str(self._hops())))
         reply = await upstream.send(self.way.method, path, headers, self.body)
         try:
             chunk = await reply.read()
@@ -277,6 +281,22 @@ class Exchange:
             raise
         metrics.FIRST_BYTE_SECONDS.labels(self.deployment.launch.uid).observe(time.perf_counter() - self.started)
         return reply, chunk
+
+    def _hops(self) -> int:
+        """Through how many gateways the request has come, us among them.
+
+        Raises:
+            BadRequest: so many that it goes in a circle.
+        """
+        came = next((value for name, value in self.scope["headers"] if name == HOPS_HEADER.encode()), b"0")
+        hops = 1 + (int(came) if came.isdigit() else 0)
+        if hops > HOP_LIMIT:
+            raise BadRequest(
+                f"The request has come through {HOP_LIMIT} gateways, so it goes in a circle: the `base_url` of "
+                f"{self.deployment.launch.uid!r} leads back here. Correct it, or the model's name there (`model`).",
+                param="model",
+            )
+        return hops
 
     async def _relay(self, reply: Reply, chunk: bytes, replica: Replica) -> None:
         """Pass the reply on as it comes."""

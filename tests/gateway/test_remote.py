@@ -168,6 +168,16 @@ async def test_an_answer_that_stops_coming_is_lost_after_timeout_s_and_not_asked
     await server.stop()
 
 
+async def test_a_request_that_goes_in_a_circle_ends(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway()
+    body = {"model_uid": "mine", "model_engine": "remote", "base_url": gateway.address}
+    assert (await gateway.post("/v1/models", body)).status == 200
+    answer = await gateway.complete("mine")
+    assert answer.status == 400
+    assert "the `base_url` of 'mine' leads back here" in answer.error["message"]
+    assert gateway.log.read_text().count("POST /v1/completions") < 10
+
+
 async def test_own_headers_go_along_and_the_clients_key_does_not(start_gateway: StartGateway) -> None:
     seen: list[Any] = []
 
