@@ -67,6 +67,7 @@ class Upstream:
         self.replies: set[Reply] = set()  # that nobody has closed yet
         self.heard = 0  # grows with each sign of life
         self.asked = 0  # requests whose reply has not begun
+        self.sent = 0  # requests so far
         self.last_loss = ""  # why the last probe got no answer
         self.url_of = endpoint.url_of
         self.is_elsewhere = endpoint.url is not None
@@ -93,6 +94,7 @@ class Upstream:
         """
         sent = [header for header in headers if header[0] not in self._own_names] + self._own_headers
         self.asked += 1
+        self.sent += 1
         try:
             try:
                 return await self._send(self._session, method, path, sent, body)
