@@ -84,6 +84,12 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
         tuple[str, ...], Meta(description="folders of wheels for it, below one of the site's wheel_folders")
     ] = ()
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no system takes as a variable; passed on as it is, `A=B` would set A."""
+        for name, value in self.envs.items():
+            if not name or "=" in name or "\0" in name + value:
+                raise ValueError(f"`envs`: {name!r} cannot be set: names hold no =, and neither they nor values a NUL")
+
 
 class Site(msgspec.Struct, frozen=True, kw_only=True):
     """What a site says of Python environments.

@@ -150,6 +150,18 @@ async def test_variables_that_bring_other_code_are_for_sites_that_say_so(
     assert name in again.error["message"]
 
 
+@pytest.mark.parametrize("envs", [{"LD_PRELOAD=/tmp/x.so:": "y"}, {"": "y"}, {"A": "b\0c"}, {"A\0": "b"}])
+async def test_what_no_system_takes_as_a_variable_is_refused(
+    start_gateway: StartGateway, tmp_path: Path, envs: dict[str, str]
+) -> None:
+    gateway = await start_gateway()
+    (file := tmp_path / "fake.gguf").write_bytes(b"GGUF")
+    refused = await gateway.post("/v1/models", {"model_uid": "mine", "model_path": str(file), "envs": envs})
+    assert refused.status == 400
+    assert "envs" in refused.error["message"]
+    assert not list((gateway.home / "launches").glob("*.json"))
+
+
 async def test_over_the_api_it_is_for_sites_that_say_so(start_gateway: StartGateway) -> None:
     gateway = await start_gateway()
     body = {"model_uid": "mine", "model_engine": "command", "command": FAKE}
