@@ -95,7 +95,7 @@ class Diffusers(Engine, frozen=True, kw_only=True):
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
     ) -> Command:
         """A worker of ours; which one, the type of the model says."""
-        options = decode(_of_family(launch) | launch.options, DiffusersOptions, "options", strict=False)
+        options: DiffusersOptions = self.read_options(_of_family(launch) | launch.options)
         python = python or find_python(self.name, MODULES, self.settings, self.environments)
         if python is None:
             raise FileNotFoundError(self.installed())

@@ -72,7 +72,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         tuple[str, ...], Meta(description="launchers of flexible models that may run, by their exact dotted names")
     ] = ()
     allow_command_launches: Annotated[
-        bool, Meta(description="whether launches over the API may name a command line to run")
+        bool,
+        Meta(description="whether launches over the API may name a command line, or variables such as LD_PRELOAD"),
     ] = False
     preferred_hubs: Annotated[
         tuple[str, ...], Meta(description="hubs to take files from where several have them, best first")

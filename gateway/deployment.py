@@ -38,6 +38,8 @@ class Deployment:
         self._task: asyncio.Task[None] | None = None
         self.launched_at = time.time()
         self.is_cancelled = False  # somebody cancelled its launch
+        self._defaults: Mapping[str, Any] = {}
+        self._defaults_of: Launch | None = None
 
     # --- what requests do
 
@@ -158,8 +160,10 @@ class Deployment:
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """What requests get that do not say it themselves."""
-        return self.engine.defaults(self.launch)
+        """What requests get that do not say it themselves; read once a launch, as every request asks."""
+        if self._defaults_of is not self.launch:
+            self._defaults_of, self._defaults = self.launch, self.engine.defaults(self.launch)
+        return self._defaults
 
     @property
     def served_name(self) -> str:

@@ -24,7 +24,17 @@ from gateway.environments import Recipe, is_offline_build
 from gateway.errors import BadRequest, Busy, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
 from gateway.files import Files
 from gateway.gpus import cuda_version
-from gateway.launch import OPTION_FIELDS, RELOADABLE, REPLICA_LIMIT, LaunchRequest, Site, changed, file_name, plan
+from gateway.launch import (
+    CODE_VARIABLES,
+    OPTION_FIELDS,
+    RELOADABLE,
+    REPLICA_LIMIT,
+    LaunchRequest,
+    Site,
+    changed,
+    file_name,
+    plan,
+)
 from gateway.nodes.local import LocalNode, open_node
 from gateway.reload import Reload
 from gateway.replica import Replica
@@ -350,8 +360,16 @@ class Fleet:
 
     def _check_allowed(self, launch: Launch) -> None:
         """Raises ValueError if such a launch is for the settings file alone."""
+        if self.settings.allow_command_launches:
+            return
+        if names := sorted(filter(CODE_VARIABLES.fullmatch, launch.envs)):
+            raise ValueError(
+                f"`envs` has {', '.join(names)}, by which an engine can be made to run any program. Set it in the "
+                "settings file, below `models`; or set `allow_command_launches: true` there, if whoever has a key may "
+                "do so."
+            )
         engine = engines.find(launch.engine, self.engines)
-        if engine.runs_given_programs and not self.settings.allow_command_launches:
+        if engine.runs_given_programs:
             raise ValueError(
                 f"A launch on engine {engine.name} runs any program that it names, so it belongs into the settings "
                 "file, below `models`; or set `allow_command_launches: true` there, if whoever has a key may do so."

@@ -43,6 +43,13 @@ REPLICA_LIMIT = 64
 # Fields of a launch, beside the engine's options, that a model may change while it is served.
 OPTION_FIELDS = ("options", "forced_options")
 RELOADABLE = ("envs", "request_limits", "idle_timeout_s", "start_timeout_s", "load_timeout_s")
+# Variables by which a process loads or runs what they name, before or instead of what it was started for.
+CODE_VARIABLES = re.compile(
+    r"LD_\w+|DYLD_\w+|GLIBC_TUNABLES|GCONV_PATH|PATH|HOME|SHELL|ENV|BASH_ENV|"
+    r"PYTHON(PATH|HOME|STARTUP|USERBASE|INSPECT|BREAKPOINT|PYCACHEPREFIX|EXECUTABLE|PLATLIBDIR|WARNINGS)|"
+    r"CC|CXX|NVCC\w*|CUDA_(HOME|PATH)|(CUDA|NVTX)_INJECTION\w+|NCCL_\w+_PLUGIN|OPENSSL_(CONF|MODULES|ENGINES)|"
+    r"GGML_BACKEND_PATH|IMAGEIO_FFMPEG_EXE|T(ORCHINDUCTOR|RITON)_CACHE_DIR|TORCH_EXTENSIONS_DIR"
+)
 FILE_NAME_BYTES = 200  # most file systems take 255; ours get endings
 
 Seconds = Annotated[float, Meta(gt=0)]
@@ -78,6 +85,12 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
     virtual_env_find_links: Annotated[
         tuple[str, ...], Meta(description="folders of wheels for it, below one of the site's wheel_folders")
     ] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no system takes as a variable; passed on as it is, `A=B` would set A."""
+        for name, value in self.envs.items():
+            if not name or "=" in name or "\0" in name + value:
+                raise ValueError(f"`envs`: {name!r} cannot be set: names hold no =, and neither they nor values a NUL")
 
 
 class Site(msgspec.Struct, frozen=True, kw_only=True):

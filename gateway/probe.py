@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ PAUSE_FIRST_S = 0.02
 PAUSE_LIMIT_S = 0.5
 READY_LIMIT_S = 3.0
 REMOTE_LIMIT_S = 10.0
+LEFT_S = 600.0  # for so long an engine may compute on for a client that has left
 BUSY_SHARE = 0.05  # of one core; others may want it too, and what hangs uses none
 
 
@@ -47,18 +49,23 @@ async def until_silent(
 ) -> str:
     """Until the path has not answered so many times in a row; a sentence about it.
 
-    Any byte of a reply counts as life, and so does an engine that computes while requests are on it: some answer
-    nobody else meanwhile.
+    Any byte of a reply counts as life, and so does an engine that computes while requests are on it, or were lately:
+    some answer nobody else meanwhile, and do not notice that their client has left.
 
     Args:
         interval_s: between two looks, and the limit for each answer.
         cpu_s: the processor time that the engine has used so far; None if nobody knows.
     """
     heard, since, misses, status = upstream.heard, time.monotonic(), 0, None
+    sent, last_asked = upstream.sent, -math.inf
     while misses < failures:
         await asyncio.sleep(interval_s)
+        if upstream.in_flight or upstream.sent != sent:
+            sent, last_asked = upstream.sent, time.monotonic()
         if upstream.heard == heard:
-            began, before = time.monotonic(), cpu_s() if upstream.in_flight else None
+            began = time.monotonic()
+            before = cpu_s() if began - last_asked < LEFT_S else None
+            sent += 1  # our own
             status = await upstream.probe(path, interval_s)
             is_busy = before is not None and _share(before, cpu_s(), time.monotonic() - began) > BUSY_SHARE
             if not is_busy and (status is None or status >= 500):

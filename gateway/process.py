@@ -25,6 +25,7 @@ from gateway.watchdog import MARK_VARIABLE
 
 LOG_LIMIT_BYTES = 16 * 2**20
 LOG_PAUSE_S = 30.0
+LINE_LIMIT_BYTES = 16 * 2**20  # of what a child says through a pipe; lists of files are long
 TAIL_LINES = 12
 TAIL_BLOCK_BYTES = 8192
 END_PAUSE_S = 0.02
@@ -189,6 +190,7 @@ async def start(
             env=child_environment(env) | {MARK_VARIABLE: str(folder)},
             cwd=cwd or folder,
             start_new_session=True,
+            limit=LINE_LIMIT_BYTES,
         )
     )
     try:

@@ -67,11 +67,14 @@ class Upstream:
         self.replies: set[Reply] = set()  # that nobody has closed yet
         self.heard = 0  # grows with each sign of life
         self.asked = 0  # requests whose reply has not begun
+        self.sent = 0  # requests so far
         self.last_loss = ""  # why the last probe got no answer
         self.url_of = endpoint.url_of
+        self.is_elsewhere = endpoint.url is not None
         self._own_headers = [*endpoint.headers.items()]
         if endpoint.api_key:
             self._own_headers.append(("authorization", f"Bearer {endpoint.api_key}"))
+        self._own_names = frozenset(name.lower() for name, _ in self._own_headers)
         self._endpoint = endpoint
         self._proxy = _proxy_for(endpoint.url)
         self._session = _session(endpoint)
@@ -82,14 +85,16 @@ class Upstream:
     ) -> Reply:
         """Send a request and wait for the head of the reply; the caller reads and closes it.
 
+        The endpoint's own headers take the place of equal ones among `headers`, whose names are in small letters.
         An engine may close an idle connection just when we use it again. That says nothing of the engine, so a
         request that is lost goes out once more, on a new connection.
 
         Raises:
             UpstreamLost: no head arrived.
         """
-        sent = [*headers, *self._own_headers]
+        sent = [header for header in headers if header[0] not in self._own_names] + self._own_headers
         self.asked += 1
+        self.sent += 1
         try:
             try:
                 return await self._send(self._session, method, path, sent, body)

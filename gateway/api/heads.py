@@ -28,7 +28,6 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: Raw | UnsetType = UNSET
     enable_thinking: bool | None = None
     lora_name: str | None = None
-    response_format: Any = None
 
 
 class ChatHead(Head, frozen=True, kw_only=True):
@@ -41,6 +40,7 @@ class PromptHead(Head, frozen=True, kw_only=True):
     """Of a completion, or of a picture or film to be made."""
 
     prompt: Raw
+    response_format: Any = None
 
 
 class InputHead(Head, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -40,11 +41,13 @@ from gateway.upstream import Reply, UpstreamLost
 
 logger = logging.getLogger("hostler.inference")
 
-# Headers that belong to one connection or one door, and end there.
+# Headers that belong to one connection or one door, and end there; a reply that is packed could not be changed.
 NOT_FORWARDED = frozenset(
-    b"authorization connection content-length cookie expect host keep-alive proxy-authorization proxy-connection te "
-    b"trailer transfer-encoding upgrade x-api-key x-request-id".split()
+    b"accept-encoding authorization connection content-length cookie expect host keep-alive proxy-authorization "
+    b"proxy-connection te trailer transfer-encoding upgrade x-api-key x-hostler-hops x-request-id".split()
 )
+HOPS_HEADER = "x-hostler-hops"  # through how many gateways a request has come: a remote model may lead back to us
+HOP_LIMIT = 5
 NOT_RETURNED = frozenset(
     b"access-control-allow-credentials access-control-allow-headers access-control-allow-methods "
     b"access-control-allow-origin connection date keep-alive server set-cookie trailer transfer-encoding upgrade "
@@ -52,6 +55,8 @@ NOT_RETURNED = frozenset(
 )
 SSE = b"text/event-stream"
 SSE_HEADERS = [(b"content-type", SSE), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+# What servers say to a path that they do not have.
+NO_ROUTE = re.compile(r"(40[45]:? *)?((file|page|path|route) )?(not found|method not allowed)\.?$|\s*<", re.IGNORECASE)
 ATTEMPTS = 2
 ENGINE_ERROR_LIMIT_BYTES = 64 * 1024
 EVENT_LIMIT_BYTES = 2**20
@@ -265,6 +270,8 @@ class Exchange:
             if name not in NOT_FORWARDED
         ]
         headers.append(("x-request-id", self.scope["request_id"].decode("latin-1")))
+        if upstream.is_elsewhere:
+            headers.append((HOPS_HEADER, str(self._hops())))
         reply = await upstream.send(self.way.method, path, headers, self.body)
         try:
             chunk = await reply.read()
@@ -273,6 +280,22 @@ class Exchange:
             raise
         metrics.FIRST_BYTE_SECONDS.labels(self.deployment.launch.uid).observe(time.perf_counter() - self.started)
         return reply, chunk
+
+    def _hops(self) -> int:
+        """Through how many gateways the request has come, us among them.
+
+        Raises:
+            BadRequest: so many that it goes in a circle.
+        """
+        came = next((value for name, value in self.scope["headers"] if name == HOPS_HEADER.encode()), b"0")
+        hops = 1 + (int(came) if came.isdigit() else 0)
+        if hops > HOP_LIMIT:
+            raise BadRequest(
+                f"The request has come through {HOP_LIMIT} gateways, so it goes in a circle: the `base_url` of "
+                f"{self.deployment.launch.uid!r} leads back here. Correct it, or the model's name there (`model`).",
+                param="model",
+            )
+        return hops
 
     async def _relay(self, reply: Reply, chunk: bytes, replica: Replica) -> None:
         """Pass the reply on as it comes."""
@@ -357,6 +380,10 @@ class Exchange:
             chunk = await reply.read()
             text += chunk
         error = _engine_error(reply.status, text)
+        if reply.status in (404, 405) and NO_ROUTE.match(error.message):
+            uid, engine = self.deployment.launch.uid, self.deployment.engine.name
+            said = f"The engine of {uid!r}, {engine}, has no {self.way.path}. Launch the model on one that has."
+            error = msgspec.structs.replace(error, message=said)
         if self.status:  # comments were sent, so the error can only be an event
             await self._finish(self._error_event(error))
             return

@@ -61,7 +61,11 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def with_defaults(body: bytes, head: Head, defaults: Mapping[str, Any]) -> bytes:
-    """What the family says for every request, and `enable_thinking` where templates look for it."""
+    """What the family says for every request, and `enable_thinking` where templates look for it.
+
+    Raises:
+        BadRequest: `chat_template_kwargs` is no object.
+    """
     if not defaults and head.enable_thinking is None:
         return body
     if head.enable_thinking is None and all(getattr(head, name, UNSET) is UNSET for name in defaults):
@@ -73,12 +77,22 @@ def with_defaults(body: bytes, head: Head, defaults: Mapping[str, Any]) -> bytes
             fields[name] = Raw(msgspec.json.encode(value if given is None else _joined(given, value)))
     if head.enable_thinking is not None:
         del fields["enable_thinking"]
-        kwargs = msgspec.json.decode(fields.get("chat_template_kwargs", Raw(b"null")))
-        if isinstance(kwargs, str):
-            kwargs = msgspec.json.decode(kwargs)
         thinking = {"enable_thinking": head.enable_thinking, "thinking": head.enable_thinking}
-        fields["chat_template_kwargs"] = Raw(msgspec.json.encode(thinking | (kwargs or {})))
+        kwargs = _template_kwargs(fields.get("chat_template_kwargs", Raw(b"null")))
+        fields["chat_template_kwargs"] = Raw(msgspec.json.encode(thinking | kwargs))
     return msgspec.json.encode(fields)
+
+
+def _template_kwargs(given: Raw) -> dict[str, Any]:
+    """What templates are given, which clients also write as text."""
+    kwargs = msgspec.json.decode(given)
+    try:
+        kwargs = msgspec.json.decode(kwargs) if isinstance(kwargs, str) and kwargs else kwargs
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise BadRequest(f"`chat_template_kwargs` is not valid JSON: {exc}.", param="chat_template_kwargs") from exc
+    if kwargs and not isinstance(kwargs, dict):
+        raise BadRequest("`chat_template_kwargs` is a JSON object.", param="chat_template_kwargs")
+    return kwargs or {}
 
 
 def _joined(given: Any, more: Any) -> Any:

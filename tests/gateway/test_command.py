@@ -132,6 +132,36 @@ async def test_the_servers_key_and_environment_reach_it_and_the_gateways_own_do_
     assert "HOSTLER_LOG_LEVEL" not in given
 
 
+@pytest.mark.parametrize("name", ["LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONSTARTUP", "PATH", "BASH_ENV"])
+async def test_variables_that_bring_other_code_are_for_sites_that_say_so(
+    start_gateway: StartGateway, tmp_path: Path, name: str
+) -> None:
+    gateway = await start_gateway()
+    (file := tmp_path / "fake.gguf").write_bytes(b"GGUF")
+    body = {"model_uid": "mine", "model_path": str(file), "model_engine": "llama.cpp"}
+    refused = await gateway.post("/v1/models?wait_ready=false", body | {"envs": {name: "/tmp/x", "A": "b"}})
+    assert refused.status == 400
+    assert f"`envs` has {name}, by" in refused.error["message"]
+    assert "allow_command_launches: true" in refused.error["message"]
+    assert not list((gateway.home / "launches").glob("*.json"))
+    assert (await gateway.post("/v1/models?wait_ready=false", body | {"envs": {"A": "b"}})).status == 200
+    again = await gateway.post("/v1/models/mine/reload", {"model_config": {"envs": {name: "/tmp/x"}}})
+    assert again.status == 400
+    assert name in again.error["message"]
+
+
+@pytest.mark.parametrize("envs", [{"LD_PRELOAD=/tmp/x.so:": "y"}, {"": "y"}, {"A": "b\0c"}, {"A\0": "b"}])
+async def test_what_no_system_takes_as_a_variable_is_refused(
+    start_gateway: StartGateway, tmp_path: Path, envs: dict[str, str]
+) -> None:
+    gateway = await start_gateway()
+    (file := tmp_path / "fake.gguf").write_bytes(b"GGUF")
+    refused = await gateway.post("/v1/models", {"model_uid": "mine", "model_path": str(file), "envs": envs})
+    assert refused.status == 400
+    assert "envs" in refused.error["message"]
+    assert not list((gateway.home / "launches").glob("*.json"))
+
+
 async def test_over_the_api_it_is_for_sites_that_say_so(start_gateway: StartGateway) -> None:
     gateway = await start_gateway()
     body = {"model_uid": "mine", "model_engine": "command", "command": FAKE}

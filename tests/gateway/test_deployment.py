@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
@@ -103,6 +104,25 @@ async def stopped(deployment: Deployment) -> None:
 def pid_of(replica: Replica) -> int:
     assert replica.process is not None
     return replica.process.pid
+
+
+# --- what its requests get
+
+
+async def test_defaults_are_read_once_a_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Launch] = []
+
+    def defaults(engine: LlamaCpp, launch: Launch) -> dict[str, Any]:
+        asked.append(launch)
+        return {"stop": [launch.uid]}
+
+    monkeypatch.setattr(LlamaCpp, "defaults", defaults)
+    async with deployed(tmp_path) as deployment:
+        assert deployment.defaults == deployment.defaults == {"stop": ["fake"]}
+        first = deployment.launch
+        deployment.launch = msgspec.structs.replace(first, uid="other")
+        assert deployment.defaults == {"stop": ["other"]}
+        assert asked == [first, deployment.launch]
 
 
 # --- starting

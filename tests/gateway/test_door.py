@@ -6,7 +6,9 @@ import asyncio
 import json
 import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 from harness import StartGateway, events_in, fake_model, until
 
 
@@ -316,3 +318,18 @@ async def test_a_page_whose_name_is_made_to_point_here_gets_nothing(start_gatewa
         refused = await gateway.get(path, headers={"Host": "evil.example"})
         assert (refused.status, refused.error["code"]) == (403, "host_not_allowed")
     assert (await gateway.get("/v1/models")).status == 200
+
+
+@pytest.mark.parametrize("said", [{"detail": "Not Found"}, "<!doctype html><h1>Not Found</h1>", "404 page not found"])
+async def test_a_path_that_the_engine_lacks_is_named(start_gateway: StartGateway, said: Any) -> None:
+    gateway = await start_gateway(fake={"error_status": 404, "error_body": said})
+    answer = await gateway.complete()
+    assert (answer.status, answer.error["source"]) == (404, "engine")
+    assert "'fake', llama.cpp, has no /v1/completions" in answer.error["message"]
+    other = await gateway.post("/v1/convert_ids_to_tokens", {"model": "fake", "input": [1]})  # llama-server's words
+    assert "'fake', llama.cpp, has no /v1/convert_ids_to_tokens" in other.error["message"]
+
+
+async def test_another_404_of_an_engine_is_told_in_its_words(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={"error_status": 404, "error_body": {"detail": "The model x does not exist."}})
+    assert (await gateway.complete()).error["message"] == "The model x does not exist."

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from aiohttp import ClientTimeout
 from harness import Gateway, StartGateway, is_running, until
 
 PROBES = {"probe_interval_s": 0.4, "probe_failures": 2}
@@ -69,6 +70,19 @@ async def test_an_engine_that_computes_and_answers_nobody_meanwhile_is_busy_and_
     answer = await gateway.complete()
     assert answer.status == 200
     assert (await gateway.until())["starts"] == 1
+
+
+async def test_an_engine_that_computes_on_for_a_client_that_left_is_busy_and_not_hung(
+    start_gateway: StartGateway,
+) -> None:
+    gateway = await start_gateway(fake={"compute_s": 4}, model={"preload": True}, **PROBES)
+    replica = await gateway.until(state="ready")
+    with pytest.raises(TimeoutError):
+        await gateway.post("/v1/completions", {"model": "fake", "prompt": "x"}, timeout=ClientTimeout(total=0.5))
+    await gateway.until(in_flight=0)
+    await asyncio.sleep(4)
+    again = await gateway.until(state="ready")
+    assert (again["starts"], again["pid"], again["failure"]) == (1, replica["pid"], None)
 
 
 async def test_an_engine_that_answers_is_never_taken_for_hung(start_gateway: StartGateway, tmp_path: Path) -> None:

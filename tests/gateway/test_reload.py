@@ -93,7 +93,7 @@ async def test_one_at_a_time(start_gateway: StartGateway, tmp_path: Path) -> Non
 async def test_a_change_that_does_not_start_is_taken_back(start_gateway: StartGateway, tmp_path: Path) -> None:
     gateway = await start_gateway()
     await launched(gateway, tmp_path, replica=2, n_threads=1)
-    envs = {"FAKE_ENGINE": '{"exit_at_start": 3}', "PATH": "/usr/bin:/bin"}
+    envs = {"FAKE_ENGINE": '{"exit_at_start": 3}'}
     status = await reloaded(gateway, envs=envs, n_threads=2)
     assert status["status"] == "error"
     assert "m-rep0 does not start" in status["error"]

@@ -168,6 +168,16 @@ async def test_an_answer_that_stops_coming_is_lost_after_timeout_s_and_not_asked
     await server.stop()
 
 
+async def test_a_request_that_goes_in_a_circle_ends(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway()
+    body = {"model_uid": "mine", "model_engine": "remote", "base_url": gateway.address}
+    assert (await gateway.post("/v1/models", body)).status == 200
+    answer = await gateway.complete("mine")
+    assert answer.status == 400
+    assert "the `base_url` of 'mine' leads back here" in answer.error["message"]
+    assert gateway.log.read_text().count("POST /v1/completions") < 10
+
+
 async def test_own_headers_go_along_and_the_clients_key_does_not(start_gateway: StartGateway) -> None:
     seen: list[Any] = []
 
@@ -184,6 +194,41 @@ async def test_own_headers_go_along_and_the_clients_key_does_not(start_gateway: 
     assert {one["path"] for one in seen} == {"/x/openai/models", "/x/openai/embeddings"}
     assert {one["api-key"] for one in seen} == {"k"}
     assert not any("Authorization" in one for one in seen)
+    await server.stop()
+
+
+async def test_own_headers_take_the_place_of_the_clients(start_gateway: StartGateway) -> None:
+    seen: list[list[str]] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append(request.headers.getall("Api-Key"))
+        return web.json_response({"choices": []})
+
+    server = await served({"/v1/models": answer, "/v1/completions": answer})
+    gateway = await start_gateway(models={"mine": remote(server.address, headers={"api-key": "ours"})})
+    done = await gateway.post("/v1/completions", {"model": "mine", "prompt": "x"}, headers={"api-key": "theirs"})
+    assert done.status == 200
+    assert seen == [["ours"], ["ours"]]
+    await server.stop()
+
+
+async def test_a_peer_that_packs_its_replies_where_it_may_gets_no_chance_to(start_gateway: StartGateway) -> None:
+    async def models(request: web.Request) -> web.Response:
+        return web.json_response({"data": []})
+
+    async def rank(request: web.Request) -> web.Response:
+        results = [{"index": index, "relevance_score": index / 10} for index in range(2)]
+        reply = web.json_response({"model": "theirs", "results": results})
+        reply.enable_compression()  # if the request says so
+        return reply
+
+    server = await served({"/v1/models": models, "/v1/rerank": rank})
+    model = remote(server.address, model="theirs") | {"model_type": "rerank"}
+    gateway = await start_gateway(models={"mine": model})
+    body = {"model": "mine", "query": "q", "documents": ["a", "b"], "top_n": 1}
+    answer = await gateway.post("/v1/rerank", body, headers={"accept-encoding": "gzip"})
+    assert answer.json["model"] == "mine"
+    assert [result["index"] for result in answer.json["results"]] == [1]
     await server.stop()
 
 

@@ -80,6 +80,12 @@ def test_nothing_else_of_a_request_is_changed(extra: dict[str, Any], defaults: d
     assert {name: value for name, value in found.items() if name not in touched} == body
 
 
+@pytest.mark.parametrize("kwargs", ["oops", [1], 3, "[1]"])
+def test_template_kwargs_that_are_no_object_are_a_sentence(kwargs: Any) -> None:
+    with pytest.raises(BadRequest, match="`chat_template_kwargs` is"):
+        adapted(CHAT | {"enable_thinking": False, "chat_template_kwargs": kwargs}, {})
+
+
 def test_an_empty_delta_gets_the_content_that_clients_read() -> None:
     last = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'
     assert ways.with_content_in_deltas(last).count(b'"delta":{"content":""}') == 1
@@ -228,6 +234,12 @@ def test_clients_get_sorted_scores_and_what_they_asked_for() -> None:
     rich = read(results, top_n="2", return_documents="true", return_len=True)
     assert [one["document"] for one in rich["results"]] == [{"text": "b"}, {"text": "c"}]
     assert rich["meta"]["tokens"] == {"input_tokens": 9, "output_tokens": 9}
+
+
+def test_the_schema_of_a_chats_answer_is_not_read() -> None:
+    content = json.dumps(CHAT | {"response_format": {"type": "json_schema", "json_schema": {}}}).encode()
+    head = read_head(msgspec.json.Decoder(ChatHead), content, "/v1/chat/completions")
+    assert not hasattr(head, "response_format")
 
 
 def test_a_prompt_that_is_missing_is_named() -> None:
