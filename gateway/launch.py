@@ -35,7 +35,7 @@ RESERVED_UIDS = frozenset(
 RESERVED_ENDING = re.compile(
     r"/(start|stop|logs|progress|cancel|events|versions|reload(/config)?|replicas(/\d+)?|requests/[^/]+/abort)$"
 )
-SENT_TO_ALL = ("trust_remote_code",)
+SENT_TO_ALL = ("trust_remote_code", "device")
 FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 OURS_TO_SAY = frozenset(["model", "host", "port", "alias", "api_key", "api_key_file", "served_model_name", "uds"])
 REPLICA_NAME = re.compile(r"-rep\d+$")

@@ -370,9 +370,13 @@ def _read_adapters(given: dict[str, Any]) -> None:
 
 
 def _read_gpus(given: dict[str, Any]) -> None:
-    """n_gpu: "auto", a number from 1 on, or the CPU alone; gpu_idx: a number, some, or a text of some."""
+    """n_gpu: "auto", a number from 1 on, or the CPU alone; gpu_idx: a number, some, or a text of some.
+
+    `device` cpu means the CPU alone too; any other is an option of the engines that have one.
+    """
     n_gpu = given.pop("n_gpu", None)
-    if str(given.pop("device", "")).lower().startswith("cpu"):
+    if str(given.get("device", "")).lower().startswith("cpu"):
+        del given["device"]
         given["n_gpu"] = 0
         return
     gpu_idx = given.pop("gpu_idx", None)

@@ -12,6 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from engines.base import Command, Endpoint, Engine, Launch, Placement
+from gateway.api.wire import read_launch
 from gateway.launch import RESERVED_UIDS, LaunchRequest, Site, check_uid, file_name, plan
 from gateway.placement import needs_of
 from registry.registry import Registry
@@ -453,3 +454,19 @@ def test_any_text_is_a_short_uid_or_refused_with_a_sentence(uid: str) -> None:
             check_uid(uid)
     else:
         assert 1 <= len(uid) <= 100
+
+
+# --- as bodies say it
+
+
+@pytest.mark.parametrize(
+    ("device", "n_gpu", "options"),
+    [("cpu", 0, {}), ("CPU:0", 0, {}), ("cuda:1", None, {"device": "cuda:1"}), (None, None, {})],
+)
+def test_the_device_of_a_body_is_the_cpu_or_an_option(device: str | None, n_gpu: int | None, options: Any) -> None:
+    _, wish = read_launch({"model_name": "qwen", "device": device, "n_gpu": "auto"})
+    assert (wish.n_gpu, wish.options) == (n_gpu, options)
+
+
+def test_a_device_means_nothing_to_an_engine_that_has_no_such_option() -> None:
+    assert a_plan("m", options={"device": "cuda"}).options == {}
