@@ -374,6 +374,31 @@ async def test_whoever_leaves_stops_the_hearing(gateway: Gateway, long_sound: by
     assert spent < whole * 0.7
 
 
+async def test_speech_whose_client_has_left_the_queue_is_never_made(gateway: Gateway) -> None:
+    await speak(gateway, "Hello.")
+    pid = (await gateway.until("joe", state="ready"))["pid"]
+
+    def cpu_s() -> float:
+        times = psutil.Process(pid).cpu_times()
+        return times.user + times.system
+
+    begin = cpu_s()
+    await speak(gateway, TEXT * 4)
+    one = cpu_s() - begin
+    begin = cpu_s()
+    first = asyncio.create_task(speak(gateway, TEXT * 4))
+    await gateway.until("joe", in_flight=1)
+    rest = [asyncio.create_task(speak(gateway, TEXT * 4)) for _ in range(5)]
+    await gateway.until("joe", in_flight=6)
+    for asking in rest:
+        asking.cancel()
+    await asyncio.gather(*rest, return_exceptions=True)
+    assert (await first).status == 200
+    await gateway.until("joe", in_flight=0)
+    await speak(gateway, "Hello.")  # its turn comes after whatever is left
+    assert cpu_s() - begin < one * 3
+
+
 async def test_speech_comes_sentence_by_sentence_and_an_engine_killed_meanwhile_breaks_it_off(gateway: Gateway) -> None:
     text = TEXT * 30
     whole_s = 6 * 30
