@@ -19,8 +19,8 @@ from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, 
 from engines.environments import find_python, why_no_python
 from engines.packages import annotated_fields, package_folder
 from engines.parsers import reasoning_parser, tool_parser
-from engines.vllm import Flag, flag_words, has_gpu, known_parser, template_file
-from registry.decode import DecodeError, did_you_mean
+from engines.vllm import Flag, flag_words, has_gpu, known_parser, template_file, with_extra_args
+from registry.decode import DecodeError
 from registry.resolve import Artifact
 from registry.schema import ModelFamily
 
@@ -135,17 +135,8 @@ class Sglang(Engine, frozen=True, kw_only=True):
         """
         given = {name.lstrip("-").replace("-", "_"): value for name, value in options.items()}
         given = {ALSO.get(name, name): value for name, value in given.items()}
-        own = {name: value for name, value in given.items() if name in SglangOptions.__struct_fields__}
-        more = {name: value for name, value in given.items() if name not in own}
         known = self._flags()
-        for name in more:
-            if name in OURS:
-                raise DecodeError(f"{name!r} is for the gateway to say - at `options`.")
-            if name not in known:
-                hint = did_you_mean(name, {*known, *SglangOptions.__struct_fields__} - OURS, what="Known keys")
-                raise DecodeError(f"Unknown key {name!r} - at `options`. {hint}")
-        if more:
-            own["extra_args"] = more | (own.get("extra_args") or {})
+        own = with_extra_args(given, SglangOptions, known, OURS)
         read: SglangOptions = super().read_options(own)
         for name in SglangOptions.__struct_fields__:
             if known and name not in NOT_FLAGS and name in own and name not in known:

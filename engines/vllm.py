@@ -164,19 +164,9 @@ class Vllm(Engine, frozen=True, kw_only=True):
         Raises:
             DecodeError: naming the option that is wrong, or that this vLLM does not take.
         """
-        given = {name.lstrip("-").replace("-", "_"): value for name, value in options.items()}
-        own = {name: value for name, value in given.items() if name in VllmOptions.__struct_fields__}
-        more = {name: value for name, value in given.items() if name not in own}
         known = self._flags()
-        for name in more:
-            if name in OURS:
-                raise DecodeError(f"{name!r} is for the gateway to say - at `options`.")
-            if name not in known:
-                hint = did_you_mean(name, {*known, *VllmOptions.__struct_fields__} - OURS, what="Known keys")
-                raise DecodeError(f"Unknown key {name!r} - at `options`. {hint}")
-        if more:
-            own["extra_args"] = more | (own.get("extra_args") or {})
-        read: VllmOptions = super().read_options(own)
+        given = {name.lstrip("-").replace("-", "_"): value for name, value in options.items()}
+        read: VllmOptions = super().read_options(with_extra_args(given, VllmOptions, known, OURS))
         self._check(read, known)
         return read
 
@@ -243,6 +233,29 @@ class Vllm(Engine, frozen=True, kw_only=True):
         """The flags of the installed version, by their names in its code -> their types; none where it is not here."""
         folder = self._folder()
         return annotated_fields(folder, (*FRONTEND_FILES, ENGINE_FILE), ARGUMENTS) if folder else {}
+
+
+def with_extra_args(
+    given: Mapping[str, Any], kind: type[msgspec.Struct], known: Mapping[str, str], ours: frozenset[str]
+) -> dict[str, Any]:
+    """The options of an engine's Struct, the rest of what is given as its `extra_args`.
+
+    Args:
+        known: the flags of the installed version; the rest must be among them.
+        ours: what the gateway says itself.
+    Raises:
+        DecodeError: naming the option that is neither.
+    """
+    fields = kind.__struct_fields__
+    own = {name: value for name, value in given.items() if name in fields}
+    more = {name: value for name, value in given.items() if name not in own}
+    for name in more:
+        if name in ours:
+            raise DecodeError(f"{name!r} is for the gateway to say - at `options`.")
+        if name not in known:
+            hint = did_you_mean(name, {*known, *fields} - ours, what="Known keys")
+            raise DecodeError(f"Unknown key {name!r} - at `options`. {hint}")
+    return own | ({"extra_args": more | (own.get("extra_args") or {})} if more else {})
 
 
 def flag_words(name: str, value: Flag) -> tuple[str, ...]:
