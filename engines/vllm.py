@@ -223,7 +223,9 @@ class Vllm(Engine, frozen=True, kw_only=True):
         )
 
     def _python(self) -> str | None:
-        return find_python("vllm", ("vllm",), self.settings, self.environments)
+        builds = ("vllm",) if has_gpu() else (CPU_DISTRIBUTION, "vllm")  # the other build may be here too
+        found = (find_python(build, ("vllm",), self.settings, self.environments) for build in builds)
+        return next(filter(None, found), None)
 
     def _folder(self) -> Path | None:
         python = self._python()

