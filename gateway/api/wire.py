@@ -74,13 +74,13 @@ def note_on(answer: Response, notes: str) -> None:
     answer.headers["x-hostler-notes"] = quote(notes, safe=" ,.;:'()/")
 
 
-def model_card(deployment: Deployment, created: int) -> dict[str, Any]:
+def model_card(deployment: Deployment) -> dict[str, Any]:
     """A model for both worlds: OpenAI's fields, Xinference's description, and its state."""
     launch = deployment.launch
     return {
         "id": launch.uid,
         "object": "model",
-        "created": created,
+        "created": int(deployment.launched_at),
         "owned_by": "hostler",
         "status": str(deployment.state),
         **description(deployment),
