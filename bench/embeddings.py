@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 INPUTS = 256
 LONG_INPUTS, LONG_WORDS = 64, 8000
 START_LIMIT_S = 300.0
+KEEPALIVE_S = 2.0  # servers close what is idle for 5 s, and the ways take turns
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 UID = "bench"
 
@@ -203,11 +204,14 @@ async def a_gateway(options: argparse.Namespace) -> AsyncIterator[tuple[Client, 
                 env=clean_environment() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'gateway' / 'sdk'}"},
             )
         try:
-            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=LONG) as session:
+            through = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+            async with aiohttp.ClientSession(connector=through, timeout=LONG) as session:
                 address = await until(lambda: ADDRESS.search(log.read_text()))
                 replica = await ready(session, address[0])
                 key = psutil.Process(replica["pid"]).environ()["WORKER_API_KEY"]
-                connector = aiohttp.UnixConnector(replica["address"].removeprefix("unix:"), limit=0)
+                connector = aiohttp.UnixConnector(
+                    replica["address"].removeprefix("unix:"), limit=0, keepalive_timeout=KEEPALIVE_S
+                )
                 headers = {"authorization": f"Bearer {key}"}
                 async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=LONG) as direct:
                     yield Client(session, address[0]), Client(direct, "http://worker"), replica["pid"]
