@@ -60,7 +60,7 @@ Way = Callable[[], Awaitable[float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", default=os.environ.get("HOSTLER_TEST_TORCH_PYTHON"))
+    parser.add_argument("--python", help="one that has sentence-transformers")
     parser.add_argument("--model", help="a folder of sentence-transformers; MiniLM if not given")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
