@@ -35,6 +35,12 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     envs: dict[str, str] = {}
     preload: bool = False
     request_limits: int | None = None
+    queue_limit: int | None = None
+    pinned: bool = False
+    priority: int = 0
+    group: str | None = None
+    memory_bytes: int | None = None
+    cpu_fallback: bool = False
     idle_timeout_s: float | None = None
     start_timeout_s: float = START_TIMEOUT_S
     load_timeout_s: float = LOAD_TIMEOUT_S
@@ -53,18 +59,31 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     """What one replica asks of the machine.
 
     `gpu_idx` names the GPUs; else `n_gpu` says how many, 0 being the CPU alone and None whatever is there. `cache` is
-    the cache of keys and values that it sets up at its start; None where the engine does not say.
+    the cache of keys and values that it sets up at its start; None where the engine does not say. `memory_bytes` is what
+    one copy takes, on its GPUs or else of the machine's memory; 0 where nobody knows. `can_spread` says whether one copy
+    may be split over several GPUs.
     """
 
     gpu_idx: tuple[int, ...] | None = None
     n_gpu: int | None = None
     cache: Cache | None = None
+    memory_bytes: int = 0
+    can_spread: bool = False
+
+
+RAM = "ram"  # the machine's memory, among the devices of a placement
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
-    """The GPUs given to one replica, by uuid; None leaves the choice to the engine, () hides them all."""
+    """The GPUs and the memory given to one replica.
+
+    `gpu_uuids`: None leaves the choice to the engine, () hides them all. `memory` is bytes by device: the uuid of a
+    GPU, or RAM. `gpu_totals` is the whole memory of each of its GPUs, for engines that take a share.
+    """
 
     gpu_uuids: tuple[str, ...] | None = None
+    memory: Mapping[str, int] = {}
+    gpu_totals: Mapping[str, int] = {}
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):

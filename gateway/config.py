@@ -17,9 +17,10 @@ from msgspec import Meta
 
 from engines.base import EngineSettings
 from gateway.addresses import is_loopback
+from gateway.amounts import bytes_of
 from gateway.client import ENDPOINT_VARIABLE, KEY_VARIABLE
 from gateway.errors import SettingsError
-from gateway.launch import LaunchRequest, Seconds
+from gateway.launch import LaunchRequest, Seconds, Size
 from registry.decode import DecodeError, Secret, decode, did_you_mean
 from registry.hubs import HUBS
 from registry.hubs.choose import TRUE
@@ -32,6 +33,13 @@ XINFERENCE_WHEELS_VARIABLE = "XINFERENCE_VIRTUAL_ENV_FIND_LINKS_ALLOWED_ROOTS"
 # ${NAME}, ${NAME:-default}, ${file:/path}; $${...} stands for itself.
 REFERENCE = re.compile(r"(?P<escape>\$)?\$\{(?P<inner>[^}]*)(?P<end>\})?")
 VARIABLE = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re.DOTALL)
+
+
+class Group(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Models that are not loaded all at once."""
+
+    max_loaded: Annotated[int, Meta(ge=1, description="how many of its models may be loaded at once")] = 1
+    exclusive: Annotated[bool, Meta(description="while one of them is loaded, no model outside the group is")] = False
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,6 +66,32 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float,
         Meta(ge=0, description="how long requests in flight may go on when a model or the gateway stops"),
     ] = 30.0
+    on_exit: (
+        Annotated[
+            Literal["stop", "keep"],
+            Meta(description="what becomes of engines when the gateway is stopped; else stop in a terminal, or keep"),
+        ]
+        | None
+    ) = None
+    orphan_timeout_s: Annotated[Seconds, Meta(description="engines whose gateway is gone for so long are ended")] = (
+        120.0
+    )
+    max_loaded: Annotated[int, Meta(ge=1, description="how many models may be loaded at once")] | None = None
+    groups: Annotated[dict[str, Group], Meta(description="groups that models may belong to, by name")] = {}
+    ram_limit: (
+        Annotated[Size, Meta(description="of all engines together, such as 48GiB; else what is there")] | None
+    ) = None
+    ram_headroom: Annotated[Size, Meta(description="memory of the machine that is left free")] = "1GiB"
+    gpu_headroom: Annotated[Size, Meta(description="memory of each GPU that is left free")] = "512MiB"
+    min_residency_s: Annotated[
+        float, Meta(ge=0, description="a model that was just loaded makes no room for another for so long")
+    ] = 3.0
+    max_wait_s: Annotated[
+        Seconds,
+        Meta(description="who has waited for room so long gets it once busy models have answered what they have"),
+    ] = 30.0
+    queue_limit: Annotated[int, Meta(ge=0, description="requests that may wait for one model; more get 429")] = 1000
+    watch_settings: Annotated[bool, Meta(description="take up a change of the settings file as it is saved")] = True
     restart_limit: Annotated[int, Meta(ge=1, description="failures in a row until a model counts as failed")] = 5
     download_stall_s: Annotated[Seconds, Meta(description="a download without a byte for so long is started anew")] = (
         120.0
@@ -96,6 +130,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = "auto"
     engines: Annotated[dict[str, EngineSettings], Meta(description="settings of engines, by engine name")] = {}
     models: Annotated[dict[str, LaunchRequest], Meta(description="models to serve, by uid")] = {}
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a text that is no size, and for a group that there is not."""
+        for field in ("ram_limit", "ram_headroom", "gpu_headroom"):
+            if (size := getattr(self, field)) is not None:
+                try:
+                    bytes_of(size)
+                except ValueError as exc:
+                    raise ValueError(f"`{field}`: {exc}") from exc
+        for uid, request in self.models.items():
+            if request.group is not None and request.group not in self.groups:
+                raise ValueError(f"`models.{uid}`: there is no group {request.group!r}. Add it to `groups`")
 
     @property
     def home_path(self) -> Path:

@@ -22,6 +22,7 @@ from engines.environments import (
     model_environment,
 )
 from engines.requirements import same_name
+from gateway.amounts import bytes_of
 from registry.decode import decode
 from registry.registry import Registry
 from registry.resolve import Artifact, Selection, candidates, without_files
@@ -42,7 +43,16 @@ REPLICA_NAME = re.compile(r"-rep\d+$")
 REPLICA_LIMIT = 64
 # Fields of a launch, beside the engine's options, that a model may change while it is served.
 OPTION_FIELDS = ("options", "forced_options")
-RELOADABLE = ("envs", "request_limits", "idle_timeout_s", "start_timeout_s", "load_timeout_s")
+RELOADABLE = (
+    "envs",
+    "request_limits",
+    "queue_limit",
+    "pinned",
+    "priority",
+    "idle_timeout_s",
+    "start_timeout_s",
+    "load_timeout_s",
+)
 # Variables by which a process loads or runs what they name, before or instead of what it was started for.
 CODE_VARIABLES = re.compile(
     r"LD_\w+|DYLD_\w+|GLIBC_TUNABLES|GCONV_PATH|PATH|HOME|SHELL|ENV|BASH_ENV|"
@@ -53,6 +63,7 @@ CODE_VARIABLES = re.compile(
 FILE_NAME_BYTES = 200  # most file systems take 255; ours get endings
 
 Seconds = Annotated[float, Meta(gt=0)]
+Size = int | str  # bytes, or a text that `bytes_of` reads
 
 
 class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,6 +83,23 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
     request_limits: Annotated[int, Meta(ge=0, description="requests of one replica at once; more get 429")] | None = (
         None
     )
+    queue_limit: (
+        Annotated[int, Meta(ge=0, description="requests that may wait for the model; more get 429; else the site's")]
+        | None
+    ) = None
+    pinned: Annotated[bool, Meta(description="once loaded, never unloaded to make room for another model")] = False
+    priority: Annotated[
+        int,
+        Meta(ge=-10, le=10, description="who gets room first; each step doubles what unloading it counts for"),
+    ] = 0
+    group: Annotated[str, Meta(min_length=1, description="one of the site's `groups`")] | None = None
+    memory: (
+        Annotated[Size, Meta(description="of one copy, such as 6GiB; else estimated, and corrected by what was seen")]
+        | None
+    ) = None
+    cpu_fallback: Annotated[
+        bool, Meta(description="run on the CPU where the GPUs have no room; else that is refused")
+    ] = False
     preload: Annotated[bool, Meta(description="load at start instead of at the first request")] = False
     idle_timeout_s: Annotated[Seconds, Meta(description="unload after so long without a request")] | None = None
     start_timeout_s: Annotated[Seconds, Meta(description="from the engine's start until it is ready")] = START_TIMEOUT_S
@@ -91,6 +119,8 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
         for name, value in self.envs.items():
             if not name or "=" in name or "\0" in name + value:
                 raise ValueError(f"`envs`: {name!r} cannot be set: names hold no =, and neither they nor values a NUL")
+        if self.memory is not None:
+            bytes_of(self.memory)
 
 
 class Site(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,6 +186,12 @@ def plan(
         forced_options=forced,
         envs=request.envs,
         request_limits=request.request_limits,
+        queue_limit=request.queue_limit,
+        pinned=request.pinned,
+        priority=request.priority,
+        group=request.group,
+        memory_bytes=None if request.memory is None else bytes_of(request.memory),
+        cpu_fallback=request.cpu_fallback,
         preload=request.preload,
         idle_timeout_s=request.idle_timeout_s,
         start_timeout_s=request.start_timeout_s,

@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from engines.base import EngineSettings
-from gateway.config import Settings, check_exposure, load
+from gateway.config import Group, Settings, check_exposure, load
 from gateway.errors import SettingsError
 from gateway.launch import LaunchRequest
 from registry.decode import Secret
@@ -344,6 +344,17 @@ EVERY_FIELD: dict[str, tuple[str, Any]] = {
     "model_environments": ("false", False),
     "wheel_folders": ("/srv/wheels, ~/wheels", ("/srv/wheels", "~/wheels")),
     "environment_builder": ("pip", "pip"),
+    "on_exit": ("keep", "keep"),
+    "orphan_timeout_s": ("7", 7.0),
+    "max_loaded": ("3", 3),
+    "groups": ("{big: {exclusive: true}}", {"big": Group(exclusive=True)}),
+    "ram_limit": ("48GiB", "48GiB"),
+    "ram_headroom": ("2GiB", "2GiB"),
+    "gpu_headroom": ("1GiB", "1GiB"),
+    "min_residency_s": ("1", 1.0),
+    "max_wait_s": ("5", 5.0),
+    "queue_limit": ("7", 7),
+    "watch_settings": ("false", False),
     "restart_limit": ("2", 2),
     "probe_interval_s": ("0.5", 0.5),
     "probe_failures": ("1", 1),
