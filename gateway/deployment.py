@@ -19,14 +19,27 @@ class Deployment:
     """A Launch and its Replicas. `run` drives it; requests come through `acquire` and `release`."""
 
     def __init__(
-        self, launch: Launch, engine: Engine, *, drain_timeout_s: float, should_start: bool | None = None
+        self,
+        launch: Launch,
+        engine: Engine,
+        *,
+        drain_timeout_s: float,
+        should_start: bool | None = None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`should_start` says whether it is loaded at once; else the launch does."""
+        """
+        Args:
+            should_start: whether it is loaded at once; else the launch says so.
+            changed: called whenever something about it is no longer what it was.
+        """
         self.launch = launch
         self.engine = engine
         self.replicas: Sequence[Replica] = ()
         self._leaving: dict[Replica, float] = {}  # those that are to end, and how long their requests may go on
+        self._giving_way: set[Replica] = set()  # those that end to make room, and may start again later
+        self.is_held = False  # no request is begun, so that it can make room for a model that has waited too long
         self.waiting = 0  # requests that wait for a replica
+        self._tell_change = changed
         self._drain_timeout_s = drain_timeout_s
         self._start_wanted = launch.preload if should_start is None else should_start
         self._is_running = False  # from the decision to start until all replicas have stopped
@@ -49,6 +62,8 @@ class Deployment:
         Raises:
             TooManyRequests: all that are ready are as busy as the launch allows.
         """
+        if self.is_held:
+            return None
         ready = self.ready()
         limit = self.launch.request_limits
         if ready and limit is not None and all(replica.in_flight >= limit for replica in ready):
@@ -99,7 +114,11 @@ class Deployment:
         """Those that new requests may go to."""
         if self._stopping:
             return []
-        return [replica for replica in self.staying if replica.state is State.READY]
+        return [one for one in self.staying if one.state is State.READY and one not in self._giving_way]
+
+    def is_leaving(self, replica: Replica) -> bool:
+        """Whether its place will be free."""
+        return self._stopping or replica in self._leaving or replica in self._giving_way
 
     def take(self, replica: Replica) -> Replica:
         """Count the replica as in use until `release`."""
@@ -175,6 +194,8 @@ class Deployment:
         if self.state in COMING:
             replica = next(replica for replica in self.replicas if replica.state is self.state)
             stage = str(replica.progress or replica.state)
+            if replica.waits_for:
+                stage = f"waiting for room ({replica.waits_for})"
             again = f", after: {replica.failure.reason}" if replica.failure and replica.failures_in_row else ""
             return f"{self.launch.uid} is loading: {stage}, {time.monotonic() - replica.state_since:.0f} s{again}"
         return f"{self.launch.uid} is {self.state}"
@@ -186,8 +207,8 @@ class Deployment:
 
     def failure_text(self) -> str:
         """Why it does not serve, and what to do."""
-        if self.engine.retry_s:
-            return f"{self.reason_text()} It is tried again every {self.engine.retry_s:g} s."
+        if (retry_s := min((one.retry_s for one in self.staying if one.retry_s), default=None)) is not None:
+            return f"{self.reason_text()} It is tried again every {retry_s:g} s."
         remedy = f"after mending it, say `hostler start {self.launch.uid}`."
         return f"{self.reason_text()} It is not tried again by itself; {remedy}"
 
@@ -204,6 +225,21 @@ class Deployment:
         """Unload once the requests in flight have ended, or at once; the next request loads again."""
         self.stops += 1
         self._unload(force=force)
+
+    def hold(self, is_held: bool) -> None:
+        """Begin no request, or begin them again."""
+        if self.is_held is not is_held:
+            self.is_held = is_held
+            self.notify()
+
+    def make_room(self, replica: Replica) -> None:
+        """End one that answers nobody: it alone if others remain, else the model is unloaded."""
+        others = [one for one in self.staying if one.placement is not None and not self.is_leaving(one)]
+        if others == [replica]:
+            self._unload(force=False)
+        else:
+            self._giving_way.add(replica)
+            self.notify()
 
     def _unload(self, *, force: bool) -> None:
         self._start_wanted = False
@@ -287,23 +323,47 @@ class Deployment:
                     lives[replica] = asyncio.create_task(self._live(replica), name=str(replica))
             for replica in [gone for gone in lives if gone not in self.replicas]:
                 await lives.pop(replica)
+            if self._waits_in_vain:
+                logger.info("%s has no room yet, and nobody waits for it any more", self.launch.uid)
+                self._unload(force=False)
+                return
             if (rest_s := self._idle_rest_s()) is not None and rest_s <= 0:
                 logger.info("%s was idle for %g s and is unloaded", self.launch.uid, self.launch.idle_timeout_s)
                 self._unload(force=False)
                 return
             await self.changed(limit_s=rest_s)
 
+    @property
+    def _waits_in_vain(self) -> bool:
+        """Whether all that it does is to wait for room, and for nobody."""
+        return (
+            not (self._start_wanted or self.waiting)
+            and bool(self.replicas)
+            and all(replica.waits_for for replica in self.replicas)
+        )
+
     async def _live(self, replica: Replica) -> None:
-        """Run one replica until it, or the whole model, is to end and its requests in flight have ended."""
-        running = asyncio.create_task(replica.run(), name=str(replica))
+        """Run one replica until it, or the whole model, is to end and its requests in flight have ended.
+
+        If it has only to make room, it then begins again.
+        """
         try:
             while not (self._stopping or replica in self._leaving):
+                await self._live_once(replica)
+                self._giving_way.discard(replica)
+        finally:
+            self._giving_way.discard(replica)
+            self._forget_leaving([replica])
+
+    async def _live_once(self, replica: Replica) -> None:
+        running = asyncio.create_task(replica.run(), name=str(replica))
+        try:
+            while not self.is_leaving(replica):
                 await self.changed()
             await self._drain(replica)
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
-            self._forget_leaving([replica])
 
     def _idle_rest_s(self) -> float | None:
         """How long until it has been idle for too long; None if it is not idle, or may be for ever."""
@@ -324,6 +384,7 @@ class Deployment:
         """Wake everybody who waits for a change; each looks again for itself."""
         self._change.set()
         self._change = asyncio.Event()
+        self._tell_change()
 
     async def changed(self, limit_s: float | None = None) -> None:
         """Until the next change, or the limit."""

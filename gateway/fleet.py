@@ -16,10 +16,12 @@ from typing import Any
 import msgspec
 
 import engines
-from engines.base import Engine, EngineSettings, Launch, Placement
+from engines.base import Engine, EngineSettings, Launch
 from gateway.choice import engine_answers, why_this_engine
 from gateway.config import Settings
 from gateway.deployment import Deployment
+from gateway.devices import observe
+from gateway.dispatch import Dispatcher
 from gateway.environments import Recipe, is_offline_build
 from gateway.errors import BadRequest, Busy, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
 from gateway.files import Files
@@ -35,6 +37,7 @@ from gateway.launch import (
     file_name,
     plan,
 )
+from gateway.placement import Device
 from gateway.nodes.local import LocalNode, open_node
 from gateway.reload import Reload
 from gateway.replica import Replica
@@ -102,6 +105,8 @@ class Fleet:
         self.reloads: dict[str, Reload] = {}  # the last one of each uid
         self._deployments: dict[str, Deployment] = {}
         self._tasks = tasks
+        self.dispatcher = Dispatcher(self.deployments, lambda: self.settings, self._observe, self.events.add)
+        self._dispatching = tasks.create_task(self.dispatcher.run(), name="dispatcher")
 
     def find(self, uid: str) -> Deployment:
         """The deployment of that uid.
@@ -340,9 +345,15 @@ class Fleet:
         self.is_closing = True
         await asyncio.gather(*(deployment.close(force=True) for deployment in self.deployments()))
 
-    def _placements(self) -> list[Placement]:
+    def end(self) -> None:
+        """Be driven no longer; for after `close`."""
+        self._dispatching.cancel()
+        for deployment in self.deployments():
+            deployment.end()
+
+    async def _observe(self) -> Sequence[Device]:
         replicas = [replica for deployment in self.deployments() for replica in deployment.replicas]
-        return [replica.placement for replica in replicas if replica.placement]
+        return await observe(self.node, self.settings, replicas)
 
     def restore(self, declared: list[Launch]) -> None:
         """Deploy what the settings declare and what was launched before."""
@@ -378,7 +389,11 @@ class Fleet:
     def _deploy(self, launch: Launch, *, is_wanted: bool = True) -> Deployment:
         engine = engines.find(launch.engine, self.engines)
         deployment = Deployment(
-            launch, engine, drain_timeout_s=self.settings.drain_timeout_s, should_start=launch.preload and is_wanted
+            launch,
+            engine,
+            drain_timeout_s=self.settings.drain_timeout_s,
+            should_start=launch.preload and is_wanted,
+            changed=self.dispatcher.poke,
         )
         deployment.replicas = [self._replica(deployment, index) for index in range(launch.replica)]
         self._deployments[launch.uid] = deployment
@@ -402,7 +417,7 @@ class Fleet:
             environments=self.settings.environments_path,
             recipe=recipe_of(self.settings),
             changed=deployment.notify,
-            placements=self._placements,
+            place=partial(self.dispatcher.place, deployment),
             tell=partial(self.events.add, launch.uid),
         )
 
@@ -505,5 +520,4 @@ async def open_fleet(settings: Settings) -> AsyncIterator[Fleet]:
             yield fleet
         finally:
             await fleet.close()
-            for deployment in fleet.deployments():
-                deployment.end()
+            fleet.end()

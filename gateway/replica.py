@@ -14,17 +14,17 @@ import logging
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
 
-from engines.base import Command, Engine, Launch, Placement
+from engines.base import Command, Engine, Launch, Needs, Placement
 from gateway import metrics
 from gateway.downloads import DownloadFailed, Progress, fetch
 from gateway.environments import CannotBuild, Recipe, mark_used, prepare
 from gateway.nodes.local import LocalNode
-from gateway.placement import needs_of, place
+from gateway.placement import needs_of
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
 from gateway.process import CannotStart, EngineProcess, Exit, NoProcess
 from gateway.upstream import Upstream
@@ -35,6 +35,8 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_LIMIT_S = 60.0
 STABLE_S = 60.0  # ready for so long, or one request served: earlier failures are forgotten
 HURRY_GRACE_S = 1.0
+USUAL_LOAD_S = 10.0
+PLACE_RETRY_S = 10.0  # others may have given back what they hold
 
 
 class State(enum.StrEnum):
@@ -70,11 +72,20 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaFailed(Exception):
-    """A life ended otherwise than by our wish."""
+    """A life ended otherwise than by our wish; `retry_s`: one that is final may be tried again after so long."""
 
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: Failure, retry_s: float | None = None) -> None:
         super().__init__(failure.reason)
         self.failure = failure
+        self.retry_s = retry_s
+
+
+class NoPlace(Exception):
+    """There is no room, whoever of ours goes; `for_ever` if the machine is too small."""
+
+    def __init__(self, sentence: str, *, for_ever: bool) -> None:
+        super().__init__(sentence)
+        self.for_ever = for_ever
 
 
 class Replica:
@@ -96,7 +107,7 @@ class Replica:
         environments: Path,
         recipe: Recipe,
         changed: Callable[[], None],
-        placements: Callable[[], list[Placement]],
+        place: Callable[[Replica, Needs], Awaitable[Placement]],
         tell: Callable[[str, str], None],
     ) -> None:
         self.launch = launch
@@ -115,7 +126,10 @@ class Replica:
         self.process: EngineProcess | NoProcess | None = None
         self.address: str | None = None
         self.upstream: Upstream | None = None
-        self.placement: Placement | None = None  # what it holds
+        self.placement: Placement | None = None  # what it holds; given by the dispatcher, given back here
+        self.waits_for: str | None = None  # why it has no place yet
+        self.load_s = USUAL_LOAD_S  # what its last start took
+        self.retry_s = engine.retry_s  # after how long it is tried again once it has failed
         self._engine = engine
         self._node = node
         self._cache = cache
@@ -127,7 +141,7 @@ class Replica:
         self._environments = environments
         self._recipe = recipe
         self._changed = changed
-        self._placements = placements
+        self._ask_for_place = place
         self._tell = tell
         self._retry = asyncio.Event()
 
@@ -145,10 +159,12 @@ class Replica:
         try:
             while True:
                 self._retry.clear()
+                self.retry_s = self._engine.retry_s
                 self._enter(State.WAITING)
                 try:
                     await self._live()
                 except ReplicaFailed as exc:
+                    self.retry_s = exc.retry_s or self.retry_s
                     self._record(exc.failure)
                 except CannotStart as exc:
                     self._record(_failure(str(exc), "Check the engine's settings.", final=exc.is_final))
@@ -169,7 +185,7 @@ class Replica:
     async def _until_retry(self) -> None:
         """Until somebody gives it another chance, or what is served elsewhere may be back."""
         try:
-            async with asyncio.timeout(self._engine.retry_s):
+            async with asyncio.timeout(self.retry_s):
                 await self._retry.wait()
         except TimeoutError:
             return
@@ -179,7 +195,17 @@ class Replica:
         self.served, self.ready_since, self._silence = 0, None, None
         model_path = await self._fetch()
         python = await self._prepare()
-        placement = await self._place()
+        try:
+            await self._place()
+            await self._serve(model_path, python)
+        finally:
+            self.placement = None
+            self._changed()
+
+    async def _serve(self, model_path: Path, python: str | None) -> None:
+        """Run the engine in the place that it has, until it ends."""
+        placement = self.placement
+        assert placement is not None
         self._enter(State.STARTING)
         self.starts += 1
         endpoint = self._node.new_endpoint(unix_socket=self._engine.listens_on_socket(self.launch))
@@ -194,7 +220,8 @@ class Replica:
                 try:
                     path = await self._until_ready(process, upstream, command)
                     self.upstream, self.address = upstream, endpoint.address
-                    metrics.LOAD_SECONDS.labels(self.launch.uid).observe(time.monotonic() - self.state_since)
+                    self.load_s = time.monotonic() - self.state_since
+                    metrics.LOAD_SECONDS.labels(self.launch.uid).observe(self.load_s)
                     self._enter(State.READY)
                     self._tell("INFO", f"{self.name} is ready")
                     watch = asyncio.create_task(self._end_if_silent(process, upstream, path, command))
@@ -212,18 +239,19 @@ class Replica:
                         self._leave(State.STOPPING)
                     await upstream.close()  # before SIGTERM, so that the engine has nothing left to finish
         finally:
-            self.process = self.placement = None
+            self.process = None
             await upstream.close()
 
-    async def _place(self) -> Placement:
-        """The GPUs for this life; no await between looking at what is taken and taking."""
+    async def _place(self) -> None:
+        """Wait for room; `placement` is what it then has, until this life ends."""
         needs = needs_of(self.launch, self._engine.needs(self.launch), self.index)
-        gpus = await asyncio.to_thread(self._node.list_gpus) if needs.gpu_idx or needs.n_gpu else []
-        placement = place(needs, gpus, self._placements())
-        if isinstance(placement, str):
-            raise ReplicaFailed(_failure(f"it cannot be placed: {placement}", "Change gpu_idx or n_gpu.", final=True))
-        self.placement = placement
-        return placement
+        self._enter(State.WAITING)
+        try:
+            await self._ask_for_place(self, needs)
+        except NoPlace as exc:
+            advice = "Ask for less, or give it more." if exc.for_ever else f"It is tried again in {PLACE_RETRY_S:g} s."
+            failure = _failure(f"it cannot be placed: {exc}", advice, final=True)
+            raise ReplicaFailed(failure, None if exc.for_ever else PLACE_RETRY_S) from exc
 
     async def _fetch(self) -> Path:
         def report(progress: Progress) -> None:

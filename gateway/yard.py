@@ -1,0 +1,339 @@
+"""Who gets room, who waits, and who makes room. Pure: what is wished and what is there in, what to do out.
+
+A *claim* is a replica that wants to start, a *holder* one that has a place. Room is memory, and how many models may be
+loaded at once. What was promised counts until the process is gone, so that no two promises overlap.
+
+The order of claims: who has waited too long, then by priority, then who came first. A claim that has to wait keeps
+what it is going to get: a later one may only start where that delays nobody before it. Room is made by holders that
+are idle, and of those by the ones that have been idle longest for what it costs to load them again. Who answers is
+never ended: if somebody has waited for `max_wait_s`, the busy are given no more requests, and answer what they have.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypedDict
+
+import msgspec
+
+from engines.base import Needs, Placement
+from gateway.placement import Device, NoRoom, place
+
+SETTLE_S = 5.0  # memory that just came back is not everywhere told at once
+SETTLE_PAUSE_S = 0.5
+LEAST_LOAD_S = 0.5
+
+Key = tuple[str, int]  # of a replica: its uid and its number
+
+
+class Rules(msgspec.Struct, frozen=True, kw_only=True):
+    """How many models at once, and how patient everybody is. `groups`: name -> (how many at once, and alone or not)."""
+
+    max_loaded: int | None = None
+    groups: Mapping[str, tuple[int, bool]] = {}
+    min_residency_s: float = 0.0
+    max_wait_s: float = 30.0
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica that wants to start. `since` is when somebody began to wait for it, in monotonic seconds.
+
+    `is_extra`: the model is loaded already, this would be one more copy, for which nobody else has to go. It rather
+    goes to other devices than those that the other copies have, `apart_from`.
+    """
+
+    key: Key
+    needs: Needs
+    since: float
+    cpu_fallback: bool = False
+    is_extra: bool = False
+    apart_from: tuple[str, ...] = ()
+    priority: int = 0
+    group: str | None = None
+
+
+class Holder(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica that has a place. `work` is how many requests it answers, or that wait for its model.
+
+    `ready_since` is None until it can answer; `idle_since` is when it last ended a request; both in monotonic seconds.
+    `is_leaving`: it is being stopped, and its room comes back. `load_s` is what it takes to load it again.
+    """
+
+    key: Key
+    memory: Mapping[str, int] = {}
+    ready_since: float | None = None
+    idle_since: float = 0.0
+    work: int = 0
+    is_leaving: bool = False
+    is_pinned: bool = False
+    load_s: float = LEAST_LOAD_S
+    priority: int = 0
+    group: str | None = None
+
+    def keep_score(self, now: float) -> float:
+        """The higher, the rather it goes."""
+        return (now - self.idle_since) / (max(self.load_s, LEAST_LOAD_S) * 2.0**self.priority)
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What to do now.
+
+    `evict`: holder -> the claim it makes room for. `hold`: models that get no more requests until one that has waited
+    too long has its place. `wait` and `refuse` say why; whether a refusal is for ever is beside its sentence.
+    `look_again_s`: after so long time alone may change the answer.
+    """
+
+    start: dict[Key, Placement] = {}
+    evict: dict[Key, Key] = {}
+    hold: frozenset[str] = frozenset()
+    wait: dict[Key, str] = {}
+    refuse: dict[Key, tuple[str, bool]] = {}
+    look_again_s: float | None = None
+
+
+def decide(
+    claims: Iterable[Claim], holders: Sequence[Holder], devices: Sequence[Device], rules: Rules, now: float
+) -> Plan:
+    """What becomes of each claim."""
+    yard = _Yard(holders, devices, rules, now)
+    order = sorted(claims, key=lambda one: (one.is_extra, not yard.is_late(one), -one.priority, one.since, one.key))
+    for claim in order:
+        yard.settle(claim)
+    return yard.plan()
+
+
+class _Wishes(TypedDict):
+    cpu_fallback: bool
+    apart_from: Sequence[str]
+
+
+class _Yard:
+    """The books while claims are settled, one after the other."""
+
+    def __init__(self, holders: Sequence[Holder], devices: Sequence[Device], rules: Rules, now: float) -> None:
+        self._devices = devices
+        self._rules = rules
+        self._now = now
+        self._staying = {one.key: one for one in holders if not one.is_leaving}
+        self._leaving = [one for one in holders if one.is_leaving]
+        self._promised = Counter[str]()  # in this round: to those that start, and to those that wait for it
+        self._coming: dict[str, str | None] = {}  # uid -> group, of these
+        self._is_closed = False  # somebody who has waited too long waits for all there is
+        self._start: dict[Key, Placement] = {}
+        self._evict: dict[Key, Key] = {}
+        self._hold: set[str] = set()
+        self._wait: dict[Key, str] = {}
+        self._refuse: dict[Key, tuple[str, bool]] = {}
+        self._looks: list[float] = []
+
+    def plan(self) -> Plan:
+        """What has been written into the books."""
+        return Plan(
+            start=self._start,
+            evict=self._evict,
+            hold=frozenset(self._hold),
+            wait=self._wait,
+            refuse=self._refuse,
+            look_again_s=max(0.01, min(self._looks)) if self._looks else None,
+        )
+
+    def is_late(self, claim: Claim) -> bool:
+        """Whether it has waited for too long."""
+        return self._now - claim.since >= self._rules.max_wait_s
+
+    def settle(self, claim: Claim) -> None:
+        """Start it, or say for what it waits, or why it never will."""
+        staying = list(self._staying.values())
+        found = self._fit(claim, [*staying, *self._leaving])
+        if isinstance(found, Placement) and not (self._is_closed and found.memory):
+            self._start[claim.key] = found
+            self._book(claim, found)
+            return
+        if refusal := self._never(claim):
+            self._refuse_or_settle(claim, refusal)
+            return
+        if isinstance(found, Placement):
+            self._wait[claim.key] = "another model has waited for longer"
+            return
+        if claim.is_extra:
+            self._wait[claim.key] = f"there is no room for another copy: {found}"
+            return
+        if isinstance(soon := self._fit(claim, staying), Placement):
+            self._wait[claim.key] = f"{_names(self._leaving)} is being unloaded"
+            self._book(claim, soon)
+            return
+        self._make_room(claim, found)
+
+    def _make_room(self, claim: Claim, why: str) -> None:
+        free = [one for one in self._staying.values() if self._is_free(one)]
+        found = self._victims(claim, free)
+        if found is not None:
+            victims, placement = found
+            self._evict |= {victim.key: claim.key for victim in victims}
+            for victim in victims:
+                self._leaving.append(self._staying.pop(victim.key))
+            self._wait[claim.key] = f"{_names(victims)} is unloaded to make room"
+            self._book(claim, placement)
+            return
+        self._look_when_time_helps(claim)
+        if self.is_late(claim):
+            busy = [one for one in self._staying.values() if not one.is_pinned and one not in free]
+            found = self._victims(claim, free, busy)
+            if found is not None:
+                victims, placement = found
+                held = [victim for victim in victims if victim in busy]
+                self._hold |= {victim.key[0] for victim in held if victim.ready_since is not None}
+                self._wait[claim.key] = f"{_names(held)} ends what it has begun, then makes room"
+                for victim in victims:  # it stays until it is idle, but nobody else gets its room
+                    self._leaving.append(self._staying.pop(victim.key))
+                self._book(claim, placement)
+                return
+            self._is_closed = True
+        self._wait[claim.key] = self._blockers(claim) or why
+
+    # --- what fits
+
+    def _fit(self, claim: Claim, holders: Sequence[Holder]) -> Placement | str:
+        """Its place beside these holders, or why there is none.
+
+        What is promised to those that wait may be the room of holders that are leaving, so it does not come on top of
+        theirs: there has to be room beside what is held now, and beside what will be held then.
+        """
+        loaded = {one.key[0]: one.group for one in holders} | self._coming
+        if why := _over(claim, loaded, self._rules):
+            return why
+        leaving = {one.key for one in self._leaving}
+        now, then = self._started(), Counter[str](self._promised)
+        for one in holders:
+            now.update(one.memory)
+            if one.key not in leaving:
+                then.update(one.memory)
+        placement = place(claim.needs, self._devices, now | then, **_wishes(claim))
+        return placement.text if isinstance(placement, NoRoom) else placement
+
+    def _started(self) -> Counter[str]:
+        """What those hold that start now."""
+        started = Counter[str]()
+        for placement in self._start.values():
+            started.update(placement.memory)
+        return started
+
+    def _never(self, claim: Claim) -> tuple[str, bool] | None:
+        """Why it cannot have room whoever of ours goes, and whether that is for ever."""
+        pinned = [one for one in [*self._staying.values(), *self._leaving] if one.is_pinned]
+        loaded = {one.key[0]: one.group for one in pinned}
+        promised = Counter[str]()
+        for one in pinned:
+            promised.update(one.memory)
+        if why := _over(claim, loaded, self._rules):
+            return f"{why}, and {_names(pinned)} is pinned", False
+        if not isinstance(refusal := place(claim.needs, self._devices, promised, **_wishes(claim)), NoRoom):
+            return None
+        empty = [msgspec.structs.replace(device, foreign_bytes=0) for device in self._devices]
+        for_ever = isinstance(place(claim.needs, empty, {}, **_wishes(claim)), NoRoom)
+        by_pinned = f" {_names(pinned)} is pinned." if pinned and not for_ever else ""
+        return refusal.text + by_pinned, for_ever
+
+    def _refuse_or_settle(self, claim: Claim, refusal: tuple[str, bool]) -> None:
+        """Memory that was given back a moment ago may yet be told as taken."""
+        _, for_ever = refusal
+        if for_ever or self._now - claim.since >= SETTLE_S:
+            self._refuse[claim.key] = refusal
+        else:
+            self._wait[claim.key] = refusal[0]
+            self._looks.append(SETTLE_PAUSE_S)
+
+    def _book(self, claim: Claim, placement: Placement) -> None:
+        self._promised.update(placement.memory)
+        self._coming[claim.key[0]] = claim.group
+
+    # --- who goes
+
+    def _is_free(self, holder: Holder) -> bool:
+        """Whether it may go now."""
+        return (
+            not holder.is_pinned
+            and not holder.work
+            and holder.ready_since is not None
+            and self._now - holder.ready_since >= self._rules.min_residency_s
+        )
+
+    def _victims(
+        self, claim: Claim, *classes: Sequence[Holder]
+    ) -> tuple[list[Holder], Placement] | None:
+        """The fewest that have to go, those of the first class before those of the next; None if all do not suffice."""
+        victims: list[Holder] = []
+        order = [one for group in classes for one in self._by_score(group)]
+
+        def without(gone: Sequence[Holder]) -> Placement | str:
+            return self._fit(claim, [one for one in self._staying.values() if one not in gone])
+
+        placement: Placement | str = ""
+        for candidate in order:
+            victims.append(candidate)
+            if isinstance(placement := without(victims), Placement):
+                break
+        if not isinstance(placement, Placement):
+            return None
+        for candidate in victims[-2::-1]:  # some went in vain
+            fewer = [one for one in victims if one is not candidate]
+            if isinstance(better := without(fewer), Placement):
+                victims, placement = fewer, better
+        return victims, placement
+
+    def _by_score(self, holders: Iterable[Holder]) -> list[Holder]:
+        score: Callable[[Holder], float] = lambda one: -one.keep_score(self._now)  # noqa: E731
+        return sorted(holders, key=score)
+
+    # --- what is told
+
+    def _look_when_time_helps(self, claim: Claim) -> None:
+        """Note when a young holder may go, and when the claim has waited for long enough."""
+        for one in self._staying.values():
+            if not (one.is_pinned or one.work) and one.ready_since is not None:
+                rest_s = one.ready_since + self._rules.min_residency_s - self._now
+                if rest_s > 0:
+                    self._looks.append(rest_s)
+        if not self.is_late(claim):
+            self._looks.append(claim.since + self._rules.max_wait_s - self._now)
+
+    def _blockers(self, claim: Claim) -> str:
+        """Who is in the way, and with what."""
+        parts = []
+        for one in self._staying.values():
+            if one.is_pinned:
+                parts.append(f"{one.key[0]} is pinned")
+            elif one.ready_since is None:
+                parts.append(f"{one.key[0]} is loading")
+            elif one.work:
+                parts.append(f"{one.key[0]} is busy with {one.work} request{'s' * (one.work > 1)}")
+            else:
+                parts.append(f"{one.key[0]} was loaded a moment ago")
+        return ", ".join(dict.fromkeys(parts))
+
+
+def _over(claim: Claim, loaded: Mapping[str, str | None], rules: Rules) -> str | None:
+    """Which rule about models at once it would break beside those that are loaded: uid -> group."""
+    uid = claim.key[0]
+    others = {name: group for name, group in loaded.items() if name != uid}
+    if uid not in loaded and rules.max_loaded is not None and len(others) >= rules.max_loaded:
+        return f"max_loaded {rules.max_loaded} is reached"
+    if claim.group is not None and claim.group in rules.groups:
+        limit, is_alone = rules.groups[claim.group]
+        if uid not in loaded and sum(group == claim.group for group in others.values()) >= limit:
+            return f"the group {claim.group} has its {limit} loaded"
+        if is_alone and any(group != claim.group for group in others.values()):
+            return f"the group {claim.group} is loaded alone"
+    for name, group in others.items():
+        if group != claim.group and rules.groups.get(group or "", (0, False))[1]:
+            return f"{name} is loaded, and its group {group} is loaded alone"
+    return None
+
+
+def _wishes(claim: Claim) -> _Wishes:
+    return _Wishes(cpu_fallback=claim.cpu_fallback, apart_from=claim.apart_from)
+
+
+def _names(holders: Iterable[Holder]) -> str:
+    return ", ".join(dict.fromkeys(one.key[0] for one in holders)) or "another model"

@@ -1,0 +1,285 @@
+"""A fleet without processes: real Deployments, Dispatcher and Replicas, whose engines only take time and memory.
+
+It watches what must hold at all times, and raises where it does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engines.base import RAM, Engine, Launch, Needs, Placement
+from gateway.config import Group, Settings
+from gateway.deployment import Deployment
+from gateway.dispatch import Dispatcher
+from gateway.environments import Recipe
+from gateway.errors import HostlerError
+from gateway.nodes.local import LocalNode
+from gateway.placement import Device
+from gateway.replica import Replica, ReplicaFailed, State, _failure
+from registry.resolve import Artifact
+from registry.schema import LLMFamily, ModelSpec, Source
+
+GB = 10**9
+
+
+class Model(msgspec.Struct, kw_only=True):
+    """What a simulated model takes."""
+
+    uid: str
+    memory: int = GB
+    load_s: float = 5.0
+    stop_s: float = 0.5
+    replica: int = 1
+    fails: int = 0  # so many of its next starts fail
+    fields: dict[str, Any] = {}
+
+
+class SimulatedEngine(Engine, frozen=True, kw_only=True):
+    """Takes what the launch says."""
+
+    name = "simulated"
+    model_types = ("LLM",)
+
+    def needs(self, launch: Launch) -> Needs:
+        """The launch's own word."""
+        return Needs(n_gpu=launch.n_gpu, gpu_idx=launch.gpu_idx, memory_bytes=launch.memory_bytes or 0)
+
+
+class SimulatedReplica(Replica):
+    """A real replica, but for its files and its process."""
+
+    world: World
+    model: Model
+    crash: asyncio.Event
+    lives = 0
+    is_alive = False
+
+    async def _fetch(self) -> Path:
+        return Path("/")
+
+    async def _prepare(self) -> str | None:
+        return None
+
+    async def _needs(self, model_path: Path) -> Needs:
+        return self._engine.needs(self.launch)
+
+    async def _serve(self, model_path: Path, python: str | None) -> None:
+        self._enter(State.STARTING)
+        self.starts += 1
+        self.crash = asyncio.Event()
+        self.world.begins(self)
+        try:
+            await self._or_crash(self.model.load_s)
+            if self.model.fails:
+                self.model.fails -= 1
+                raise ReplicaFailed(_failure("it does not load", "Try again."))
+            self.load_s = self.model.load_s
+            self._enter(State.READY)
+            await self._or_crash(None)
+        finally:
+            if self.state is not State.BACKOFF:
+                self._leave(State.STOPPING)
+            await asyncio.shield(self._end())
+
+    async def _or_crash(self, limit_s: float | None) -> None:
+        try:
+            async with asyncio.timeout(limit_s):
+                await self.crash.wait()
+        except TimeoutError:
+            return
+        self._leave(State.BACKOFF)
+        self.world.crashed(self)
+        raise ReplicaFailed(_failure("it crashed", "Try again."))
+
+    async def _end(self) -> None:
+        self.world.stops(self)
+        await asyncio.sleep(self.model.stop_s)
+        self.is_alive = False
+
+
+class World:
+    """The machine, the fleet, its clients, and what must hold."""
+
+    def __init__(self, settings: Settings, totals: dict[str, int]) -> None:
+        self.settings = settings
+        self.totals = totals
+        self.foreign = Counter[str]()
+        self.deployments: dict[str, Deployment] = {}
+        self.models: dict[str, Model] = {}
+        self.clients: set[asyncio.Task[str]] = set()
+        self.outcomes = Counter[str]()
+        self.longest_wait_s = 0.0
+        self.starts = 0
+        self.evictions = 0
+        self.steps = 0
+        self.dispatcher = Dispatcher(self._all, lambda: self.settings, self._observe, self._tell)
+        self._running: list[asyncio.Task[None]] = []
+
+    def begin(self) -> None:
+        """Within the loop."""
+        self._running.append(asyncio.create_task(self.dispatcher.run(), name="dispatcher"))
+
+    async def end(self) -> None:
+        """Stop all; within the loop."""
+        await asyncio.gather(*(one.close(force=True) for one in self.deployments.values()))
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    # --- the fleet
+
+    def deploy(self, model: Model) -> Deployment:
+        """Launch one."""
+        spec = ModelSpec(model_format="ggufv2", model_hub="local", model_id="/m")
+        artifact = Artifact(
+            family=LLMFamily(model_name=model.uid, model_specs=(spec,)),
+            spec=spec,
+            source=Source(model_hub="local", model_id="/m"),
+        )
+        launch = Launch(
+            uid=model.uid,
+            artifact=artifact,
+            engine="simulated",
+            replica=model.replica,
+            memory_bytes=model.memory,
+            **model.fields,
+        )
+        deployment = Deployment(
+            launch, SimulatedEngine(), drain_timeout_s=60, changed=self.dispatcher.poke
+        )
+        self.models[model.uid] = model
+        deployment.replicas = [self.replica(deployment, index) for index in range(model.replica)]
+        self.deployments[model.uid] = deployment
+        self._running.append(asyncio.create_task(deployment.run(), name=model.uid))
+        return deployment
+
+    def replica(self, deployment: Deployment, index: int) -> SimulatedReplica:
+        """One more."""
+        replica = SimulatedReplica(
+            deployment.launch,
+            index,
+            deployment.engine,
+            LocalNode(Path("/")),
+            cache=Path("/"),
+            log=Path("/"),
+            restart_limit=3,
+            download_stall_s=60,
+            probe_interval_s=10,
+            probe_failures=3,
+            environments=Path("/"),
+            recipe=Recipe(),
+            changed=deployment.notify,
+            place=partial(self.dispatcher.place, deployment),
+            tell=lambda kind, text: None,
+        )
+        replica.world, replica.model = self, self.models[deployment.launch.uid]
+        return replica
+
+    def _all(self) -> list[Deployment]:
+        return list(self.deployments.values())
+
+    async def _observe(self) -> Sequence[Device]:
+        await asyncio.sleep(0.001)
+        return tuple(
+            Device(key=key, total_bytes=total, foreign_bytes=self.foreign[key]) for key, total in self.totals.items()
+        )
+
+    def _tell(self, uid: str, kind: str, text: str) -> None:
+        if "makes room" in text:
+            self.evictions += 1
+
+    # --- clients
+
+    def ask(self, uid: str, service_s: float, *, leaves_after_s: float | None = None) -> asyncio.Task[str]:
+        """A request; what became of it is counted."""
+        client = asyncio.create_task(self._request(uid, service_s, leaves_after_s))
+        self.clients.add(client)
+        client.add_done_callback(self._count)
+        return client
+
+    async def _request(self, uid: str, service_s: float, leaves_after_s: float | None) -> str:
+        deployment = self.deployments[uid]
+        try:
+            async with asyncio.timeout(leaves_after_s):
+                return await self._exchange(deployment, service_s)
+        except TimeoutError:
+            return "left"
+        except HostlerError as exc:
+            return type(exc).__name__
+
+    async def _exchange(self, deployment: Deployment, service_s: float) -> str:
+        asked = time.monotonic()
+        replica = await deployment.acquire()
+        assert isinstance(replica, SimulatedReplica)
+        self.longest_wait_s = max(self.longest_wait_s, time.monotonic() - asked)
+        life, was_served = replica.lives, False
+        try:
+            assert replica.state is State.READY, f"{replica} was handed over while {replica.state}"
+            crashed = asyncio.ensure_future(replica.crash.wait())
+            done, _ = await asyncio.wait({crashed}, timeout=service_s)
+            crashed.cancel()
+            if done:
+                return "crashed"
+            assert replica.lives == life and replica.is_alive, f"{replica} was stopped while it answered"
+            was_served = True
+            return "answered"
+        finally:
+            deployment.release(replica, was_served=was_served)
+
+    def _count(self, client: asyncio.Task[str]) -> None:
+        self.clients.discard(client)
+        if not client.cancelled():
+            self.outcomes[client.result()] += 1
+
+    # --- what must hold
+
+    def begins(self, replica: SimulatedReplica) -> None:
+        """A process begins."""
+        assert not replica.is_alive, f"{replica} is started twice"
+        replica.is_alive = True
+        replica.lives += 1
+        self.starts += 1
+        deployment = self.deployments[replica.launch.uid]
+        assert deployment._start_wanted or deployment.waiting, f"{replica} is started for nobody"
+        self.check()
+
+    def stops(self, replica: SimulatedReplica) -> None:
+        """A process is told to end."""
+        deployment = self.deployments[replica.launch.uid]
+        if not replica.crash.is_set() and not deployment._is_forced and not deployment.stops:
+            assert not replica.in_flight, f"{replica} is stopped while it answers {replica.in_flight}"
+
+    def crashed(self, replica: SimulatedReplica) -> None:
+        """It ended by itself."""
+
+    def check(self) -> None:
+        """What holds at all times."""
+        self.steps += 1
+        alive = [
+            replica
+            for deployment in self.deployments.values()
+            for replica in deployment.replicas
+            if isinstance(replica, SimulatedReplica) and replica.is_alive
+        ]
+        used = Counter[str]()
+        for replica in alive:
+            assert replica.placement is not None, f"{replica} runs without a place"
+            used.update(replica.placement.memory)
+        for key, held in used.items():
+            assert held <= self.totals[key], f"{key} has {self.totals[key]}, and {held} were promised"
+        loaded = {replica.launch.uid for replica in alive}
+        if self.settings.max_loaded is not None:
+            assert len(loaded) <= self.settings.max_loaded, f"{len(loaded)} models are loaded"
+        for name, group in self.settings.groups.items():
+            members = {uid for uid in loaded if self.deployments[uid].launch.group == name}
+            assert len(members) <= group.max_loaded, f"{members} of group {name} are loaded"
+            assert not (group.exclusive and members and loaded - members), f"{loaded} beside the group {name}"
