@@ -24,7 +24,7 @@ from gateway import metrics
 from gateway.downloads import DownloadFailed, Progress, fetch
 from gateway.environments import CannotBuild, Recipe, mark_used, prepare
 from gateway.nodes.local import LocalNode
-from gateway.placement import needs_of, place
+from gateway.placement import Device, NoRoom, needs_of, place, promised
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
 from gateway.process import CannotStart, EngineProcess, Exit, NoProcess
 from gateway.upstream import Upstream
@@ -219,9 +219,11 @@ class Replica:
         """The GPUs for this life; no await between looking at what is taken and taking."""
         needs = needs_of(self.launch, self._engine.needs(self.launch), self.index)
         gpus = await asyncio.to_thread(self._node.list_gpus) if needs.gpu_idx or needs.n_gpu else []
-        placement = place(needs, gpus, self._placements())
-        if isinstance(placement, str):
-            raise ReplicaFailed(_failure(f"it cannot be placed: {placement}", "Change gpu_idx or n_gpu.", final=True))
+        devices = [Device(key=gpu.uuid, total_bytes=gpu.total_bytes, gpu=gpu) for gpu in gpus]
+        placement = place(needs, devices, promised(self._placements()))
+        if isinstance(placement, NoRoom):
+            advice = " ".join(placement.remedies)
+            raise ReplicaFailed(_failure(f"it cannot be placed: {placement.reason}", advice, final=True))
         self.placement = placement
         return placement
 
