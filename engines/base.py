@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from engines.environments import Environment, absolute_program, worker_argv
 from registry.decode import decode
-from registry.memory import Cache
+from registry.memory import Attention, Cache
 from registry.resolve import Artifact
 
 START_TIMEOUT_S = 600.0
@@ -59,9 +59,11 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     """What one replica asks of the machine.
 
     `gpu_idx` names the GPUs; else `n_gpu` says how many, 0 being the CPU alone and None whatever is there. `cache` is
-    the cache of keys and values that it sets up at its start; None where the engine does not say. `memory_bytes` is what
-    one copy takes, on its GPUs or else of the machine's memory; 0 where nobody knows. `can_spread` says whether one copy
-    may be split over several GPUs.
+    the cache of keys and values that it sets up at its start; None where the engine does not say. `memory_bytes` is
+    what one copy takes, on its GPUs or else of the machine's memory; 0 where nobody knows. Or else `gpu_share` is its
+    share of each of its GPUs. `can_spread` says whether one copy may be split over several GPUs, and `gpu_counts` over
+    how many, if not over any number. `attention` is what the cache keeps of a token, `lighter` has the bytes that other
+    specs of the family would take, by name: both for advice.
     """
 
     gpu_idx: tuple[int, ...] | None = None
@@ -69,6 +71,10 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     cache: Cache | None = None
     memory_bytes: int = 0
     can_spread: bool = False
+    gpu_counts: tuple[int, ...] = ()
+    gpu_share: float | None = None
+    attention: tuple[Attention, ...] = ()
+    lighter: Mapping[str, int] = {}
 
 
 RAM = "ram"  # the machine's memory, among the devices of a placement

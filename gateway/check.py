@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 import engines
+import gateway.placement
 from engines.base import Launch, Needs, Placement
 from gateway.amounts import megabytes
 from gateway.choice import engine_answers, why_this_engine
@@ -22,7 +23,7 @@ from gateway.errors import RequestRefused
 from gateway.fleet import Fleet
 from gateway.gpus import Gpu
 from gateway.launch import LaunchRequest
-from gateway.placement import needs_of, place
+from gateway.placement import NoRoom, needs_of, place, promised
 from gateway.process import CannotStart
 from gateway.room import Device, Ram, Room, advice, observe_devices, observe_ram, verdict
 from gateway.sizing import Memory, Sizing, size_up, told
@@ -308,9 +309,10 @@ def _room(
     taken = [r.placement for d in fleet.deployments() for r in d.replicas if r.placement]
     placements: list[Placement] = []
     for index in range(launch.replica):
-        placement = place(needs_of(launch, needs, index), gpus, [*taken, *placements])
-        if isinstance(placement, str):
-            problems.append(f"It cannot be placed: {placement}. Change gpu_idx or n_gpu.")
+        devices = [gateway.placement.Device(key=gpu.uuid, total_bytes=gpu.total_bytes, gpu=gpu) for gpu in gpus]
+        placement = place(needs_of(launch, needs, index), devices, promised([*taken, *placements]))
+        if isinstance(placement, NoRoom):
+            problems.append(f"It cannot be placed: {placement.text}")
             return Room((), (), ram)
         placements.append(placement)
     if not gpus or all(placement.gpu_uuids == () for placement in placements):

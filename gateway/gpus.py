@@ -22,7 +22,8 @@ class GpuProcess(msgspec.Struct, frozen=True, kw_only=True):
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     """One device as observed. Memory in bytes, 0 where the device does not tell; `processes` if they were asked for.
 
-    Pids are those of the machine: within a container they may be unknown.
+    `slice_of` is the index of the GPU that it is a slice of, if it is one. Pids are those of the machine: within a
+    container they may be unknown.
     """
 
     index: int
@@ -31,6 +32,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     total_bytes: int
     used_bytes: int
     processes: tuple[GpuProcess, ...] = ()
+    slice_of: int | None = None
 
 
 def list_gpus(*, with_processes: bool = False) -> list[Gpu]:

@@ -1,14 +1,73 @@
-"""Which GPUs a replica gets, or the sentence why none. Pure."""
+"""Which devices a replica gets and how much of each, or the sentence why it gets none. Pure.
+
+A device is a GPU, a slice of one, or the machine's memory. What a replica may have of it is what is neither kept free
+(head-room), held by others (foreign), nor promised to replicas of ours.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
-from engines.base import Launch, Needs, Placement
+from engines.base import RAM, Launch, Needs, Placement
+from gateway.amounts import megabytes
 from gateway.gpus import Gpu
+from registry.memory import kv_cache_bytes, most_tokens
+
+SHOWN = 3  # specs and holders in a sentence
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True):
+    """A GPU by its uuid, or the machine's memory as RAM, as it is now.
+
+    `total_bytes` is 0 where it does not tell: everything fits there. `foreign_bytes` is held by what is not ours; of
+    these `passing_bytes` came so lately that they may be gone as soon, such as those of an engine that just ended.
+    `holders` are names for sentences; `limit` is the setting that the total comes from, if it is not all there is.
+    """
+
+    key: str
+    total_bytes: int = 0
+    foreign_bytes: int = 0
+    passing_bytes: int = 0
+    headroom_bytes: int = 0
+    gpu: Gpu | None = None
+    holders: tuple[str, ...] = ()
+    limit: str = ""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"GPU {self.gpu.index}" if self.gpu else "the machine's memory"
+
+    def free(self, promised: Mapping[str, int]) -> float:
+        """Bytes that may be promised; infinite where the device does not tell. Below 0 if too much was."""
+        if not self.total_bytes:
+            return math.inf
+        return self.total_bytes - self.headroom_bytes - self.foreign_bytes - promised.get(self.key, 0)
+
+
+class NoRoom(msgspec.Struct, frozen=True, kw_only=True):
+    """Why there is no placement. `text` is all of it: the `reason`, with what is needed, what is free and who holds the
+    rest, and the `remedies` that would make it fit.
+
+    `for_ever` says that it would not fit even if everything of ours went.
+    """
+
+    text: str
+    for_ever: bool = False
+    reason: str = ""
+    remedies: tuple[str, ...] = ()
+
+
+def promised(placements: Iterable[Placement]) -> dict[str, int]:
+    """Bytes by device that all of them have together."""
+    total: Counter[str] = Counter()
+    for placement in placements:
+        total.update(placement.memory)
+    return dict(total)
 
 
 def needs_of(launch: Launch, needs: Needs, index: int) -> Needs:
@@ -16,24 +75,198 @@ def needs_of(launch: Launch, needs: Needs, index: int) -> Needs:
     return needs if needs.gpu_idx is None else msgspec.structs.replace(needs, gpu_idx=launch.gpus_of(index))
 
 
-def place(needs: Needs, gpus: Sequence[Gpu], taken: Sequence[Placement] = ()) -> Placement | str:
+def place(
+    needs: Needs,
+    devices: Sequence[Device],
+    promised: Mapping[str, int],
+    *,
+    cpu_fallback: bool = False,
+    apart_from: Collection[str] = (),
+) -> Placement | NoRoom:
     """The placement, or why there is none.
 
-    GPUs that were named are given to the letter. A number of them goes to those that hold the fewest replicas
-    of ours (`taken` has their placements), and of these to the ones with the most free memory. Where the
-    launch says nothing, the engine uses what it sees.
+    GPUs that were named are given to the letter, a number of them too; the bytes are split evenly over them. Where the
+    launch says nothing, one copy gets the fullest GPU that has room for it (the emptiest, where nobody knows what it
+    takes), else the fewest that have, if it can be split. The machine's memory is for those that ask for it, and for
+    all where there is no GPU.
+
+    Args:
+        promised: bytes by device that our replicas hold or were promised.
+        cpu_fallback: whether the machine's memory will do where the GPUs have no room.
+        apart_from: devices to take last, such as those of the other copies.
     """
-    by_index = {gpu.index: gpu for gpu in gpus}
-    there = f"this machine has {len(gpus)} ({', '.join(str(i) for i in by_index)})" if gpus else "this machine has none"
+    found = _try(needs, devices, promised, cpu_fallback, apart_from)
+    if isinstance(found, Placement):
+        return found
+    at_best = [
+        msgspec.structs.replace(device, foreign_bytes=max(0, device.foreign_bytes - device.passing_bytes))
+        for device in devices
+    ]
+    for_ever = isinstance(_try(needs, at_best, {}, cpu_fallback, ()), NoRoom)
+    return msgspec.structs.replace(found, for_ever=for_ever)
+
+
+def _try(
+    needs: Needs,
+    devices: Sequence[Device],
+    promised: Mapping[str, int],
+    cpu_fallback: bool,
+    apart_from: Collection[str],
+) -> Placement | NoRoom:
+    gpus = {device.gpu.index: device for device in devices if device.gpu}
+    if needs.gpu_idx == () or needs.n_gpu == 0:
+        return _on_cpu(needs, devices, promised, ())
+    if needs.gpu_idx is None and needs.n_gpu is None and not gpus:
+        return _on_cpu(needs, devices, promised, None)
+    found = _on_gpus(needs, gpus, promised, apart_from)
+    if isinstance(found, NoRoom) and cpu_fallback and needs.gpu_idx is None:
+        instead = _on_cpu(needs, devices, promised, ())
+        if isinstance(instead, Placement):
+            return instead
+        return _refusal(f"{found.reason}; and {instead.reason}", (*found.remedies, *instead.remedies))
+    return found
+
+
+def _on_gpus(
+    needs: Needs, gpus: Mapping[int, Device], promised: Mapping[str, int], apart_from: Collection[str]
+) -> Placement | NoRoom:
     if needs.gpu_idx is not None:
-        missing = [index for index in needs.gpu_idx if index not in by_index]
-        if missing:
-            return f"it asks for GPU {', '.join(map(str, missing))}, and {there}"
-        return Placement(gpu_uuids=tuple(by_index[index].uuid for index in needs.gpu_idx))
-    if needs.n_gpu is None:
-        return Placement()
-    if needs.n_gpu > len(gpus):
-        return f"it asks for {needs.n_gpu} GPUs, and {there}"
-    held = Counter(uuid for placement in taken for uuid in placement.gpu_uuids or ())
-    freest = sorted(gpus, key=lambda gpu: (held[gpu.uuid], gpu.used_bytes - gpu.total_bytes))
-    return Placement(gpu_uuids=tuple(gpu.uuid for gpu in freest[: needs.n_gpu]))
+        wanted = tuple(dict.fromkeys(needs.gpu_idx))
+        if missing := [index for index in wanted if index not in gpus]:
+            return _not_there(f"it asks for GPU {_listed(missing)}", missing, gpus)
+        named = [gpus[index] for index in wanted]
+        if all(_has_room(device, needs, len(named), promised) for device in named):
+            return _given(named, needs)
+        return _no_room(needs, named, len(named), promised, gpus)
+    counts = [needs.n_gpu] if needs.n_gpu is not None else [1]
+    if needs.n_gpu is None and needs.can_spread:
+        counts += [count for count in range(2, len(gpus) + 1) if count in (needs.gpu_counts or (count,))]
+    for count in counts:
+        usable = [device for device in gpus.values() if count == 1 or not _is_slice(device)]
+        if needs.n_gpu is not None and count > len(usable):
+            slices = ", slices aside" if len(usable) < len(gpus) else ""
+            return _not_there(f"it asks for {count} GPUs{slices}", (), gpus)
+        roomy = [device for device in usable if _has_room(device, needs, count, promised)]
+        if len(roomy) >= count:
+            order = 1 if _is_known(needs) else -1
+            roomy.sort(key=lambda device: (device.key in apart_from, order * device.free(promised)))
+            return _given(roomy[:count], needs)
+    return _no_room(needs, tuple(gpus.values()), counts[-1], promised, gpus)
+
+
+def _on_cpu(
+    needs: Needs, devices: Sequence[Device], promised: Mapping[str, int], gpu_uuids: tuple[str, ...] | None
+) -> Placement | NoRoom:
+    ram = next((device for device in devices if device.gpu is None), Device(key=RAM))
+    if needs.memory_bytes and needs.memory_bytes > ram.free(promised):
+        return _no_room(needs, (ram,), 1, promised, {})
+    return Placement(gpu_uuids=gpu_uuids, memory={RAM: needs.memory_bytes})
+
+
+def _given(devices: Sequence[Device], needs: Needs) -> Placement:
+    return Placement(
+        gpu_uuids=tuple(device.key for device in devices),
+        memory={device.key: _share(device, needs, len(devices)) for device in devices},
+        gpu_totals={device.key: device.total_bytes for device in devices},
+    )
+
+
+def _share(device: Device, needs: Needs, count: int) -> int:
+    """Of one device, if so many are taken."""
+    if needs.gpu_share is not None:
+        return math.ceil(device.total_bytes * needs.gpu_share)
+    return -(-needs.memory_bytes // count)
+
+
+def _has_room(device: Device, needs: Needs, count: int, promised: Mapping[str, int]) -> bool:
+    share = _share(device, needs, count)
+    return not share or share <= device.free(promised)
+
+
+def _is_known(needs: Needs) -> bool:
+    return bool(needs.memory_bytes or needs.gpu_share)
+
+
+def _is_slice(device: Device) -> bool:
+    return device.gpu is not None and device.gpu.slice_of is not None
+
+
+# --- sentences
+
+
+def _not_there(asked: str, missing: Sequence[int], gpus: Mapping[int, Device]) -> NoRoom:
+    there = f"this machine has {len(gpus)} ({_listed(gpus)})" if gpus else "this machine has none"
+    cut = {device.gpu.slice_of for device in gpus.values() if device.gpu} & set(missing)
+    slices = f"; GPU {_listed(sorted(i for i in cut if i is not None))} is cut into slices" if cut else ""
+    return _refusal(f"{asked}, and {there}{slices}", ("Change gpu_idx or n_gpu.",), for_ever=True)
+
+
+def _no_room(
+    needs: Needs, devices: Sequence[Device], count: int, promised: Mapping[str, int], gpus: Mapping[int, Device]
+) -> NoRoom:
+    """Of devices that are there and too full."""
+    if needs.gpu_share is not None:
+        what = f"{needs.gpu_share:.0%} of {'the GPU' if count == 1 else f'each of {count} GPUs'}"
+    else:
+        each = f", {megabytes(_share(devices[0], needs, count))} on each of {count} GPUs" if count > 1 else ""
+        what = f"about {megabytes(needs.memory_bytes)}{each}"
+    told = "; ".join(_told(device, promised) for device in devices)
+    return _refusal(f"it needs {what}, and there is no room: {told}", _remedies(needs, devices, count, promised, gpus))
+
+
+def _told(device: Device, promised: Mapping[str, int]) -> str:
+    parts = [f"{megabytes(promised[device.key])} are given to models"] if promised.get(device.key) else []
+    if device.foreign_bytes:
+        parts.append(f"{megabytes(device.foreign_bytes)} are held by others")
+    if device.headroom_bytes:
+        parts.append(f"{megabytes(device.headroom_bytes)} are kept free")
+    holders = f" ({', '.join(device.holders)})" if device.holders else ""
+    total = f"{megabytes(device.total_bytes)}{f' ({device.limit})' if device.limit else ''}"
+    rest = f": {', '.join(parts)}{holders}" if parts or holders else ""
+    return f"{device.name} has {megabytes(max(0, device.free(promised)))} of {total} free{rest}"
+
+
+def _remedies(
+    needs: Needs, devices: Sequence[Device], count: int, promised: Mapping[str, int], gpus: Mapping[int, Device]
+) -> list[str]:
+    free = sorted((device.free(promised) for device in devices), reverse=True)[:count]
+    room_bytes = int(max(0, free[-1] * count)) if free else 0
+    said = []
+    if needs.cache and needs.attention and needs.gpu_share is None:
+        rest = room_bytes - (needs.memory_bytes - kv_cache_bytes(needs.attention, needs.cache))
+        if rest > 0 and (tokens := most_tokens(needs.attention, needs.cache, rest)):
+            said.append(f"A smaller context: up to {tokens} tokens of each request (context_length) fit.")
+    smaller = [name for name, size in needs.lighter.items() if size <= room_bytes]
+    if smaller:
+        said.append(f"Another spec of the family: {', '.join(smaller[:SHOWN])}.")
+    if (n_gpu := _enough(needs, gpus, promised)) and needs.gpu_idx is None and n_gpu != needs.n_gpu:
+        said.append(f"n_gpu {n_gpu}: the emptiest {n_gpu} GPUs have room for one copy.")
+    holders = tuple(dict.fromkeys(holder for device in devices for holder in device.holders))
+    if holders:
+        said.append(f"The end of {', '.join(holders[:SHOWN])}.")
+    setting = "gpu_headroom" if gpus else "ram_headroom"
+    if any(
+        _share(device, needs, count) <= device.free(promised) + device.headroom_bytes and device.headroom_bytes
+        for device in devices
+    ):
+        said.append(f"Less {setting}.")
+    if needs.gpu_share is None:
+        said.append("`memory` of the launch, if it takes less than is estimated.")
+    return said
+
+
+def _enough(needs: Needs, gpus: Mapping[int, Device], promised: Mapping[str, int]) -> int | None:
+    """How many GPUs would hold one copy, evenly; None if all would not."""
+    if needs.gpu_share is not None:
+        return None
+    free = sorted((gpu.free(promised) for gpu in gpus.values() if not _is_slice(gpu)), reverse=True)
+    return next((n for n in range(1, len(free) + 1) if free[n - 1] * n >= needs.memory_bytes), None)
+
+
+def _refusal(reason: str, remedies: Iterable[str], *, for_ever: bool = False) -> NoRoom:
+    remedies = tuple(dict.fromkeys(remedies))
+    return NoRoom(text=" ".join((f"{reason}.", *remedies)), for_ever=for_ever, reason=reason, remedies=remedies)
+
+
+def _listed(numbers: Collection[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -196,7 +196,7 @@ class Replica:
         model_path = await self._fetch()
         python = await self._prepare()
         try:
-            await self._place()
+            await self._place(await self._needs(model_path))
             await self._serve(model_path, python)
         finally:
             self.placement = None
@@ -242,9 +242,12 @@ class Replica:
             self.process = None
             await upstream.close()
 
-    async def _place(self) -> None:
+    async def _needs(self, model_path: Path) -> Needs:
+        """What it asks of the machine."""
+        return needs_of(self.launch, self._engine.needs(self.launch), self.index)
+
+    async def _place(self, needs: Needs) -> None:
         """Wait for room; `placement` is what it then has, until this life ends."""
-        needs = needs_of(self.launch, self._engine.needs(self.launch), self.index)
         self._enter(State.WAITING)
         try:
             await self._ask_for_place(self, needs)

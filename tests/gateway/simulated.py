@@ -9,7 +9,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,7 @@ class World:
         self.models: dict[str, Model] = {}
         self.clients: set[asyncio.Task[str]] = set()
         self.outcomes = Counter[str]()
+        self.faults: list[BaseException] = []
         self.longest_wait_s = 0.0
         self.starts = 0
         self.evictions = 0
@@ -126,6 +127,7 @@ class World:
 
     def begin(self) -> None:
         """Within the loop."""
+        self.loop = asyncio.get_running_loop()
         self._running.append(asyncio.create_task(self.dispatcher.run(), name="dispatcher"))
 
     async def end(self) -> None:
@@ -193,6 +195,22 @@ class World:
             Device(key=key, total_bytes=total, foreign_bytes=self.foreign[key]) for key, total in self.totals.items()
         )
 
+    def change(self, **settings: Any) -> None:
+        """Other settings from now on."""
+        self.settings = msgspec.structs.replace(self.settings, **settings)
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Done when it is done."""
+        self._running.append(self.loop.create_task(work))
+
+    def raise_faults(self) -> None:
+        """What a task of the fleet died of."""
+        for fault in self.faults:
+            raise fault
+        for task in self._running:
+            if task.done() and not task.cancelled() and (fault := task.exception()):
+                raise fault
+
     def _tell(self, uid: str, kind: str, text: str) -> None:
         if "makes room" in text:
             self.evictions += 1
@@ -237,7 +255,11 @@ class World:
 
     def _count(self, client: asyncio.Task[str]) -> None:
         self.clients.discard(client)
-        if not client.cancelled():
+        if client.cancelled():
+            return
+        if fault := client.exception():
+            self.faults.append(fault)
+        else:
             self.outcomes[client.result()] += 1
 
     # --- what must hold

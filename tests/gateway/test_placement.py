@@ -1,82 +1,291 @@
-"""Which GPUs a replica gets, and the sentence if it gets none."""
+"""Which devices a replica gets and how much of them, and the sentence if it gets none."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engines.base import Needs, Placement
+from engines.base import RAM, Needs, Placement
 from gateway.gpus import Gpu, list_gpus
-from gateway.placement import place
+from gateway.placement import Device, NoRoom, place
+from registry.memory import Attention, Cache, kv_cache_bytes
+
+GB = 10**9
 
 
-def a_gpu(index: int, free_gb: int = 10, total_gb: int = 16) -> Gpu:
-    return Gpu(
-        index=index,
-        uuid=f"GPU-{index}",
-        name="Test",
-        total_bytes=total_gb * 10**9,
-        used_bytes=(total_gb - free_gb) * 10**9,
-    )
+def a_device(index: int, free_gb: int = 10, total_gb: int = 16, **more: Any) -> Device:
+    gpu = Gpu(index=index, uuid=f"GPU-{index}", name="Test", total_bytes=total_gb * GB, used_bytes=0)
+    return Device(key=gpu.uuid, total_bytes=gpu.total_bytes, foreign_bytes=(total_gb - free_gb) * GB, gpu=gpu, **more)
 
 
-FOUR = [a_gpu(0, free_gb=2), a_gpu(1, free_gb=8), a_gpu(2, free_gb=16), a_gpu(3, free_gb=4)]
+def a_slice(index: int, of: int, total_gb: int) -> Device:
+    device = a_device(index, total_gb, total_gb)
+    assert device.gpu
+    uuid = f"MIG-{index}"
+    return msgspec.structs.replace(device, key=uuid, gpu=msgspec.structs.replace(device.gpu, uuid=uuid, slice_of=of))
+
+
+def the_ram(free_gb: int, **more: Any) -> Device:
+    return Device(key=RAM, total_bytes=free_gb * GB, **more)
+
+
+def gpus_of(needs: Needs, devices: Sequence[Device], promised: dict[str, int] | None = None, **more: Any) -> Any:
+    """The uuids, or the text of the refusal."""
+    found = place(needs, devices, promised or {}, **more)
+    return found.gpu_uuids if isinstance(found, Placement) else found.text
+
+
+FOUR = [a_device(0, free_gb=2), a_device(1, free_gb=8), a_device(2, free_gb=16), a_device(3, free_gb=4)]
 
 
 @pytest.mark.parametrize(
     ("needs", "gpu_uuids"),
     [
-        (Needs(), None),
         (Needs(n_gpu=0), ()),
-        (Needs(n_gpu=1), ("GPU-2",)),
-        (Needs(n_gpu=2), ("GPU-2", "GPU-1")),
-        (Needs(n_gpu=4), ("GPU-2", "GPU-1", "GPU-3", "GPU-0")),
         (Needs(gpu_idx=()), ()),
         (Needs(gpu_idx=(0,)), ("GPU-0",)),
         (Needs(gpu_idx=(3, 1)), ("GPU-3", "GPU-1")),
         (Needs(gpu_idx=(0,), n_gpu=1), ("GPU-0",)),
+        # nobody knows what it takes: the emptiest
+        (Needs(), ("GPU-2",)),
+        (Needs(n_gpu=2), ("GPU-2", "GPU-1")),
+        (Needs(n_gpu=4), ("GPU-2", "GPU-1", "GPU-3", "GPU-0")),
+        # the fullest that has room
+        (Needs(memory_bytes=1 * GB), ("GPU-0",)),
+        (Needs(memory_bytes=5 * GB), ("GPU-1",)),
+        (Needs(memory_bytes=9 * GB), ("GPU-2",)),
+        (Needs(memory_bytes=6 * GB, n_gpu=2), ("GPU-3", "GPU-1")),
+        # as few as have room
+        (Needs(memory_bytes=15 * GB, can_spread=True), ("GPU-2",)),
+        (Needs(memory_bytes=17 * GB, can_spread=True), None),
+        (Needs(memory_bytes=8 * GB, gpu_idx=(3, 1)), ("GPU-3", "GPU-1")),
+        (Needs(gpu_share=0.5), ("GPU-1",)),
+        (Needs(gpu_share=0.9), ("GPU-2",)),
     ],
 )
 def test_a_replica_gets(needs: Needs, gpu_uuids: tuple[str, ...] | None) -> None:
-    assert place(needs, FOUR) == Placement(gpu_uuids=gpu_uuids)
+    found = place(needs, FOUR, {})
+    assert (found.gpu_uuids if isinstance(found, Placement) else None) == gpu_uuids
 
 
-def test_the_freest_gpu_has_the_most_bytes_free_and_not_the_least_used() -> None:
-    nearly_empty_small = a_gpu(0, free_gb=7, total_gb=8)
-    half_empty_large = a_gpu(1, free_gb=40, total_gb=80)
-    assert place(Needs(n_gpu=1), [nearly_empty_small, half_empty_large]) == Placement(gpu_uuids=("GPU-1",))
+def test_it_is_split_evenly_over_as_few_as_will_do() -> None:
+    devices = [a_device(index, free_gb=10) for index in range(5)]
+    needs = Needs(memory_bytes=29 * GB, can_spread=True)
+    found = place(needs, devices, {})
+    assert isinstance(found, Placement)
+    assert found.memory == {f"GPU-{index}": -(-29 * GB // 3) for index in range(3)}
+    assert found.gpu_totals == {f"GPU-{index}": 16 * GB for index in range(3)}
+    by_twos = msgspec.structs.replace(needs, gpu_counts=(2, 4, 8))
+    assert len(gpus_of(by_twos, devices)) == 4
+
+
+def test_several_models_share_a_gpu_until_it_is_full() -> None:
+    devices, promised = [a_device(0, 16), a_device(1, 16)], {}
+    got = []
+    for _ in range(5):
+        found = place(Needs(memory_bytes=7 * GB), devices, promised)
+        got.append(found.gpu_uuids if isinstance(found, Placement) else None)
+        if isinstance(found, Placement):
+            promised = {key: promised.get(key, 0) + found.memory.get(key, 0) for key in ("GPU-0", "GPU-1")}
+    assert got == [("GPU-0",), ("GPU-0",), ("GPU-1",), ("GPU-1",), None]
+
+
+def test_copies_of_a_model_are_kept_apart_while_there_is_room() -> None:
+    devices = [a_device(0, 16), a_device(1, 10)]
+    assert gpus_of(Needs(memory_bytes=3 * GB), devices, apart_from={"GPU-1"}) == ("GPU-0",)
+    assert gpus_of(Needs(memory_bytes=3 * GB), devices, {"GPU-0": 14 * GB}, apart_from={"GPU-1"}) == ("GPU-1",)
+
+
+def test_headroom_and_what_others_hold_is_not_given() -> None:
+    device = a_device(0, free_gb=10, total_gb=16, headroom_bytes=2 * GB)
+    assert gpus_of(Needs(memory_bytes=8 * GB), [device]) == ("GPU-0",)
+    said = gpus_of(Needs(memory_bytes=8 * GB + 1), [device])
+    assert "6,000 MB are held by others, 2,000 MB are kept free" in said
 
 
 @pytest.mark.parametrize(
     ("needs", "why"),
     [
-        (Needs(n_gpu=5), "it asks for 5 GPUs, and this machine has 4 (0, 1, 2, 3)"),
-        (Needs(gpu_idx=(1, 4, 7)), "it asks for GPU 4, 7, and this machine has 4 (0, 1, 2, 3)"),
-        (Needs(gpu_idx=(-1,)), "it asks for GPU -1, and this machine has 4 (0, 1, 2, 3)"),
+        (Needs(n_gpu=5), "it asks for 5 GPUs, and this machine has 4 (0, 1, 2, 3)."),
+        (Needs(gpu_idx=(1, 4, 7)), "it asks for GPU 4, 7, and this machine has 4 (0, 1, 2, 3)."),
+        (Needs(gpu_idx=(-1,)), "it asks for GPU -1, and this machine has 4 (0, 1, 2, 3)."),
     ],
 )
 def test_what_is_not_there_is_told_with_what_is(needs: Needs, why: str) -> None:
-    assert place(needs, FOUR) == why
+    for cpu_fallback in (False, True) if needs.gpu_idx else (False,):
+        found = place(needs, FOUR, {}, cpu_fallback=cpu_fallback)
+        assert isinstance(found, NoRoom)
+        assert found.text == f"{why} Change gpu_idx or n_gpu."
+        assert found.for_ever
 
 
 @pytest.mark.parametrize(
     ("needs", "result"),
     [
-        (Needs(), Placement(gpu_uuids=None)),
-        (Needs(n_gpu=0), Placement(gpu_uuids=())),
-        (Needs(n_gpu=1), "it asks for 1 GPUs, and this machine has none"),
-        (Needs(gpu_idx=(0,)), "it asks for GPU 0, and this machine has none"),
+        (Needs(), None),
+        (Needs(n_gpu=0), ()),
+        (Needs(n_gpu=1), "it asks for 1 GPUs, and this machine has none. Change gpu_idx or n_gpu."),
+        (Needs(gpu_idx=(0,)), "it asks for GPU 0, and this machine has none. Change gpu_idx or n_gpu."),
     ],
 )
-def test_without_gpus(needs: Needs, result: Placement | str) -> None:
-    assert place(needs, []) == result
+def test_without_gpus(needs: Needs, result: Any) -> None:
+    assert gpus_of(needs, []) == result
+
+
+def test_on_the_cpu_it_is_the_machines_memory_that_counts() -> None:
+    needs = Needs(memory_bytes=5 * GB)
+    assert place(needs, [the_ram(8)], {RAM: 3 * GB}) == Placement(gpu_uuids=None, memory={RAM: 5 * GB})
+    found = place(needs, [the_ram(8, headroom_bytes=GB, holders=("big-rep0",))], {RAM: 3 * GB})
+    assert isinstance(found, NoRoom)
+    assert not found.for_ever
+    assert found.text == (
+        "it needs about 5,000 MB, and there is no room: the machine's memory has 4,000 MB of 8,000 MB free: 3,000 MB "
+        "are given to models, 1,000 MB are kept free (big-rep0). The end of big-rep0. Less ram_headroom. `memory` of "
+        "the launch, if it takes less than is estimated."
+    )
+
+
+def test_gpus_without_room_are_no_reason_for_the_cpu_unless_that_is_allowed() -> None:
+    devices, needs = [a_device(0, 4), the_ram(64)], Needs(memory_bytes=8 * GB)
+    assert isinstance(place(needs, devices, {}), NoRoom)
+    allowed = place(needs, devices, {}, cpu_fallback=True)
+    assert allowed == Placement(gpu_uuids=(), memory={RAM: 8 * GB})
+    neither = place(needs, [a_device(0, 4), the_ram(6)], {}, cpu_fallback=True)
+    assert isinstance(neither, NoRoom)
+    assert "GPU 0 has 4,000 MB" in neither.text
+    assert "the machine's memory has 6,000 MB" in neither.text
+
+
+def test_a_refusal_says_what_would_make_it_fit() -> None:
+    attention, cache = (Attention(layers=10, key=1000, value=1000),), Cache(tokens=100_000)
+    kv_bytes = kv_cache_bytes(attention, cache)
+    needs = Needs(
+        memory_bytes=9 * GB + kv_bytes,
+        cache=cache,
+        attention=attention,
+        lighter={"7B q8_0": 12 * GB, "7B q4_0": 8 * GB},
+    )
+    found = place(needs, [a_device(0, 10, holders=("train (pid 7)",)), a_device(1, 8)], {})
+    assert isinstance(found, NoRoom)
+    assert found.remedies == (
+        "A smaller context: up to 25000 tokens of each request (context_length) fit.",
+        "Another spec of the family: 7B q4_0.",
+        "n_gpu 2: the emptiest 2 GPUs have room for one copy.",
+        "The end of train (pid 7).",
+        "`memory` of the launch, if it takes less than is estimated.",
+    )
+
+
+def test_bytes_that_came_lately_are_not_for_ever() -> None:
+    device = a_device(0, free_gb=4, passing_bytes=12 * GB)
+    found = place(Needs(memory_bytes=8 * GB), [device], {})
+    assert isinstance(found, NoRoom)
+    assert not found.for_ever
 
 
 def test_a_gpu_is_found_by_its_index_wherever_it_is_in_the_list() -> None:
-    assert place(Needs(gpu_idx=(5,)), [a_gpu(7), a_gpu(5)]) == Placement(gpu_uuids=("GPU-5",))
+    assert gpus_of(Needs(gpu_idx=(5,)), [a_device(7), a_device(5)]) == ("GPU-5",)
+
+
+def test_slices_hold_models_of_their_own_and_are_not_joined() -> None:
+    devices = [a_device(1, 40, 40), a_slice(2, 0, 10), a_slice(3, 0, 20)]
+    assert gpus_of(Needs(memory_bytes=8 * GB), devices) == ("MIG-2",)
+    assert gpus_of(Needs(memory_bytes=18 * GB), devices) == ("MIG-3",)
+    assert gpus_of(Needs(gpu_idx=(3,), memory_bytes=1), devices) == ("MIG-3",)
+    assert "GPU 0 is cut into slices" in gpus_of(Needs(gpu_idx=(0,)), devices)
+    assert "it asks for 2 GPUs, slices aside" in gpus_of(Needs(n_gpu=2), devices)
+    assert "no room" in gpus_of(Needs(memory_bytes=60 * GB, can_spread=True), devices)
+
+
+def test_a_gpu_that_does_not_tell_its_memory_takes_what_comes() -> None:
+    silent = a_device(0, 0, 0)
+    assert gpus_of(Needs(memory_bytes=500 * GB), [silent]) == ("GPU-0",)
+    assert gpus_of(Needs(memory_bytes=5 * GB), [silent, a_device(1, 10)]) == ("GPU-1",)
 
 
 def test_the_gpus_of_this_machine_can_be_placed_on() -> None:
     gpus = list_gpus()  # none where there is no driver
-    placement = place(Needs(n_gpu=len(gpus)), gpus)
+    devices = [Device(key=gpu.uuid, total_bytes=gpu.total_bytes, gpu=gpu) for gpu in gpus]
+    placement = place(Needs(n_gpu=len(gpus)), devices, {})
     assert isinstance(placement, Placement)
     assert sorted(placement.gpu_uuids or ()) == sorted(gpu.uuid for gpu in gpus)
+
+
+# --- whatever is asked of whatever machine
+
+amounts = st.integers(0, 40)
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> list[Device]:
+    devices = []
+    for index in range(draw(st.integers(0, 5))):
+        total = draw(amounts)
+        of = draw(st.sampled_from([None, None, 0]))
+        gpu = Gpu(index=index + 3, uuid=f"U{index}", name="a", total_bytes=total, used_bytes=0, slice_of=of)
+        foreign = draw(st.integers(0, total))
+        devices.append(
+            Device(
+                key=gpu.uuid,
+                total_bytes=total,
+                foreign_bytes=foreign,
+                passing_bytes=draw(st.integers(0, foreign)),
+                headroom_bytes=draw(st.integers(0, 5)),
+                gpu=gpu,
+            )
+        )
+    ram = Device(key=RAM, total_bytes=draw(amounts), foreign_bytes=draw(st.integers(0, 5)), headroom_bytes=1)
+    return [*devices, *draw(st.sampled_from([[ram], []]))]
+
+
+wishes = st.builds(
+    Needs,
+    gpu_idx=st.none() | st.none() | st.lists(st.integers(3, 9), max_size=3, unique=True).map(tuple),
+    n_gpu=st.none() | st.integers(0, 4),
+    memory_bytes=amounts,
+    gpu_share=st.none() | st.none() | st.floats(0.01, 1),
+    can_spread=st.booleans(),
+    gpu_counts=st.sampled_from([(), (2, 4)]),
+)
+
+
+@given(machines(), wishes, st.dictionaries(st.sampled_from(["U0", "U1", "U2", RAM]), amounts), st.booleans())
+def test_no_device_gives_more_than_it_has_and_wishes_are_kept(
+    devices: list[Device], needs: Needs, promised: dict[str, int], cpu_fallback: bool
+) -> None:
+    found = place(needs, devices, promised, cpu_fallback=cpu_fallback)
+    lasting = [msgspec.structs.replace(d, foreign_bytes=d.foreign_bytes - d.passing_bytes) for d in devices]
+    at_best = place(needs, lasting, {}, cpu_fallback=cpu_fallback)
+    if isinstance(found, NoRoom):
+        assert found.for_ever == isinstance(at_best, NoRoom)
+        assert found.text
+        return
+    assert isinstance(at_best, Placement)  # what fits beside others fits alone
+    by_key = {device.key: device for device in devices}
+    for key, share in found.memory.items():
+        device = by_key.get(key)
+        if device and device.total_bytes and share:
+            taken = promised.get(key, 0) + share
+            assert taken <= device.total_bytes - device.headroom_bytes - device.foreign_bytes
+    if found.gpu_uuids:
+        got = [by_key[uuid].gpu for uuid in found.gpu_uuids]
+        assert set(found.memory) == set(found.gpu_uuids)
+        assert needs.gpu_share or sum(found.memory.values()) >= needs.memory_bytes
+        assert len(set(found.gpu_uuids)) == len(got)
+        if needs.gpu_idx is not None:
+            assert tuple(gpu.index for gpu in got if gpu) == needs.gpu_idx
+        elif needs.n_gpu is not None:
+            assert len(got) == needs.n_gpu
+        else:
+            assert len(got) == 1 or (needs.can_spread and len(got) in (needs.gpu_counts or range(2, 9)))
+        if needs.gpu_idx is None and len(got) > 1:
+            assert not any(gpu and gpu.slice_of is not None for gpu in got)
+    else:
+        has_gpus = any(device.gpu for device in devices)
+        asked_for = needs.n_gpu == 0 or needs.gpu_idx == () or not has_gpus
+        assert asked_for or (cpu_fallback and needs.gpu_idx is None)

@@ -1,0 +1,174 @@
+"""The yard, driven at random for virtual hours: whatever comes, what must hold holds, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import settings as hypothesis_settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from simulated import GB, Model, World
+from virtual_time import virtual_time
+
+from engines.base import RAM
+from gateway.config import Group, Settings
+from gateway.replica import State
+
+UIDS = ("a", "b", "c", "d", "e")
+PATIENCE_S = 4000.0  # virtual seconds, in which everybody has to have their answer
+
+uids = st.sampled_from(UIDS)
+models = st.builds(
+    lambda memory, load_s, stop_s, replica, pinned, priority, group, idle_timeout_s, fails: {
+        "memory": memory * GB,
+        "load_s": load_s,
+        "stop_s": stop_s,
+        "replica": replica,
+        "fails": fails,
+        "fields": {
+            "pinned": pinned,
+            "priority": priority,
+            "group": group,
+            "idle_timeout_s": idle_timeout_s,
+        },
+    },
+    memory=st.integers(0, 6),
+    load_s=st.floats(0.1, 30),
+    stop_s=st.floats(0, 3),
+    replica=st.sampled_from([1, 1, 1, 2, 3]),
+    pinned=st.sampled_from([False, False, False, False, True]),
+    priority=st.integers(-2, 2),
+    group=st.sampled_from([None, None, "few", "alone"]),
+    idle_timeout_s=st.sampled_from([None, None, 5.0, 60.0]),
+    fails=st.sampled_from([0, 0, 0, 1, 2]),
+)
+
+
+class Yard(RuleBasedStateMachine):
+    """Five models, and a machine for a few of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = contextlib.ExitStack()
+        self.loop = self.stack.enter_context(virtual_time())
+        self.world: World
+
+    def passes(self, duration_s: float) -> None:
+        self.loop.run_until_complete(asyncio.sleep(duration_s))
+
+    @initialize(
+        total=st.integers(6, 12),
+        max_loaded=st.sampled_from([None, None, 1, 2, 3]),
+        min_residency_s=st.sampled_from([0.0, 3.0, 20.0]),
+        max_wait_s=st.sampled_from([1.0, 10.0, 60.0]),
+        wishes=st.tuples(*[models] * len(UIDS)),
+    )
+    def begin(
+        self, total: int, max_loaded: int | None, min_residency_s: float, max_wait_s: float, wishes: Any
+    ) -> None:
+        settings = Settings(
+            max_loaded=max_loaded,
+            min_residency_s=min_residency_s,
+            max_wait_s=max_wait_s,
+            groups={"few": Group(max_loaded=1), "alone": Group(max_loaded=2, exclusive=True)},
+        )
+        self.world = World(settings, {RAM: total * GB})
+
+        async def begin() -> None:
+            self.world.begin()
+            for uid, wish in zip(UIDS, wishes, strict=True):
+                self.world.deploy(Model(uid=uid, **wish))
+
+        self.loop.run_until_complete(begin())
+
+    @rule(uid=uids, service_s=st.floats(0.01, 20), count=st.integers(1, 8), pause_s=st.floats(0, 5))
+    def requests(self, uid: str, service_s: float, count: int, pause_s: float) -> None:
+        async def ask() -> None:
+            for _ in range(count):
+                self.world.ask(uid, service_s)
+
+        self.loop.run_until_complete(ask())
+        self.passes(pause_s)
+
+    @rule(uid=uids, service_s=st.floats(0.1, 20), leaves_after_s=st.floats(0, 10))
+    def a_client_that_leaves(self, uid: str, service_s: float, leaves_after_s: float) -> None:
+        async def ask() -> None:
+            self.world.ask(uid, service_s, leaves_after_s=leaves_after_s)
+
+        self.loop.run_until_complete(ask())
+
+    @rule(duration_s=st.sampled_from([0.0, 0.001, 0.1, 1.0, 7.0, 40.0, 300.0]))
+    def time_passes(self, duration_s: float) -> None:
+        self.passes(duration_s)
+
+    @rule(uid=uids, at=st.integers(0, 2), later_s=st.floats(0, 2))
+    def an_engine_crashes(self, uid: str, at: int, later_s: float) -> None:
+        self.passes(later_s)
+        deployment = self.world.deployments[uid]
+        replicas: list[Any] = list(deployment.replicas)
+        if replicas and (replica := replicas[at % len(replicas)]).state in (State.READY, State.STARTING):
+            replica.crash.set()
+
+    @rule(uid=uids, count=st.integers(1, 3))
+    def starts_will_fail(self, uid: str, count: int) -> None:
+        self.world.models[uid].fails = count
+
+    @rule(uid=uids)
+    def somebody_starts_it(self, uid: str) -> None:
+        self.loop.call_soon(self.world.deployments[uid].start)
+        self.passes(0)
+
+    @rule(uid=uids, force=st.booleans())
+    def somebody_stops_it(self, uid: str, force: bool) -> None:
+        self.loop.call_soon(lambda: self.world.deployments[uid].stop(force=force))
+        self.passes(0)
+
+    @rule(uid=uids)
+    def a_replica_more(self, uid: str) -> None:
+        deployment = self.world.deployments[uid]
+        taken = {replica.index for replica in deployment.replicas}
+        if len(taken) < 4:
+            index = next(index for index in range(5) if index not in taken)
+            self.loop.call_soon(lambda: deployment.add(self.world.replica(deployment, index)))
+            self.passes(0)
+
+    @rule(uid=uids)
+    def a_replica_less(self, uid: str) -> None:
+        deployment = self.world.deployments[uid]
+        if len(deployment.staying) > 1:
+            self.world.background(deployment.remove(deployment.staying[-1]))
+            self.passes(0)
+
+    @rule(gigabytes=st.integers(0, 8))
+    def others_take_memory(self, gigabytes: int) -> None:
+        self.world.foreign[RAM] = gigabytes * GB
+
+    @rule(max_wait_s=st.sampled_from([1.0, 30.0]), min_residency_s=st.sampled_from([0.0, 10.0]))
+    def the_settings_change(self, max_wait_s: float, min_residency_s: float) -> None:
+        self.world.change(max_wait_s=max_wait_s, min_residency_s=min_residency_s)
+
+    @invariant()
+    def it_holds(self) -> None:
+        if hasattr(self, "world"):
+            self.world.check()
+
+    def teardown(self) -> None:
+        try:
+            if hasattr(self, "world"):
+                self.world.foreign.clear()
+                waited_s = 0.0
+                while self.world.clients and waited_s < PATIENCE_S:
+                    self.passes(10)
+                    waited_s += 10
+                waiting = {uid: (one.waiting, str(one.state)) for uid, one in self.world.deployments.items()}
+                assert not self.world.clients, f"{len(self.world.clients)} wait for ever: {waiting}"
+                self.world.raise_faults()
+                self.loop.run_until_complete(self.world.end())
+        finally:
+            self.stack.close()
+
+
+TestYard = Yard.TestCase
+TestYard.settings = hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)
