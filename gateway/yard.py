@@ -119,6 +119,7 @@ class _Yard:
         self._leaving = [one for one in holders if one.is_leaving]
         self._promised = Counter[str]()  # in this round: to those that start, and to those that wait for it
         self._coming: dict[str, str | None] = {}  # uid -> group, of these
+        self._starting: dict[str, str | None] = {}  # and of those that start now
         self._is_closed = False  # somebody who has waited too long waits for all there is
         self._start: dict[Key, Placement] = {}
         self._evict: dict[Key, Key] = {}
@@ -148,6 +149,7 @@ class _Yard:
         found = self._fit(claim, [*staying, *self._leaving])
         if isinstance(found, Placement) and not (self._is_closed and found.memory):
             self._start[claim.key] = found
+            self._starting[claim.key[0]] = claim.group
             self._book(claim, found)
             return
         if refusal := self._never(claim):
@@ -200,33 +202,33 @@ class _Yard:
         What is promised to those that wait may be the room of holders that are leaving, so it does not come on top of
         theirs: there has to be room beside what is held now, and beside what will be held then.
         """
-        loaded = {one.key[0]: one.group for one in holders} | self._coming
-        if why := _over(claim, loaded, self._rules):
-            return why
         leaving = {one.key for one in self._leaving}
-        now, then = self._started(), Counter[str](self._promised)
+        staying = [one for one in holders if one.key not in leaving]
+        for loaded in (_loaded(holders) | self._starting, _loaded(staying) | self._coming):
+            if why := _over(claim, loaded, self._rules):
+                return why
+        now, then = self._held(), Counter[str](self._promised)
         for one in holders:
             now.update(one.memory)
-            if one.key not in leaving:
-                then.update(one.memory)
+        for one in staying:
+            then.update(one.memory)
         placement = place(claim.needs, self._devices, now | then, **_wishes(claim))
         return placement.text if isinstance(placement, NoRoom) else placement
 
-    def _started(self) -> Counter[str]:
+    def _held(self) -> Counter[str]:
         """What those hold that start now."""
-        started = Counter[str]()
+        held = Counter[str]()
         for placement in self._start.values():
-            started.update(placement.memory)
-        return started
+            held.update(placement.memory)
+        return held
 
     def _never(self, claim: Claim) -> tuple[str, bool] | None:
         """Why it cannot have room whoever of ours goes, and whether that is for ever."""
         pinned = [one for one in [*self._staying.values(), *self._leaving] if one.is_pinned]
-        loaded = {one.key[0]: one.group for one in pinned}
         promised = Counter[str]()
         for one in pinned:
             promised.update(one.memory)
-        if why := _over(claim, loaded, self._rules):
+        if why := _over(claim, _loaded(pinned), self._rules):
             return f"{why}, and {_names(pinned)} is pinned", False
         if not isinstance(refusal := place(claim.needs, self._devices, promised, **_wishes(claim)), NoRoom):
             return None
@@ -329,6 +331,10 @@ def _over(claim: Claim, loaded: Mapping[str, str | None], rules: Rules) -> str |
         if group != claim.group and rules.groups.get(group or "", (0, False))[1]:
             return f"{name} is loaded, and its group {group} is loaded alone"
     return None
+
+
+def _loaded(holders: Iterable[Holder]) -> dict[str, str | None]:
+    return {one.key[0]: one.group for one in holders}
 
 
 def _wishes(claim: Claim) -> _Wishes:

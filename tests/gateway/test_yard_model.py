@@ -153,6 +153,7 @@ class Yard(RuleBasedStateMachine):
     def it_holds(self) -> None:
         if hasattr(self, "world"):
             self.world.check()
+            self.world.raise_faults()
 
     def teardown(self) -> None:
         try:
@@ -171,4 +172,4 @@ class Yard(RuleBasedStateMachine):
 
 
 TestYard = Yard.TestCase
-TestYard.settings = hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestYard.settings = hypothesis_settings(max_examples=1500, stateful_step_count=50, deadline=None)

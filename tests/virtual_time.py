@@ -48,4 +48,8 @@ def virtual_time() -> Iterator[VirtualLoop]:
         try:
             yield loop
         finally:
+            while tasks := asyncio.all_tasks(loop):
+                for task in tasks:
+                    task.cancel()
+                loop.run_until_complete(asyncio.wait(tasks, timeout=60))
             loop.close()
