@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -49,8 +50,7 @@ def list_gpus(
         nvml: what to ask, with the functions of pynvml.
         environment: CUDA_VISIBLE_DEVICES in it names those that may be used.
     """
-    if nvml is None:
-        import pynvml as nvml  # only when asked
+    nvml = nvml or importlib.import_module("pynvml")  # only when asked
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:
@@ -138,7 +138,7 @@ def _processes(nvml: Any, ask: Callable[[Callable[[Any], Any]], Any]) -> tuple[G
 
 
 def _visible(gpus: list[Gpu], named: str | None) -> list[Gpu]:
-    """Those that CUDA_VISIBLE_DEVICES names, as CUDA reads it: by number or by how the uuid begins, up to a wrong one."""
+    """Those that CUDA_VISIBLE_DEVICES names, as CUDA reads it: by number or the uuid's beginning, up to a wrong one."""
     if named is None:
         return gpus
     found: list[Gpu] = []

@@ -40,6 +40,8 @@ GATEWAY_LAYERS = (
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),
     ("history",),
     ("config", "sdk"),
+    ("footprint",),
+    ("devices",),
     ("downloads", "environments", "nodes"),
     ("replica",),
     ("deployment",),
