@@ -373,9 +373,11 @@ class Deployment:
         return max(replica.last_used for replica in self.replicas) + idle_timeout_s - time.monotonic()
 
     async def _drain(self, replica: Replica) -> None:
-        """Let the replica's requests in flight end, for as long as the settings allow."""
+        """Let the replica's requests in flight end, for as long as the settings allow and its engine lives."""
         deadline = time.monotonic() + self._leaving.get(replica, self._drain_timeout_s)
-        while replica.in_flight and not self._is_forced and (rest_s := deadline - time.monotonic()) > 0:
+        while replica.in_flight and replica.state is State.READY and not self._is_forced:
+            if (rest_s := deadline - time.monotonic()) <= 0:
+                return
             await self.changed(limit_s=rest_s)
 
     # --- how waiters learn of it

@@ -20,7 +20,7 @@ from engines.base import Engine, EngineSettings, Launch
 from gateway.choice import engine_answers, why_this_engine
 from gateway.config import Settings
 from gateway.deployment import Deployment
-from gateway.devices import observe
+from gateway.devices import Held, Observer, limits_of, look_here
 from gateway.dispatch import Dispatcher
 from gateway.environments import Recipe, is_offline_build
 from gateway.errors import BadRequest, Busy, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
@@ -37,8 +37,8 @@ from gateway.launch import (
     file_name,
     plan,
 )
-from gateway.placement import Device
 from gateway.nodes.local import LocalNode, open_node
+from gateway.placement import Device
 from gateway.reload import Reload
 from gateway.replica import Replica
 from gateway.store import Store
@@ -106,6 +106,7 @@ class Fleet:
         self._deployments: dict[str, Deployment] = {}
         self._tasks = tasks
         self.dispatcher = Dispatcher(self.deployments, lambda: self.settings, self._observe, self.events.add)
+        self._observer = Observer(partial(look_here, node.list_gpus))
         self._dispatching = tasks.create_task(self.dispatcher.run(), name="dispatcher")
 
     def find(self, uid: str) -> Deployment:
@@ -352,8 +353,13 @@ class Fleet:
             deployment.end()
 
     async def _observe(self) -> Sequence[Device]:
-        replicas = [replica for deployment in self.deployments() for replica in deployment.replicas]
-        return await observe(self.node, self.settings, replicas)
+        held = [
+            Held(name=one.name, pid=one.process.pid if one.process else None, memory=one.placement.memory)
+            for deployment in self.deployments()
+            for one in deployment.replicas
+            if one.placement is not None
+        ]
+        return await self._observer.observe(held, limits_of(self.settings))
 
     def restore(self, declared: list[Launch]) -> None:
         """Deploy what the settings declare and what was launched before."""

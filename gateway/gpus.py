@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -35,21 +38,31 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     slice_of: int | None = None
 
 
-def list_gpus(*, with_processes: bool = False) -> list[Gpu]:
-    """All GPUs, asked now; empty where there is no driver or no device. May take some milliseconds."""
-    import pynvml  # only when asked
+def list_gpus(
+    *, with_processes: bool = False, nvml: Any = None, environment: Mapping[str, str] = os.environ
+) -> list[Gpu]:
+    """All GPUs that the environment lets us see, asked now; empty where there is no driver or no device.
 
+    A GPU that is cut into slices is not among them, its slices are: their indexes come after those of all GPUs. May
+    take some milliseconds.
+
+    Args:
+        nvml: what to ask, with the functions of pynvml.
+        environment: CUDA_VISIBLE_DEVICES in it names those that may be used.
+    """
+    nvml = nvml or importlib.import_module("pynvml")  # only when asked
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
         return []
     try:
-        return [_observe(index, with_processes) for index in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError as exc:
+        gpus = _observe_all(nvml, with_processes)
+    except nvml.NVMLError as exc:
         logger.warning("NVML does not list the GPUs: %s", exc)
         return []
     finally:
-        pynvml.nvmlShutdown()
+        nvml.nvmlShutdown()
+    return _visible(gpus, environment.get("CUDA_VISIBLE_DEVICES"))
 
 
 @cache
@@ -70,34 +83,71 @@ def cuda_version() -> str | None:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-def _observe(index: int, with_processes: bool) -> Gpu:
-    import pynvml
+def _observe_all(nvml: Any, with_processes: bool) -> list[Gpu]:
+    count = nvml.nvmlDeviceGetCount()
+    gpus: list[Gpu] = []
+    slices: list[Gpu] = []
+    for index in range(count):
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        if (parts := _slices(nvml, handle)) is None:
+            gpus.append(_observe(nvml, handle, index, with_processes))
+            continue
+        for part in parts:
+            seen = _observe(nvml, part, count + len(slices), with_processes)
+            slices.append(msgspec.structs.replace(seen, slice_of=index))
+    return gpus + slices
 
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
 
+def _slices(nvml: Any, handle: Any) -> list[Any] | None:
+    """The handles of a GPU's slices; None if it is whole."""
+    try:
+        if not nvml.nvmlDeviceGetMigMode(handle)[0]:
+            return None
+        count = nvml.nvmlDeviceGetMaxMigDeviceCount(handle)
+    except nvml.NVMLError:  # most GPUs cannot be cut
+        return None
+    found = []
+    for number in range(count):
+        with contextlib.suppress(nvml.NVMLError):  # a place where no slice is
+            found.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number))
+    return found
+
+
+def _observe(nvml: Any, handle: Any, index: int, with_processes: bool) -> Gpu:
     def ask(question: Callable[[Any], Any]) -> Any:
         try:
             return question(handle)
-        except pynvml.NVMLError:  # unified memory, slices and containers do not tell everything
+        except nvml.NVMLError:  # unified memory, slices and containers do not tell everything
             return None
 
-    memory = ask(pynvml.nvmlDeviceGetMemoryInfo)
+    memory = ask(nvml.nvmlDeviceGetMemoryInfo)
     return Gpu(
         index=index,
-        uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
-        name=_text(ask(pynvml.nvmlDeviceGetName) or "unnamed"),
+        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+        name=_text(ask(nvml.nvmlDeviceGetName) or "unnamed"),
         total_bytes=memory.total if memory else 0,
         used_bytes=memory.used if memory else 0,
-        processes=_processes(ask) if with_processes else (),
+        processes=_processes(nvml, ask) if with_processes else (),
     )
 
 
-def _processes(ask: Callable[[Callable[[Any], Any]], Any]) -> tuple[GpuProcess, ...]:
-    import pynvml
-
-    questions = (pynvml.nvmlDeviceGetComputeRunningProcesses, pynvml.nvmlDeviceGetGraphicsRunningProcesses)
+def _processes(nvml: Any, ask: Callable[[Callable[[Any], Any]], Any]) -> tuple[GpuProcess, ...]:
+    questions = (nvml.nvmlDeviceGetGraphicsRunningProcesses, nvml.nvmlDeviceGetComputeRunningProcesses)
     found = {process.pid: process.usedGpuMemory for question in questions for process in ask(question) or ()}
     return tuple(GpuProcess(pid=pid, used_bytes=used_bytes) for pid, used_bytes in sorted(found.items()))
+
+
+def _visible(gpus: list[Gpu], named: str | None) -> list[Gpu]:
+    """Those that CUDA_VISIBLE_DEVICES names, as CUDA reads it: by number or the uuid's beginning, up to a wrong one."""
+    if named is None:
+        return gpus
+    found: list[Gpu] = []
+    for word in (part.strip() for part in named.split(",")):
+        matching = [gpu for gpu in gpus if (word == str(gpu.index) if word.isdigit() else gpu.uuid.startswith(word))]
+        if not word or len(matching) != 1:
+            break
+        found += matching
+    return sorted(found, key=lambda gpu: gpu.index)
 
 
 def _text(value: str | bytes) -> str:

@@ -261,9 +261,7 @@ class _Yard:
             and self._now - holder.ready_since >= self._rules.min_residency_s
         )
 
-    def _victims(
-        self, claim: Claim, *classes: Sequence[Holder]
-    ) -> tuple[list[Holder], Placement] | None:
+    def _victims(self, claim: Claim, *classes: Sequence[Holder]) -> tuple[list[Holder], Placement] | None:
         """The fewest that have to go, those of the first class before those of the next; None if all do not suffice."""
         victims: list[Holder] = []
         order = [one for group in classes for one in self._by_score(group)]

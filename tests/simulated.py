@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from engines.base import RAM, Engine, Launch, Needs
+from engines.base import Engine, Launch, Needs
 from gateway.config import Settings
 from gateway.deployment import Deployment
 from gateway.dispatch import Dispatcher
@@ -159,9 +159,7 @@ class World:
             memory_bytes=model.memory,
             **model.fields,
         )
-        deployment = Deployment(
-            launch, SimulatedEngine(), drain_timeout_s=60, changed=self.dispatcher.poke
-        )
+        deployment = Deployment(launch, SimulatedEngine(), drain_timeout_s=60, changed=self.dispatcher.poke)
         self.models[model.uid] = model
         deployment.replicas = [self.replica(deployment, index) for index in range(model.replica)]
         self.deployments[model.uid] = deployment
@@ -246,11 +244,13 @@ class World:
         self.longest_wait_s = max(self.longest_wait_s, time.monotonic() - asked)
         life, was_served = replica.lives, False
         try:
-            assert replica.state is State.READY, f"{replica} was handed over while {replica.state}"
+            self.must(replica.state is State.READY, f"{replica} was handed over while {replica.state}")
             await asyncio.sleep(service_s)
             if life in replica.broken_lives:
                 return "broken off"
-            assert replica.lives == life and replica.state is State.READY, f"{replica} was stopped while it answered"
+            self.must(
+                replica.lives == life and replica.state is State.READY, f"{replica} was stopped while it answered"
+            )
             was_served = True
             return "answered"
         finally:

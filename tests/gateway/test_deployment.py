@@ -17,7 +17,7 @@ import msgspec
 import psutil
 import pytest
 
-from engines.base import EngineSettings, Launch
+from engines.base import EngineSettings, Launch, Needs, Placement
 from engines.llama_cpp import LlamaCpp
 from gateway.deployment import Deployment
 from gateway.environments import Recipe
@@ -68,7 +68,7 @@ async def deployed(
                 cache=folder / "cache",
                 log=folder / f"{index}.log",
                 restart_limit=restart_limit,
-                placements=list,
+                place=anywhere,
                 tell=lambda kind, text: None,
                 download_stall_s=60,
                 probe_interval_s=10,
@@ -85,6 +85,12 @@ async def deployed(
         finally:
             run.cancel()
             await asyncio.gather(run, return_exceptions=True)
+
+
+async def anywhere(replica: Replica, needs: Needs) -> Placement:
+    """There is room for all."""
+    replica.placement = Placement()
+    return replica.placement
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import settings as hypothesis_settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from simulated import GB, Model, World
 from virtual_time import virtual_time
 
@@ -65,9 +65,7 @@ class Yard(RuleBasedStateMachine):
         max_wait_s=st.sampled_from([1.0, 10.0, 60.0]),
         wishes=st.tuples(*[models] * len(UIDS)),
     )
-    def begin(
-        self, total: int, max_loaded: int | None, min_residency_s: float, max_wait_s: float, wishes: Any
-    ) -> None:
+    def begin(self, total: int, max_loaded: int | None, min_residency_s: float, max_wait_s: float, wishes: Any) -> None:
         settings = Settings(
             max_loaded=max_loaded,
             min_residency_s=min_residency_s,

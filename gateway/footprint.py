@@ -1,0 +1,80 @@
+"""What running engines hold of the machine's memory, each with all its processes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import msgspec
+import psutil
+
+STATUS = re.compile(rb"^(VmHWM|RssAnon|RssFile|RssShmem):\s+(\d+) kB", re.MULTILINE)
+
+
+class Footprint(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes of a family of processes.
+
+    `own_bytes` would be free if it ended. `file_bytes` are pages of files that it maps, such as a model's weights: the
+    system may drop them, but it is slow without. `peak_bytes` is the most that both were at once, as far as is known.
+    """
+
+    own_bytes: int = 0
+    file_bytes: int = 0
+    peak_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """Both."""
+        return self.own_bytes + self.file_bytes
+
+
+def families(leaders: Collection[int]) -> dict[int, int]:
+    """pid -> the leader whose group, session or descendant it is, of all processes that are of any."""
+    found = {leader: leader for leader in leaders}
+    if not found:
+        return {}
+    children: dict[int, list[int]] = defaultdict(list)
+    for process in psutil.process_iter(["ppid"]):
+        children[process.info["ppid"]].append(process.pid)
+        try:
+            groups = (os.getpgid(process.pid), os.getsid(process.pid))
+        except OSError:  # gone
+            continue
+        if leader := next((found[group] for group in groups if group in leaders), None):
+            found.setdefault(process.pid, leader)
+    to_see = list(found)
+    while to_see:
+        pid = to_see.pop()
+        for child in children.get(pid, ()):
+            if child not in found:
+                found[child] = found[pid]
+                to_see.append(child)
+    return found
+
+
+def footprint(pids: Iterable[int]) -> Footprint:
+    """Of these processes together. Files that several of them map, and what they share, count once."""
+    own, shared, file, peak = 0, 0, 0, 0
+    for pid in pids:
+        seen = _read(pid)
+        own += seen["RssAnon"]
+        shared = max(shared, seen["RssShmem"])
+        file = max(file, seen["RssFile"])
+        peak = max(peak, seen["VmHWM"])
+    return Footprint(own_bytes=own + shared, file_bytes=file, peak_bytes=max(peak, own + shared + file))
+
+
+def _read(pid: int) -> dict[str, int]:
+    seen = dict.fromkeys(("RssAnon", "RssShmem", "RssFile", "VmHWM"), 0)
+    try:
+        text = Path(f"/proc/{pid}/status").read_bytes()
+    except OSError:
+        try:  # gone, or a system without /proc
+            rss = psutil.Process(pid).memory_info().rss
+        except psutil.Error:
+            return seen
+        return seen | {"RssAnon": rss, "VmHWM": rss}
+    return seen | {name.decode(): int(kilobytes) * 1024 for name, kilobytes in STATUS.findall(text)}

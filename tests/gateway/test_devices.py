@@ -1,0 +1,217 @@
+"""What each device has, what others than our engines hold of it, and machines that are made up."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from engines.base import RAM
+from gateway import devices
+from gateway.devices import Held, Limits, Observer, Seen, SimulatedMachine, devices_of, look_here, machine_of
+from gateway.footprint import Footprint, families, footprint
+from gateway.gpus import Gpu, GpuProcess
+from gateway.placement import Device
+
+GB = 10**9
+OURS, CHILD, OTHER = 100, 101, 200
+
+
+def a_gpu(used_gb: float, **processes: float | None) -> Gpu:
+    """Processes are given as pN=gigabytes."""
+    listed = (
+        GpuProcess(pid=int(name[1:]), used_bytes=None if size is None else round(size * GB))
+        for name, size in processes.items()
+    )
+    return Gpu(
+        index=0, uuid="U0", name="a", total_bytes=80 * GB, used_bytes=round(used_gb * GB), processes=tuple(listed)
+    )
+
+
+def seen(gpu: Gpu, **more: Any) -> Seen:
+    names = dict.fromkeys((OURS, CHILD, OTHER), "python")
+    return Seen(gpus=(gpu,), families={OURS: OURS, CHILD: OURS}, names=names, ram_total_bytes=64 * GB, **more)
+
+
+def of_gpu(look: Seen, *held: Held, **limits: int) -> Device:
+    return devices_of(look, held, Limits(**limits))[0]
+
+
+MINE = Held(name="mine-rep0", pid=OURS, memory={"U0": 20 * GB})
+
+
+@pytest.mark.parametrize(
+    ("gpu", "held", "foreign_gb"),
+    [
+        (a_gpu(0.6), (), 0.6),  # the driver's own
+        (a_gpu(30, p200=29), (), 30),
+        (a_gpu(50, p200=29, p101=19), (MINE,), 31),
+        (a_gpu(2, p101=1), (MINE,), 1),  # it is still loading
+        (a_gpu(26, p100=1, p101=24), (MINE,), 6),  # it takes more than it was promised
+        (a_gpu(25, p101=None), (MINE,), 5),  # the device does not tell
+        (a_gpu(25, p7=24), (MINE,), 5),  # pids of another world
+        (a_gpu(25), (MINE,), 5),  # processes are hidden
+        (a_gpu(10), (MINE,), 0),
+    ],
+)
+def test_foreign_is_what_our_engines_do_not_hold(gpu: Gpu, held: tuple[Held, ...], foreign_gb: float) -> None:
+    assert of_gpu(seen(gpu), *held).foreign_bytes == round(foreign_gb * GB)
+
+
+def test_who_holds_a_gpu_is_told_by_name() -> None:
+    small = Held(name="small-rep0", pid=None, memory={"U0": GB})
+    device = of_gpu(seen(a_gpu(50, p200=29, p101=19, p9=1)), MINE, small, gpu_headroom=GB)
+    assert device.holders == (
+        "process 200, python (29,000 MB)",
+        "mine-rep0 (20,000 MB)",
+        "small-rep0 (1,000 MB)",
+        "process 9, of another container or user (1,000 MB)",
+    )
+    assert device.headroom_bytes == GB
+
+
+def test_mapped_files_of_an_engine_count_as_its_own_once() -> None:
+    held = Held(name="mine-rep0", pid=OURS, memory={RAM: 8 * GB})
+    mapped = Footprint(own_bytes=2 * GB, file_bytes=6 * GB)  # what maps a file does not use it up
+    ram = devices_of(seen(a_gpu(0), ram_used_bytes=5 * GB, footprints={OURS: mapped}), (held,), Limits())[-1]
+    assert (ram.key, ram.foreign_bytes) == (RAM, 3 * GB)
+    assert ram.free({RAM: 8 * GB}) == (64 - 3 - 8) * GB
+
+
+@pytest.mark.parametrize(
+    ("limits", "total_gb", "free_gb"),
+    [
+        (Limits(), 64, 54),
+        (Limits(ram_headroom=4 * GB), 64, 50),
+        (Limits(ram_headroom=4 * GB, ram_limit=30 * GB), 30, 30),
+        (Limits(ram_headroom=4 * GB, ram_limit=60 * GB), 64, 50),  # others hold so much that the limit is no more
+    ],
+)
+def test_engines_get_what_a_site_allows(limits: Limits, total_gb: int, free_gb: int) -> None:
+    ram = devices_of(seen(a_gpu(0), ram_used_bytes=10 * GB), (), limits)[-1]
+    assert (ram.total_bytes, ram.free({})) == (total_gb * GB, free_gb * GB)
+
+
+async def test_bytes_that_appear_are_passing_until_they_have_stayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = 1.0
+
+    def look(leaders: Collection[int]) -> Seen:
+        return seen(a_gpu(used))
+
+    now = 100.0
+    monkeypatch.setattr(devices.time, "monotonic", lambda: now)
+    observer = Observer(look)
+
+    async def passing() -> int:
+        return (await observer.observe((), Limits()))[0].passing_bytes // GB
+
+    assert await passing() == 0
+    used, now = 21.0, 160.0
+    assert await passing() == 20
+    now = 164.0
+    assert await passing() == 20
+    now = 166.0
+    assert await passing() == 0
+    used = 1.0
+    assert await passing() == 0
+
+
+# --- this machine
+
+
+def test_an_engines_memory_is_that_of_all_its_processes(tmp_path: Path) -> None:
+    """A leader and its child, which holds 60 MB of its own and maps a file of 40 MB."""
+    file = tmp_path / "weights"
+    file.write_bytes(os.urandom(40_000_000))
+    child = (
+        "import mmap,sys; held = bytearray(60_000_000); f = open(sys.argv[1], 'rb'); "
+        "m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ); sum(m[::4096]); print('up', flush=True); input()"
+    )
+    leader = f"import subprocess,sys; subprocess.run([sys.executable, '-c', {child!r}, {str(file)!r}])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", leader], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "up\n"
+        found = families({process.pid, os.getpid()})
+        members = [pid for pid, leader in found.items() if leader == process.pid]
+        assert len(members) == 2
+        took = footprint(members)
+        assert 60_000_000 < took.own_bytes < 120_000_000
+        assert 40_000_000 < took.file_bytes < 80_000_000
+        assert took.peak_bytes >= took.total_bytes
+    finally:
+        process.communicate("\n", timeout=10)
+    assert footprint(members) == Footprint()
+
+
+async def test_this_machine_is_seen() -> None:
+    devices = await Observer(partial(look_here, lambda **_: [])).observe([Held(name="me", pid=os.getpid())], Limits())
+    [ram] = devices
+    assert ram.key == RAM
+    assert 0 < ram.foreign_bytes < ram.total_bytes
+
+
+def test_a_limit_of_the_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = mmap.PAGESIZE
+    own = tmp_path / "own"
+    own.write_text("12:cpu:/x\n0::/work/a\n")
+    group = tmp_path / "cg" / "work" / "a"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group.parent / "memory.max").write_text(f"{page * 1000}\n")
+    for folder in (group, group.parent):
+        (folder / "memory.current").write_text(f"{page * 600}\n")
+        (folder / "memory.stat").write_text(
+            f"anon 5\ninactive_file {page * 100}\nactive_file {page * 50}\nslab_reclaimable {page}\n"
+        )
+    groups = devices._control_groups(tmp_path / "cg", own)
+    assert [folder for folder, _ in groups] == [group, group.parent]
+    monkeypatch.setattr(devices, "_control_groups", lambda: groups)
+    assert devices._ram() == (page * 1000, page * 449, "the limit of our control group")
+
+
+# --- made-up machines
+
+
+def test_a_made_up_machine_is_seen_like_a_real_one() -> None:
+    machine = msgspec.convert(
+        {
+            "gpus": [
+                {"total": "80GB", "processes": [{"name": "train.py", "used": "30GB"}]},
+                {"total": "40GB", "slices": ["10GB", "20GB"]},
+                {"total": "80GB", "count": 2},
+            ],
+            "ram": "512GB",
+            "ram_used": "12GB",
+        },
+        SimulatedMachine,
+    )
+    found = asyncio.run(Observer(machine.look).observe([Held(name="a", memory={"GPU-2": GB})], Limits(gpu_headroom=GB)))
+    assert [(device.name, device.free({"GPU-2": GB}) // GB) for device in found] == [
+        ("GPU 0", 49),
+        ("GPU 2", 78),
+        ("GPU 3", 79),
+        ("GPU 4", 9),
+        ("GPU 5", 19),
+        ("the machine's memory", 500),
+    ]
+    assert found[0].holders == ("process 1, train.py (30,000 MB)",)
+    assert found[1].holders == ("a (1,000 MB)",)
+
+
+def test_a_machine_is_told_in_a_word() -> None:
+    totals = [gpu.total_bytes for gpu in machine_of("2x24GiB, 80GB").look(()).gpus]
+    assert totals == [24 * 2**30, 24 * 2**30, 80 * GB]
+    with pytest.raises(ValueError, match="is no size"):
+        machine_of("8xlarge")
