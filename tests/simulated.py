@@ -6,6 +6,7 @@ It watches what must hold at all times, and raises where it does not.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Coroutine, Sequence
@@ -61,7 +62,7 @@ class SimulatedReplica(Replica):
     crash: asyncio.Event
     lives = 0
     is_alive = False
-    broken_lives: set[int]
+    broken: asyncio.Event  # what this life answers is not answered to the end
 
     async def _fetch(self) -> Path:
         return Path("/")
@@ -75,7 +76,7 @@ class SimulatedReplica(Replica):
     async def _serve(self, model_path: Path, python: str | None) -> None:
         self._enter(State.STARTING)
         self.starts += 1
-        self.crash = asyncio.Event()
+        self.crash, self.broken = asyncio.Event(), asyncio.Event()
         self.world.begins(self)
         try:
             await self._or_crash(self.model.load_s)
@@ -101,6 +102,7 @@ class SimulatedReplica(Replica):
                 await self.crash.wait()
         except TimeoutError:
             return
+        self.broken.set()
         self._leave(State.BACKOFF)
         raise ReplicaFailed(_failure("it crashed", "Try again."))
 
@@ -186,7 +188,6 @@ class World:
             tell=lambda kind, text: None,
         )
         replica.world, replica.model = self, self.models[deployment.launch.uid]
-        replica.broken_lives = set()
         return replica
 
     def _all(self) -> list[Deployment]:
@@ -245,8 +246,9 @@ class World:
         life, was_served = replica.lives, False
         try:
             self.must(replica.state is State.READY, f"{replica} was handed over while {replica.state}")
-            await asyncio.sleep(service_s)
-            if life in replica.broken_lives:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(service_s):
+                    await replica.broken.wait()
                 return "broken off"
             self.must(
                 replica.lives == life and replica.state is State.READY, f"{replica} was stopped while it answered"
@@ -286,7 +288,7 @@ class World:
         """A process is told to end."""
         deployment = self.deployments[replica.launch.uid]
         if replica.crash.is_set() or deployment._is_forced:
-            replica.broken_lives.add(replica.lives)
+            replica.broken.set()
         else:
             self.must(not replica.in_flight, f"{replica} is stopped while it answers {replica.in_flight}")
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ import msgspec
 import psutil
 import pytest
 
-from engines.base import EngineSettings, Launch, Needs, Placement
+from engines.base import EngineSettings, Launch
 from engines.llama_cpp import LlamaCpp
+from gateway.config import Settings
 from gateway.deployment import Deployment
+from gateway.dispatch import Dispatcher
 from gateway.environments import Recipe
 from gateway.errors import ModelFailed, ShuttingDown
 from gateway.nodes.local import open_node
+from gateway.placement import Device
 from gateway.replica import Replica, State
 from registry.resolve import Artifact
 from registry.schema import LLMFamily, ModelSpec, Source
@@ -58,7 +62,8 @@ async def deployed(
     launch = Launch(uid="fake", artifact=artifact, engine="llama.cpp", replica=replica, envs=envs, **(fields or {}))
     engine = LlamaCpp(settings=EngineSettings(binary=str(FAKE_ENGINE)))
     async with open_node() as node:
-        deployment = Deployment(launch, engine, drain_timeout_s=drain_timeout_s)
+        dispatcher = Dispatcher(lambda: [deployment], Settings, no_devices, lambda uid, kind, text: None)
+        deployment = Deployment(launch, engine, drain_timeout_s=drain_timeout_s, changed=dispatcher.poke)
         deployment.replicas = tuple(
             Replica(
                 launch,
@@ -68,7 +73,7 @@ async def deployed(
                 cache=folder / "cache",
                 log=folder / f"{index}.log",
                 restart_limit=restart_limit,
-                place=anywhere,
+                place=partial(dispatcher.place, deployment),
                 tell=lambda kind, text: None,
                 download_stall_s=60,
                 probe_interval_s=10,
@@ -79,18 +84,20 @@ async def deployed(
             )
             for index in range(replica)
         )
+        dispatching = asyncio.create_task(dispatcher.run())
         run = asyncio.create_task(deployment.run())
         try:
             yield deployment
         finally:
             run.cancel()
             await asyncio.gather(run, return_exceptions=True)
+            dispatching.cancel()
+            await asyncio.gather(dispatching, return_exceptions=True)
 
 
-async def anywhere(replica: Replica, needs: Needs) -> Placement:
-    """There is room for all."""
-    replica.placement = Placement()
-    return replica.placement
+async def no_devices() -> tuple[Device, ...]:
+    """Nothing but memory without end."""
+    return ()
 
 
 async def until(condition: Callable[[], object]) -> None:
