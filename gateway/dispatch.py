@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 import msgspec
 
 from engines.base import Needs, Placement
+from gateway import metrics
 from gateway.config import Settings
 from gateway.deployment import Deployment
 from gateway.placement import Device
@@ -136,6 +137,7 @@ class Dispatcher:
             deployment, replica = holders[key]
             self._tell(key[0], "INFO", f"{replica.name} makes room for {claimant[0]}")
             logger.info("%s makes room for %s", replica, claimant[0])
+            metrics.EVICTIONS.labels(key[0]).inc()
             deployment.make_room(replica)
         for deployment in self._deployments():
             deployment.hold(deployment.launch.uid in plan.hold)

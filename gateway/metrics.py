@@ -40,6 +40,7 @@ CANCELLED = Counter(
 RETRIES = Counter(
     "hostler_request_retries", "Requests sent a second time, as the engine died before a byte.", ("model",)
 )
+EVICTIONS = Counter("hostler_model_evictions", "Replicas that were ended to make room for another model.", ("model",))
 ENGINE_RESTARTS = Counter(
     "hostler_engine_failures", "Lives of an engine that ended otherwise than by our wish.", ("model",)
 )

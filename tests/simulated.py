@@ -62,6 +62,7 @@ class SimulatedReplica(Replica):
     crash: asyncio.Event
     lives = 0
     is_alive = False
+    began = 0.0
     broken: asyncio.Event  # what this life answers is not answered to the end
 
     async def _fetch(self) -> Path:
@@ -110,6 +111,7 @@ class SimulatedReplica(Replica):
         self.world.stops(self)
         await asyncio.sleep(self.model.stop_s)
         self.is_alive = False
+        self.world.ended(self)
 
 
 class World:
@@ -124,7 +126,8 @@ class World:
         self.clients: set[asyncio.Task[str]] = set()
         self.outcomes = Counter[str]()
         self.faults: list[BaseException] = []
-        self.longest_wait_s = 0.0
+        self.waits_s: list[float] = []
+        self._spans: list[tuple[str, float, float]] = []
         self.starts = 0
         self.evictions = 0
         self.steps = 0
@@ -242,7 +245,7 @@ class World:
         asked = time.monotonic()
         replica = await deployment.acquire()
         assert isinstance(replica, SimulatedReplica)
-        self.longest_wait_s = max(self.longest_wait_s, time.monotonic() - asked)
+        self.waits_s.append(time.monotonic() - asked)
         life, was_served = replica.lives, False
         try:
             self.must(replica.state is State.READY, f"{replica} was handed over while {replica.state}")
@@ -280,6 +283,7 @@ class World:
         self.must(not replica.is_alive, f"{replica} is started twice")
         self.must(deployment.is_loaded and not deployment.is_leaving(replica), f"{replica} is started for nobody")
         replica.is_alive = True
+        replica.began = time.monotonic()
         replica.lives += 1
         self.starts += 1
         self.check()
@@ -291,6 +295,20 @@ class World:
             replica.broken.set()
         else:
             self.must(not replica.in_flight, f"{replica} is stopped while it answers {replica.in_flight}")
+
+    def ended(self, replica: SimulatedReplica) -> None:
+        """A process is gone."""
+        self._spans.append((replica.launch.uid, replica.began, time.monotonic()))
+
+    def spans(self) -> list[tuple[str, float, float]]:
+        """Which models were loaded from when until when; those that still are until now."""
+        alive = [
+            (replica.launch.uid, replica.began, time.monotonic())
+            for deployment in self.deployments.values()
+            for replica in deployment.replicas
+            if isinstance(replica, SimulatedReplica) and replica.is_alive
+        ]
+        return self._spans + alive
 
     def check(self) -> None:
         """What holds at all times."""
