@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="all times of the trace are multiplied by it")
     parser.add_argument("--real", help="'fake' for fake engines, or a GGUF file for real ones")
     parser.add_argument("--min-residency-s", type=float, default=3.0)
-    parser.add_argument("--max-wait-s", type=float, default=30.0)
+    parser.add_argument("--max-wait-s", type=float, default=60.0)
     parser.add_argument("--plot", help="write a picture there")
     parser.add_argument("--json", help="write the figures there")
     return parser.parse_args()

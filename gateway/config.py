@@ -89,7 +89,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_wait_s: Annotated[
         Seconds,
         Meta(description="who has waited for room so long gets it once busy models have answered what they have"),
-    ] = 30.0
+    ] = 60.0
     queue_limit: Annotated[int, Meta(ge=0, description="requests that may wait for one model; more get 429")] = 1000
     watch_settings: Annotated[bool, Meta(description="take up a change of the settings file as it is saved")] = True
     restart_limit: Annotated[int, Meta(ge=1, description="failures in a row until a model counts as failed")] = 5

@@ -5,8 +5,9 @@ loaded at once. What was promised counts until the process is gone, so that no t
 
 The order of claims: who has waited too long, then by priority, then who came first. A claim that has to wait keeps
 what it is going to get: a later one may only start where that delays nobody before it. Room is made by holders that
-are idle, and of those by the ones that have been idle longest for what it costs to load them again. Who answers is
-never ended: if somebody has waited for `max_wait_s`, the busy are given no more requests, and answer what they have.
+are idle for a moment at least, so that all who ask for a model are answered before it goes; and of those by the ones
+that have been idle longest for what it costs to load them again. Who answers is never ended: if somebody has waited
+for `max_wait_s`, the busy are given no more requests, and answer what they have.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gateway.placement import Device, NoRoom, place
 SETTLE_S = 5.0  # memory that just came back is not everywhere told at once
 SETTLE_PAUSE_S = 0.5
 LEAST_LOAD_S = 0.5
+KEEP = 0.25  # of the time that it takes to load: idle for so long, a model is not likely to be asked in the next moment
 
 Key = tuple[str, int]  # of a replica: its uid and its number
 
@@ -168,7 +170,7 @@ class _Yard:
         self._make_room(claim, found)
 
     def _make_room(self, claim: Claim, why: str) -> None:
-        free = [one for one in self._staying.values() if self._is_free(one)]
+        free = [one for one in self._staying.values() if self._free_in_s(one, claim) == 0]
         found = self._victims(claim, free)
         if found is not None:
             victims, placement = found
@@ -252,14 +254,13 @@ class _Yard:
 
     # --- who goes
 
-    def _is_free(self, holder: Holder) -> bool:
-        """Whether it may go now."""
-        return (
-            not holder.is_pinned
-            and not holder.work
-            and holder.ready_since is not None
-            and self._now - holder.ready_since >= self._rules.min_residency_s
-        )
+    def _free_in_s(self, holder: Holder, claim: Claim) -> float | None:
+        """After how long it may go, if nobody asks for it meanwhile; None if time alone does not free it."""
+        if holder.is_pinned or holder.work or holder.ready_since is None:
+            return None
+        keep_s = 0.0 if self.is_late(claim) else KEEP * holder.load_s
+        free_at = max(holder.ready_since + self._rules.min_residency_s, holder.idle_since + keep_s)
+        return max(0.0, free_at - self._now)
 
     def _victims(self, claim: Claim, *classes: Sequence[Holder]) -> tuple[list[Holder], Placement] | None:
         """The fewest that have to go, those of the first class before those of the next; None if all do not suffice."""
@@ -289,14 +290,11 @@ class _Yard:
     # --- what is told
 
     def _look_when_time_helps(self, claim: Claim) -> None:
-        """Note when a young holder may go, and when the claim has waited for long enough."""
-        for one in self._staying.values():
-            if not (one.is_pinned or one.work) and one.ready_since is not None:
-                rest_s = one.ready_since + self._rules.min_residency_s - self._now
-                if rest_s > 0:
-                    self._looks.append(rest_s)
+        """Note when a holder may go, and when the claim has waited for long enough."""
+        rests = [rest_s for one in self._staying.values() if (rest_s := self._free_in_s(one, claim))]
         if not self.is_late(claim):
-            self._looks.append(claim.since + self._rules.max_wait_s - self._now)
+            rests.append(claim.since + self._rules.max_wait_s - self._now)
+        self._looks += rests
 
     def _blockers(self, claim: Claim) -> str:
         """Who is in the way, and with what."""
@@ -309,7 +307,7 @@ class _Yard:
             elif one.work:
                 parts.append(f"{one.key[0]} is busy with {one.work} request{'s' * (one.work > 1)}")
             else:
-                parts.append(f"{one.key[0]} was loaded a moment ago")
+                parts.append(f"{one.key[0]} was used or loaded a moment ago")
         return ", ".join(dict.fromkeys(parts))
 
 
