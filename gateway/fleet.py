@@ -20,8 +20,10 @@ from engines.base import Engine, EngineSettings, Launch, Placement
 from gateway.choice import engine_answers, why_this_engine
 from gateway.config import Settings
 from gateway.deployment import Deployment
+from gateway.devices import Held, Observer, limits_of, look_here
 from gateway.environments import Recipe, is_offline_build
 from gateway.errors import BadRequest, Busy, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
+from gateway.experience import Experience
 from gateway.files import Files
 from gateway.gpus import cuda_version
 from gateway.launch import (
@@ -100,6 +102,8 @@ class Fleet:
         self.events = EventLog()
         self.files = Files(settings.home_path / "files")
         self.reloads: dict[str, Reload] = {}  # the last one of each uid
+        self.observer = Observer(partial(look_here, node.list_gpus), limits_of(settings))
+        self.experience = Experience(settings.home_path / "experience.json")
         self._deployments: dict[str, Deployment] = {}
         self._tasks = tasks
 
@@ -340,9 +344,19 @@ class Fleet:
         self.is_closing = True
         await asyncio.gather(*(deployment.close(force=True) for deployment in self.deployments()))
 
-    def _placements(self) -> list[Placement]:
+    def placements(self) -> list[Placement]:
+        """Of all replicas that have one."""
         replicas = [replica for deployment in self.deployments() for replica in deployment.replicas]
         return [replica.placement for replica in replicas if replica.placement]
+
+    def held(self) -> list[Held]:
+        """What each replica was given, and by which process it is held."""
+        replicas = [replica for deployment in self.deployments() for replica in deployment.replicas]
+        return [
+            Held(name=one.name, pid=one.process.pid if one.process else None, memory=one.placement.memory)
+            for one in replicas
+            if one.placement
+        ]
 
     def restore(self, declared: list[Launch]) -> None:
         """Deploy what the settings declare and what was launched before."""
@@ -402,7 +416,9 @@ class Fleet:
             environments=self.settings.environments_path,
             recipe=recipe_of(self.settings),
             changed=deployment.notify,
-            placements=self._placements,
+            placements=self.placements,
+            observe=lambda: self.observer.observe(self.held()),
+            experience=self.experience,
             tell=partial(self.events.add, launch.uid),
         )
 
@@ -500,10 +516,12 @@ async def open_fleet(settings: Settings) -> AsyncIterator[Fleet]:
         raise SettingsError(f"The data folder {settings.home_path} cannot be used: {exc}") from exc
     async with open_node() as node, asyncio.TaskGroup() as tasks:
         fleet = Fleet(settings, registry, known_engines, store, node, tasks)
+        learning = tasks.create_task(fleet.experience.run(partial(look_here, node.list_gpus)))
         try:
             fleet.restore(declared)
             yield fleet
         finally:
             await fleet.close()
+            learning.cancel()
             for deployment in fleet.deployments():
                 deployment.end()

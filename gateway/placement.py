@@ -17,6 +17,7 @@ from gateway.amounts import megabytes
 from gateway.gpus import Gpu
 from registry.memory import kv_cache_bytes, most_tokens
 
+ENDLESS = 2**60
 SHOWN = 3  # specs and holders in a sentence
 
 
@@ -42,10 +43,10 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
         """What people call it."""
         return f"GPU {self.gpu.index}" if self.gpu else "the machine's memory"
 
-    def free(self, promised: Mapping[str, int]) -> float:
-        """Bytes that may be promised; infinite where the device does not tell. Below 0 if too much was."""
+    def free(self, promised: Mapping[str, int]) -> int:
+        """Bytes that may be promised; ENDLESS where the device does not tell. Below 0 if too much was."""
         if not self.total_bytes:
-            return math.inf
+            return ENDLESS
         return self.total_bytes - self.headroom_bytes - self.foreign_bytes - promised.get(self.key, 0)
 
 
@@ -70,9 +71,18 @@ def promised(placements: Iterable[Placement]) -> dict[str, int]:
     return dict(total)
 
 
+def cache_bytes_of(needs: Needs) -> int:
+    """Bytes of the cache of keys and values, in whole ones of the engine's unit; 0 where nobody knows."""
+    if needs.cache_bytes is not None:
+        return needs.cache_bytes
+    if needs.cache is None:
+        return 0
+    return -(-kv_cache_bytes(needs.attention, needs.cache) // needs.cache_unit_bytes) * needs.cache_unit_bytes
+
+
 def needs_of(launch: Launch, needs: Needs, index: int) -> Needs:
     """What that replica asks for, of what the engine asks for each."""
-    return needs if needs.gpu_idx is None else msgspec.structs.replace(needs, gpu_idx=launch.gpus_of(index))
+    return needs if launch.gpu_idx is None else msgspec.structs.replace(needs, gpu_idx=launch.gpus_of(index))
 
 
 def place(
@@ -151,7 +161,7 @@ def _on_gpus(
             order = 1 if _is_known(needs) else -1
             roomy.sort(key=lambda device: (device.key in apart_from, order * device.free(promised)))
             return _given(roomy[:count], needs)
-    return _no_room(needs, tuple(gpus.values()), counts[-1], promised, gpus)
+    return _no_room(needs, usable, count, promised, gpus)
 
 
 def _on_cpu(
@@ -160,7 +170,7 @@ def _on_cpu(
     ram = next((device for device in devices if device.gpu is None), Device(key=RAM))
     if needs.memory_bytes and needs.memory_bytes > ram.free(promised):
         return _no_room(needs, (ram,), 1, promised, {})
-    return Placement(gpu_uuids=gpu_uuids, memory={RAM: needs.memory_bytes})
+    return Placement(gpu_uuids=gpu_uuids, memory={RAM: needs.memory_bytes}, cache_bytes=cache_bytes_of(needs))
 
 
 def _given(devices: Sequence[Device], needs: Needs) -> Placement:
@@ -168,18 +178,27 @@ def _given(devices: Sequence[Device], needs: Needs) -> Placement:
         gpu_uuids=tuple(device.key for device in devices),
         memory={device.key: _share(device, needs, len(devices)) for device in devices},
         gpu_totals={device.key: device.total_bytes for device in devices},
+        cache_bytes=cache_bytes_of(needs),
     )
 
 
 def _share(device: Device, needs: Needs, count: int) -> int:
-    """Of one device, if so many are taken."""
+    """Of one device, if so many are taken: as the engine takes it, or else as much as it needs."""
     if needs.gpu_share is not None:
         return math.ceil(device.total_bytes * needs.gpu_share)
-    return -(-needs.memory_bytes // count)
+    return _split(needs, count)
+
+
+def _split(needs: Needs, count: int) -> int:
+    """Bytes on each of so many devices."""
+    whole = min(needs.overhead_bytes, needs.memory_bytes)
+    return -(-(needs.memory_bytes - whole) // count) + whole
 
 
 def _has_room(device: Device, needs: Needs, count: int, promised: Mapping[str, int]) -> bool:
     share = _share(device, needs, count)
+    if needs.gpu_share is not None and device.total_bytes and _split(needs, count) > share:
+        return False
     return not share or share <= device.free(promised)
 
 
@@ -215,6 +234,8 @@ def _no_room(
 
 
 def _told(device: Device, promised: Mapping[str, int]) -> str:
+    if not device.total_bytes:
+        return f"{device.name} does not tell its memory"
     parts = [f"{megabytes(promised[device.key])} are given to models"] if promised.get(device.key) else []
     if device.foreign_bytes:
         parts.append(f"{megabytes(device.foreign_bytes)} are held by others")
@@ -230,10 +251,10 @@ def _remedies(
     needs: Needs, devices: Sequence[Device], count: int, promised: Mapping[str, int], gpus: Mapping[int, Device]
 ) -> list[str]:
     free = sorted((device.free(promised) for device in devices), reverse=True)[:count]
-    room_bytes = int(max(0, free[-1] * count)) if free else 0
+    room_bytes = max(0, free[-1] * count) if free else 0
     said = []
-    if needs.cache and needs.attention and needs.gpu_share is None:
-        rest = room_bytes - (needs.memory_bytes - kv_cache_bytes(needs.attention, needs.cache))
+    if needs.cache and needs.attention and needs.cache_bytes is None and needs.gpu_share is None:
+        rest = room_bytes - (needs.memory_bytes - cache_bytes_of(needs))
         if rest > 0 and (tokens := most_tokens(needs.attention, needs.cache, rest)):
             said.append(f"A smaller context: up to {tokens} tokens of each request (context_length) fit.")
     smaller = [name for name, size in needs.lighter.items() if size <= room_bytes]
@@ -260,7 +281,7 @@ def _enough(needs: Needs, gpus: Mapping[int, Device], promised: Mapping[str, int
     if needs.gpu_share is not None:
         return None
     free = sorted((gpu.free(promised) for gpu in gpus.values() if not _is_slice(gpu)), reverse=True)
-    return next((n for n in range(1, len(free) + 1) if free[n - 1] * n >= needs.memory_bytes), None)
+    return next((n for n in range(1, len(free) + 1) if free[n - 1] >= _split(needs, n)), None)
 
 
 def _refusal(reason: str, remedies: Iterable[str], *, for_ever: bool = False) -> NoRoom:

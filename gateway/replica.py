@@ -14,7 +14,7 @@ import logging
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -23,10 +23,12 @@ from engines.base import Command, Engine, Launch, Placement
 from gateway import metrics
 from gateway.downloads import DownloadFailed, Progress, fetch
 from gateway.environments import CannotBuild, Recipe, mark_used, prepare
+from gateway.experience import Experience
 from gateway.nodes.local import LocalNode
-from gateway.placement import Device, NoRoom, needs_of, place, promised
+from gateway.placement import Device, NoRoom, place, promised
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
 from gateway.process import CannotStart, EngineProcess, Exit, NoProcess
+from gateway.sizing import needs_now
 from gateway.upstream import Upstream
 
 logger = logging.getLogger("hostler.replica")
@@ -97,6 +99,8 @@ class Replica:
         recipe: Recipe,
         changed: Callable[[], None],
         placements: Callable[[], list[Placement]],
+        observe: Callable[[], Awaitable[tuple[Device, ...]]],
+        experience: Experience,
         tell: Callable[[str, str], None],
     ) -> None:
         self.launch = launch
@@ -128,6 +132,8 @@ class Replica:
         self._recipe = recipe
         self._changed = changed
         self._placements = placements
+        self._observe = observe
+        self._experience = experience
         self._tell = tell
         self._retry = asyncio.Event()
 
@@ -179,7 +185,7 @@ class Replica:
         self.served, self.ready_since, self._silence = 0, None, None
         model_path = await self._fetch()
         python = await self._prepare()
-        placement = await self._place()
+        placement = await self._place(model_path)
         self._enter(State.STARTING)
         self.starts += 1
         endpoint = self._node.new_endpoint(unix_socket=self._engine.listens_on_socket(self.launch))
@@ -194,12 +200,15 @@ class Replica:
                 try:
                     path = await self._until_ready(process, upstream, command)
                     self.upstream, self.address = upstream, endpoint.address
-                    metrics.LOAD_SECONDS.labels(self.launch.uid).observe(time.monotonic() - self.state_since)
+                    load_s, on_gpu = time.monotonic() - self.state_since, bool(placement.gpu_uuids)
+                    metrics.LOAD_SECONDS.labels(self.launch.uid).observe(load_s)
+                    self._experience.note_load(self.launch, load_s, on_gpu=on_gpu)
                     self._enter(State.READY)
                     self._tell("INFO", f"{self.name} is ready")
                     watch = asyncio.create_task(self._end_if_silent(process, upstream, path, command))
                     try:
-                        ended = await process.wait()
+                        with self._experience.watch(self.launch, process.pid, on_gpu=on_gpu):
+                            ended = await process.wait()
                         # No await between the exit and the state: nobody is sent to a dead engine.
                         self.failure = self._silence or _exit_failure(ended, process, "while it was ready")
                         self._leave(State.BACKOFF)
@@ -215,15 +224,15 @@ class Replica:
             self.process = self.placement = None
             await upstream.close()
 
-    async def _place(self) -> Placement:
-        """The GPUs for this life; no await between looking at what is taken and taking."""
-        needs = needs_of(self.launch, self._engine.needs(self.launch), self.index)
-        gpus = await asyncio.to_thread(self._node.list_gpus) if needs.gpu_idx or needs.n_gpu else []
-        devices = [Device(key=gpu.uuid, total_bytes=gpu.total_bytes, gpu=gpu) for gpu in gpus]
-        placement = place(needs, devices, promised(self._placements()))
+    async def _place(self, model_path: Path) -> Placement:
+        """The devices for this life; no await between looking at what is promised and promising."""
+        devices = await self._observe()
+        has_gpus = any(device.gpu for device in devices)
+        needs = await needs_now(self.launch, self._engine, self.index, model_path, self._experience, has_gpus=has_gpus)
+        placement = place(needs, devices, promised(self._placements()), cpu_fallback=self.launch.cpu_fallback)
         if isinstance(placement, NoRoom):
             advice = " ".join(placement.remedies)
-            raise ReplicaFailed(_failure(f"it cannot be placed: {placement.reason}", advice, final=True))
+            raise ReplicaFailed(_failure(f"it cannot be placed: {placement.reason}", advice, final=placement.for_ever))
         self.placement = placement
         return placement
 

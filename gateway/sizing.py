@@ -1,23 +1,43 @@
-"""How much memory a launch takes: by its files' headers if they are here, else by sizes that are told. Pure."""
+"""How much memory a launch takes: as it says itself, as was seen, by its files' headers, or by sizes that are told.
+
+The one place where it is reckoned; all but `needs_now`, which reads the headers, is pure.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 
-from engines.base import Launch, Needs
+from engines.base import Engine, Launch, Needs
+from gateway.experience import Experience
+from gateway.placement import cache_bytes_of, needs_of
+from registry import weights
 from registry.hubs.base import PICKLES, SAFETENSORS
-from registry.memory import Attention, Cache, Estimate, billions_of, estimate, usual_shape, usual_weight_bytes
+from registry.hubs.local import sizes_in
+from registry.memory import (
+    Cache,
+    Estimate,
+    billions_of,
+    estimate,
+    usual_shape,
+    usual_weight_bytes,
+)
 from registry.schema import ModelSpec
 from registry.sources import is_gguf
 from registry.weights import Facts
 
 USUAL_TOKENS = 4096  # of a cache, where nobody says
+SEEN_FACTOR = 1.05  # of what was seen, for what was not
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """What each copy takes, in bytes, and what that is told from. `tokens` are those of one of `sequences`."""
+    """What each copy takes, in bytes, and what that is told from. `tokens` are those of one of `sequences`.
+
+    `total_bytes` is what it gets. The parts are an estimate, which may be another.
+    """
 
     weights_bytes: int
     kv_cache_bytes: int
@@ -30,13 +50,30 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     basis: str
 
 
-class Sizing(msgspec.Struct, frozen=True):
-    """An estimate, what it is of, and what it is told from."""
+class Sizing(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica asks for with all that is known of its memory; `basis` says from what.
 
-    estimate: Estimate
-    attention: tuple[Attention, ...]
-    cache: Cache
+    `estimate` has the parts of the estimate, None where there is nothing to estimate from.
+    """
+
+    needs: Needs
     basis: str
+    estimate: Estimate | None = None
+
+
+async def needs_now(
+    launch: Launch, engine: Engine, index: int, model_path: Path, experience: Experience, *, has_gpus: bool
+) -> Needs:
+    """What that replica asks of this machine, its files being here."""
+
+    def read() -> tuple[Facts | None, Mapping[str, int] | None]:
+        if launch.memory_bytes is not None or not launch.artifact.has_files:
+            return None, None
+        return weights.read(model_path), sizes_in(model_path) if model_path.is_dir() else None
+
+    facts, sizes = await asyncio.to_thread(read)
+    needs = needs_of(launch, engine.needs(launch), index)
+    return size_up(launch, needs, sizes, facts, [], experience, has_gpus=has_gpus).needs
 
 
 def size_up(
@@ -45,20 +82,44 @@ def size_up(
     sizes: Mapping[str, int] | None,
     facts: Facts | None,
     unknown: list[str],
+    experience: Experience,
     *,
-    is_on_gpu: bool,
-) -> Sizing | None:
-    """What one copy takes; None, which is added to `unknown`, if nobody knows.
+    has_gpus: bool,
+) -> Sizing:
+    """What one copy takes; 0 bytes, and a sentence in `unknown`, if nobody knows.
 
     Args:
+        needs: what the engine asks for.
         sizes: the bytes of each file that is to be loaded; None if they are not known.
         facts: what the files say, if they are here.
     """
+    on_gpu = has_gpus and needs.n_gpu != 0 and needs.gpu_idx != ()
+    estimated = _estimated(launch, needs, sizes, facts, on_gpu=on_gpu)
+    seen = None if needs.is_elastic else experience.peak_bytes(launch, on_gpu=on_gpu)
+    if launch.memory_bytes is not None:
+        told, basis = launch.memory_bytes, "as the launch says (memory)"
+    elif seen is not None:
+        told, basis = round(seen * SEEN_FACTOR), "as was seen in earlier runs"
+    elif estimated is not None:
+        return estimated
+    else:
+        if launch.artifact.has_files:
+            unknown.append("How much memory it takes: neither its files nor a size in billions are known.")
+        told, basis = 0, "unknown"
+    if estimated is None:
+        return Sizing(needs=msgspec.structs.replace(needs, memory_bytes=told), basis=basis)
+    return Sizing(
+        needs=msgspec.structs.replace(estimated.needs, memory_bytes=told), basis=basis, estimate=estimated.estimate
+    )
+
+
+def _estimated(
+    launch: Launch, needs: Needs, sizes: Mapping[str, int] | None, facts: Facts | None, *, on_gpu: bool
+) -> Sizing | None:
     spec = launch.artifact.spec
     billions = billions_of(spec.model_size_in_billions) if spec.model_size_in_billions is not None else None
     weight_bytes, basis = _weight_bytes(sizes, facts, spec, billions)
     if weight_bytes is None:
-        unknown.append("How much memory it takes: neither its files nor a size in billions are known.")
         return None
     if facts and facts.is_attention_known and facts.width:
         attention, width = facts.attention, facts.width
@@ -69,11 +130,40 @@ def size_up(
         if launch.artifact.family.model_type != "LLM":
             attention = ()
         basis += ", and the cache as usual models of that size have it: an estimate" if attention else ""
-    cache = needs.cache or Cache(tokens=_tokens(launch, facts))
     if launch.artifact.projector:
         weight_bytes += sum(size for name, size in (sizes or {}).items() if "mmproj" in name.lower())
-    sized = estimate(weight_bytes, attention, width, cache, on_gpu=is_on_gpu)
-    return Sizing(sized, attention, cache, basis)
+    cache = _cache(launch, needs, facts)
+    needs = msgspec.structs.replace(needs, cache=cache, attention=attention)
+    parts = estimate(weight_bytes, attention, width, cache, on_gpu=on_gpu)
+    parts = msgspec.structs.replace(parts, kv_cache=cache_bytes_of(needs), engine=needs.overhead_bytes or parts.engine)
+    needs = msgspec.structs.replace(
+        needs,
+        memory_bytes=parts.total,
+        overhead_bytes=parts.engine,
+        lighter=_lighter(launch, weight_bytes, parts.total - weight_bytes),
+    )
+    return Sizing(needs=needs, basis=basis, estimate=parts)
+
+
+def _cache(launch: Launch, needs: Needs, facts: Facts | None) -> Cache:
+    """As the engine sets it up, with room for as many sequences as it has at least."""
+    cache = needs.cache or Cache(tokens=_tokens(launch, facts))
+    sequences = max(cache.sequences, needs.cache_tokens // cache.tokens)
+    return msgspec.structs.replace(cache, sequences=sequences)
+
+
+def _lighter(launch: Launch, weight_bytes: int, rest_bytes: int) -> dict[str, int]:
+    """What other specs of the family in the same format would take, if their weights are fewer; the largest first."""
+    chosen = launch.artifact.spec
+    found: dict[str, int] = {}
+    for spec in launch.artifact.family.specs:
+        billions = billions_of(spec.model_size_in_billions) if spec.model_size_in_billions is not None else None
+        if billions is None or spec.model_format != chosen.model_format:
+            continue
+        fewer = usual_weight_bytes(billions, spec.model_format, spec.quantization)
+        if fewer < weight_bytes:
+            found.setdefault(f"{spec.model_size_in_billions}B {spec.quantization}", fewer + rest_bytes)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _weight_bytes(
@@ -117,16 +207,19 @@ def _tokens(launch: Launch, facts: Facts | None) -> int:
     return next(filter(None, (*known, getattr(family, "max_tokens", None))), USUAL_TOKENS)
 
 
-def told(sizing: Sizing, replicas: int) -> Memory:
-    parts = sizing.estimate
+def told(sizing: Sizing, replicas: int) -> Memory | None:
+    """For people; None if there is nothing to tell."""
+    parts, cache = sizing.estimate, sizing.needs.cache
+    if parts is None or cache is None:
+        return None
     return Memory(
         weights_bytes=parts.weights,
         kv_cache_bytes=parts.kv_cache,
         activations_bytes=parts.activations,
         engine_bytes=parts.engine,
-        total_bytes=parts.total,
-        tokens=sizing.cache.tokens,
-        sequences=sizing.cache.sequences,
+        total_bytes=sizing.needs.memory_bytes,
+        tokens=cache.tokens,
+        sequences=cache.sequences,
         replicas=replicas,
         basis=f"{sizing.basis}; activations and the engine's own are always an estimate.",
     )
