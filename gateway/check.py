@@ -95,7 +95,9 @@ async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[s
     facts = await asyncio.to_thread(_facts, files, unknown)
     needs = engines.find(launch.engine, fleet.engines).needs(launch)
     has_gpus = any(device.gpu for device in devices)
-    sizing = size_up(launch, needs, files.files, facts, unknown, fleet.experience, has_gpus=has_gpus)
+    family = fleet.registry.find(artifact.family.model_name, artifact.family.model_type)
+    specs = family.specs if family and not request.model_path else ()
+    sizing = size_up(launch, needs, files.files, facts, unknown, fleet.experience, has_gpus=has_gpus, specs=specs)
     room = find_room(launch, sizing.needs, devices, given)
     if room.refusal and not room.is_there:
         problems.append(f"It cannot be placed: {room.refusal.text}")

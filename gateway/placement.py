@@ -150,7 +150,8 @@ def _on_gpus(
         return _no_room(needs, named, len(named), promised, gpus)
     counts = [needs.n_gpu] if needs.n_gpu is not None else [1]
     if needs.n_gpu is None and needs.can_spread:
-        counts += [count for count in range(2, len(gpus) + 1) if count in (needs.gpu_counts or (count,))]
+        whole = sum(not _is_slice(device) for device in gpus.values())
+        counts += [count for count in range(2, whole + 1) if count in (needs.gpu_counts or (count,))]
     for count in counts:
         usable = [device for device in gpus.values() if count == 1 or not _is_slice(device)]
         if needs.n_gpu is not None and count > len(usable):
@@ -236,14 +237,14 @@ def _no_room(
 def _told(device: Device, promised: Mapping[str, int]) -> str:
     if not device.total_bytes:
         return f"{device.name} does not tell its memory"
-    parts = [f"{megabytes(promised[device.key])} are given to models"] if promised.get(device.key) else []
+    taken = [f"{megabytes(promised[device.key])} are given to models"] if promised.get(device.key) else []
     if device.foreign_bytes:
-        parts.append(f"{megabytes(device.foreign_bytes)} are held by others")
+        taken.append(f"{megabytes(device.foreign_bytes)} are held by others")
+    parts = [" and ".join(taken) + (f" ({', '.join(device.holders)})" if device.holders else "")] if taken else []
     if device.headroom_bytes:
         parts.append(f"{megabytes(device.headroom_bytes)} are kept free")
-    holders = f" ({', '.join(device.holders)})" if device.holders else ""
     total = f"{megabytes(device.total_bytes)}{f' ({device.limit})' if device.limit else ''}"
-    rest = f": {', '.join(parts)}{holders}" if parts or holders else ""
+    rest = f": {', '.join(parts)}" if parts else ""
     return f"{device.name} has {megabytes(max(0, device.free(promised)))} of {total} free{rest}"
 
 
@@ -265,12 +266,9 @@ def _remedies(
     holders = tuple(dict.fromkeys(holder for device in devices for holder in device.holders))
     if holders:
         said.append(f"The end of {', '.join(holders[:SHOWN])}.")
-    setting = "gpu_headroom" if gpus else "ram_headroom"
-    if any(
-        _share(device, needs, count) <= device.free(promised) + device.headroom_bytes and device.headroom_bytes
-        for device in devices
-    ):
-        said.append(f"Less {setting}.")
+    unkept = [device.free(promised) + device.headroom_bytes >= _share(device, needs, count) for device in devices]
+    if sum(unkept) >= count:
+        said.append(f"Less {'gpu_headroom' if gpus else 'ram_headroom'}.")
     if needs.gpu_share is None:
         said.append("`memory` of the launch, if it takes less than is estimated.")
     return said

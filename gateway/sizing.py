@@ -6,7 +6,7 @@ The one place where it is reckoned; all but `needs_now`, which reads the headers
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -62,9 +62,16 @@ class Sizing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def needs_now(
-    launch: Launch, engine: Engine, index: int, model_path: Path, experience: Experience, *, has_gpus: bool
+    launch: Launch,
+    engine: Engine,
+    index: int,
+    model_path: Path,
+    experience: Experience,
+    *,
+    has_gpus: bool,
+    specs: Sequence[ModelSpec] = (),
 ) -> Needs:
-    """What that replica asks of this machine, its files being here."""
+    """What that replica asks of this machine, its files being here; for `specs` see `size_up`."""
 
     def read() -> tuple[Facts | None, Mapping[str, int] | None]:
         if launch.memory_bytes is not None or not launch.artifact.has_files:
@@ -73,7 +80,7 @@ async def needs_now(
 
     facts, sizes = await asyncio.to_thread(read)
     needs = needs_of(launch, engine.needs(launch), index)
-    return size_up(launch, needs, sizes, facts, [], experience, has_gpus=has_gpus).needs
+    return size_up(launch, needs, sizes, facts, [], experience, has_gpus=has_gpus, specs=specs).needs
 
 
 def size_up(
@@ -85,6 +92,7 @@ def size_up(
     experience: Experience,
     *,
     has_gpus: bool,
+    specs: Sequence[ModelSpec] = (),
 ) -> Sizing:
     """What one copy takes; 0 bytes, and a sentence in `unknown`, if nobody knows.
 
@@ -92,9 +100,10 @@ def size_up(
         needs: what the engine asks for.
         sizes: the bytes of each file that is to be loaded; None if they are not known.
         facts: what the files say, if they are here.
+        specs: of the family, for advice.
     """
     on_gpu = has_gpus and needs.n_gpu != 0 and needs.gpu_idx != ()
-    estimated = _estimated(launch, needs, sizes, facts, on_gpu=on_gpu)
+    estimated = _estimated(launch, needs, sizes, facts, specs, on_gpu=on_gpu)
     seen = None if needs.is_elastic else experience.peak_bytes(launch, on_gpu=on_gpu)
     if launch.memory_bytes is not None:
         told, basis = launch.memory_bytes, "as the launch says (memory)"
@@ -114,7 +123,13 @@ def size_up(
 
 
 def _estimated(
-    launch: Launch, needs: Needs, sizes: Mapping[str, int] | None, facts: Facts | None, *, on_gpu: bool
+    launch: Launch,
+    needs: Needs,
+    sizes: Mapping[str, int] | None,
+    facts: Facts | None,
+    specs: Sequence[ModelSpec],
+    *,
+    on_gpu: bool,
 ) -> Sizing | None:
     spec = launch.artifact.spec
     billions = billions_of(spec.model_size_in_billions) if spec.model_size_in_billions is not None else None
@@ -140,7 +155,7 @@ def _estimated(
         needs,
         memory_bytes=parts.total,
         overhead_bytes=parts.engine,
-        lighter=_lighter(launch, weight_bytes, parts.total - weight_bytes),
+        lighter=_lighter(spec, specs, weight_bytes, parts.total - weight_bytes),
     )
     return Sizing(needs=needs, basis=basis, estimate=parts)
 
@@ -152,11 +167,10 @@ def _cache(launch: Launch, needs: Needs, facts: Facts | None) -> Cache:
     return msgspec.structs.replace(cache, sequences=sequences)
 
 
-def _lighter(launch: Launch, weight_bytes: int, rest_bytes: int) -> dict[str, int]:
-    """What other specs of the family in the same format would take, if their weights are fewer; the largest first."""
-    chosen = launch.artifact.spec
+def _lighter(chosen: ModelSpec, specs: Sequence[ModelSpec], weight_bytes: int, rest_bytes: int) -> dict[str, int]:
+    """What specs in the same format would take whose weights are fewer, the largest first."""
     found: dict[str, int] = {}
-    for spec in launch.artifact.family.specs:
+    for spec in specs:
         billions = billions_of(spec.model_size_in_billions) if spec.model_size_in_billions is not None else None
         if billions is None or spec.model_format != chosen.model_format:
             continue

@@ -45,6 +45,7 @@ GATEWAY_LAYERS = (
     ("experience",),
     ("sizing",),
     ("downloads", "environments", "nodes"),
+    ("plan",),
     ("replica",),
     ("deployment",),
     ("reload",),

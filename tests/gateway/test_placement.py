@@ -145,7 +145,7 @@ def test_on_the_cpu_it_is_the_machines_memory_that_counts() -> None:
     assert not found.for_ever
     assert found.text == (
         "it needs about 5,000 MB, and there is no room: the machine's memory has 4,000 MB of 8,000 MB free: 3,000 MB "
-        "are given to models, 1,000 MB are kept free (big-rep0). The end of big-rep0. Less ram_headroom. `memory` of "
+        "are given to models (big-rep0), 1,000 MB are kept free. The end of big-rep0. Less ram_headroom. `memory` of "
         "the launch, if it takes less than is estimated."
     )
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import pytest
-from llms import a_family, a_launch, an_artifact
+from llms import a_launch, an_artifact
 from model_files import F32, gguf
 
 from engines.base import Launch, Needs
@@ -17,7 +16,8 @@ from gateway.experience import Experience
 from gateway.placement import Device, NoRoom, place
 from gateway.sizing import needs_now, size_up
 from registry.memory import CPU_ENGINE_BYTES, GPU_ENGINE_BYTES, Cache
-from registry.schema import ModelSpec
+from registry.resolve import NO_FILES
+from registry.schema import ModelSpec, Source
 
 GB = 10**9
 LLAMA = {
@@ -52,9 +52,8 @@ def a_spec(billions: float | str | None, quantization: str = "q4_0", **more: Any
     )
 
 
-def of_spec(spec: ModelSpec, *others: ModelSpec, **fields: Any) -> Launch:
-    artifact = an_artifact(a_family(model_specs=(spec, *others)))
-    return a_launch(artifact=msgspec.structs.replace(artifact, spec=spec), **fields)
+def of_spec(spec: ModelSpec, **fields: Any) -> Launch:
+    return a_launch(artifact=msgspec.structs.replace(an_artifact(), spec=spec), **fields)
 
 
 async def test_the_headers_of_files_tell(tmp_path: Path) -> None:
@@ -109,8 +108,8 @@ def test_a_cache_has_room_for_so_many_tokens_at_least_in_whole_units() -> None:
 
 
 def test_lighter_specs_of_the_family_are_known_for_advice() -> None:
-    launch = of_spec(a_spec(7, "q8_0"), a_spec(7, "q4_0"), a_spec("0_5", "q8_0"), a_spec(14, "q8_0"))
-    needs = size_up(launch, Needs(), None, None, [], NOTHING, has_gpus=False).needs
+    specs = [a_spec(7, "q4_0"), a_spec("0_5", "q8_0"), a_spec(14, "q8_0")]
+    needs = size_up(of_spec(a_spec(7, "q8_0")), Needs(), None, None, [], NOTHING, has_gpus=False, specs=specs).needs
     assert list(needs.lighter) == ["7B q4_0", "0_5B q8_0"]
     found = place(needs, [Device(key="ram", total_bytes=needs.lighter["7B q4_0"])], {})
     assert isinstance(found, NoRoom)
@@ -118,7 +117,7 @@ def test_lighter_specs_of_the_family_are_known_for_advice() -> None:
 
 
 async def test_what_is_served_elsewhere_takes_nothing_here() -> None:
-    artifact = msgspec.structs.replace(an_artifact(), source=msgspec.structs.replace(an_artifact().source))
-    launch = a_launch({"url": "http://127.0.0.1:1/v1"}, artifact=artifact, memory_bytes=0)
+    artifact = msgspec.structs.replace(an_artifact(), source=Source(model_hub=NO_FILES, model_id="x"))
+    launch = a_launch({"url": "http://127.0.0.1:1/v1"}, artifact=artifact)
     needs = await needs_now(launch, Remote(), 0, Path(), NOTHING, has_gpus=True)
     assert (needs.memory_bytes, needs.n_gpu) == (0, 0)
