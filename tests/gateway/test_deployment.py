@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ import pytest
 from engines.base import EngineSettings, Launch
 from engines.llama_cpp import LlamaCpp
 from gateway.deployment import Deployment
+from gateway.devices import Limits, Observer, SimulatedMachine
 from gateway.environments import Recipe
 from gateway.errors import ModelFailed, ShuttingDown
+from gateway.experience import Experience
 from gateway.nodes.local import open_node
 from gateway.replica import Replica, State
 from registry.resolve import Artifact
@@ -69,6 +72,8 @@ async def deployed(
                 log=folder / f"{index}.log",
                 restart_limit=restart_limit,
                 placements=list,
+                observe=partial(Observer(SimulatedMachine().look, Limits()).observe, ()),
+                experience=Experience(),
                 tell=lambda kind, text: None,
                 download_stall_s=60,
                 probe_interval_s=10,
