@@ -66,7 +66,8 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     Its memory: `memory_bytes` is what one copy takes, on its GPUs or else of the machine's; 0 where nobody knows. Of it
     each of its GPUs has `overhead_bytes` whole: what the engine takes beside the model. `gpu_share` is the least share
     of each GPU. `can_spread` says whether one copy may be split over several GPUs, and `gpu_counts` over how many, if
-    not over any number. `is_elastic`: it fills what it is given, so that what it was seen to take tells nothing.
+    not over any number. `chooses`: unless the launch says which GPUs, or how much memory, it picks among all by itself.
+    `is_elastic`: it fills what it is given, so that what it was seen to take tells nothing.
 
     Its cache of keys and values: `cache` as it is set up at the start, None where the engine does not say, in whole
     ones of `cache_unit_bytes`, and for at least `cache_tokens` of all sequences; or else `cache_bytes`. `attention` is
@@ -80,6 +81,7 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     gpu_share: float | None = None
     can_spread: bool = False
     gpu_counts: tuple[int, ...] = ()
+    chooses: bool = False
     is_elastic: bool = False
     cache: Cache | None = None
     cache_tokens: int = 0

@@ -7,6 +7,7 @@ A device is a GPU, a slice of one, or the machine's memory. What a replica may h
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -18,6 +19,7 @@ from gateway.gpus import Gpu
 from registry.memory import kv_cache_bytes, most_tokens
 
 ENDLESS = 2**60
+NUMBERS = re.compile(r"(\d+(,\d+)*)?")
 SHOWN = 3  # specs and holders in a sentence
 
 
@@ -81,8 +83,21 @@ def cache_bytes_of(needs: Needs) -> int:
 
 
 def needs_of(launch: Launch, needs: Needs, index: int) -> Needs:
-    """What that replica asks for, of what the engine asks for each."""
-    return needs if launch.gpu_idx is None else msgspec.structs.replace(needs, gpu_idx=launch.gpus_of(index))
+    """What that replica asks for, of what the engine asks for each.
+
+    A launch that sets CUDA_VISIBLE_DEVICES to numbers names its GPUs by that.
+    """
+    if launch.gpu_idx is not None:
+        return msgspec.structs.replace(needs, gpu_idx=launch.gpus_of(index))
+    named = launch.envs.get("CUDA_VISIBLE_DEVICES")
+    if launch.n_gpu is None and named is not None and NUMBERS.fullmatch(named):
+        return msgspec.structs.replace(needs, gpu_idx=tuple(int(number) for number in named.split(",") if number))
+    return needs
+
+
+def fell_back(needs: Needs, placement: Placement) -> bool:
+    """Whether it got the CPU because the GPUs have no room."""
+    return placement.gpu_uuids == () and needs.n_gpu != 0 and needs.gpu_idx != ()
 
 
 def place(
@@ -128,6 +143,8 @@ def _try(
         return _on_cpu(needs, devices, promised, ())
     if needs.gpu_idx is None and needs.n_gpu is None and not gpus:
         return _on_cpu(needs, devices, promised, None)
+    if needs.chooses and needs.gpu_idx is None and needs.n_gpu is None and not _is_known(needs):
+        return Placement()
     found = _on_gpus(needs, gpus, promised, apart_from)
     if isinstance(found, NoRoom) and cpu_fallback and needs.gpu_idx is None:
         instead = _on_cpu(needs, devices, promised, ())

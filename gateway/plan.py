@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from engines.base import Launch, Placement
-from gateway.placement import Device, NoRoom, needs_of, place, promised
+from gateway.placement import Device, NoRoom, fell_back, needs_of, place, promised
 from gateway.sizing import Sizing
 
 Status = Literal["placed", "in turn", "refused"]
@@ -83,8 +83,7 @@ def _row(
 
     found = find(placed)
     if isinstance(found, Placement):
-        fell_back = found.gpu_uuids == () and needs.n_gpu != 0 and needs.gpu_idx != ()
-        text = "On the CPU, as cpu_fallback allows: the GPUs have no room." if fell_back else ""
+        text = "On the CPU, as cpu_fallback allows: the GPUs have no room." if fell_back(needs, found) else ""
         return told("placed", found, text), found
     staying = [(other, placement) for other, placement in placed if other.pinned or other is launch]
     later = find(staying)

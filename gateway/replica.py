@@ -25,7 +25,7 @@ from gateway.downloads import DownloadFailed, Progress, fetch
 from gateway.environments import CannotBuild, Recipe, mark_used, prepare
 from gateway.experience import Experience
 from gateway.nodes.local import LocalNode
-from gateway.placement import Device, NoRoom, place, promised
+from gateway.placement import Device, NoRoom, fell_back, place, promised
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
 from gateway.process import CannotStart, EngineProcess, Exit, NoProcess
 from gateway.sizing import needs_now
@@ -234,6 +234,8 @@ class Replica:
             advice = " ".join(placement.remedies)
             raise ReplicaFailed(_failure(f"it cannot be placed: {placement.reason}", advice, final=placement.for_ever))
         self.placement = placement
+        if fell_back(needs, placement):
+            self._tell("WARNING", f"{self.name} runs on the CPU, as cpu_fallback allows: the GPUs have no room")
         return placement
 
     async def _fetch(self) -> Path:

@@ -193,5 +193,5 @@ def _show(rows: Sequence[Row], devices: Sequence[Device]) -> None:
 def _where(row: Row) -> str:
     if row.status == "refused":
         return "nowhere"
-    names = ", ".join(row.devices).replace(", GPU", ",")
+    names = ", ".join(row.devices).replace(", GPU", ",") or "as it chooses"
     return f"{names}, in turn" if row.status == "in turn" else names

@@ -9,10 +9,11 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llms import a_launch
 
 from engines.base import RAM, Needs, Placement
 from gateway.gpus import Gpu, list_gpus
-from gateway.placement import Device, NoRoom, place
+from gateway.placement import Device, NoRoom, needs_of, place
 from registry.memory import Attention, Cache, kv_cache_bytes
 
 GB = 10**9
@@ -179,6 +180,24 @@ def test_a_refusal_says_what_would_make_it_fit() -> None:
         "The end of train (pid 7).",
         "`memory` of the launch, if it takes less than is estimated.",
     )
+
+
+def test_an_engine_that_chooses_sees_all_gpus_unless_the_launch_says_more() -> None:
+    needs = Needs(chooses=True)
+    assert place(needs, FOUR, {}) == Placement()
+    assert gpus_of(msgspec.structs.replace(needs, n_gpu=1), FOUR) == ("GPU-2",)
+    assert gpus_of(msgspec.structs.replace(needs, memory_bytes=5 * GB), FOUR) == ("GPU-1",)
+
+
+@pytest.mark.parametrize(
+    ("named", "gpu_idx"),
+    [("1,3", (1, 3)), ("2", (2,)), ("", ()), ("GPU-1", None), ("1,", None), (None, None)],
+)
+def test_a_launchs_own_variable_names_its_gpus(named: str | None, gpu_idx: tuple[int, ...] | None) -> None:
+    launch = a_launch(envs={} if named is None else {"CUDA_VISIBLE_DEVICES": named})
+    assert needs_of(launch, Needs(), 0).gpu_idx == gpu_idx
+    launch = a_launch(envs={"CUDA_VISIBLE_DEVICES": "0"}, n_gpu=2)
+    assert needs_of(launch, Needs(n_gpu=2), 0).gpu_idx is None
 
 
 def test_bytes_that_came_lately_are_not_for_ever() -> None:
