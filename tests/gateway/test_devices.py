@@ -157,6 +157,49 @@ async def test_a_driver_that_knows_our_engines_child_and_a_stranger() -> None:
     assert [holder.partition(",")[0] for holder in gpu.holders] == ["mine-rep0 (20", f"process {os.getpid()}"]
 
 
+HOLDER = """
+import ctypes, sys
+cuda, device, context, at = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
+assert cuda.cuInit(0) == 0
+assert cuda.cuDeviceGet(ctypes.byref(device), 0) == 0
+assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
+assert cuda.cuCtxSetCurrent(context) == 0
+assert cuda.cuMemAlloc_v2(ctypes.byref(at), ctypes.c_size_t(int(sys.argv[1]))) == 0
+print("up", flush=True)
+input()
+"""
+
+
+@pytest.mark.skipif(not list_gpus(), reason="there is no NVIDIA GPU here")
+async def test_a_real_gpu_tells_our_bytes_from_a_strangers() -> None:
+    gpu = next(gpu for gpu in list_gpus() if gpu.slice_of is None)
+    observer = Observer(partial(look_here, list_gpus), Limits())
+    before, *_ = await observer.observe(())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(size)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu.uuid},
+        )
+        for size in (2 * GB, 3 * GB)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout
+            assert process.stdout.readline() == "up\n"
+        held = Held(name="mine-rep0", pid=processes[0].pid, memory={gpu.uuid: 4 * GB})
+        after, *_ = await observer.observe([held])
+    finally:
+        for process in processes:
+            process.communicate("\n", timeout=10)
+    assert after.key == gpu.uuid
+    assert 3 * GB <= after.foreign_bytes - before.foreign_bytes < 4.5 * GB  # its context comes on top
+    assert any(holder.startswith(f"process {processes[1].pid}, python") for holder in after.holders)
+
+
 def test_an_engines_memory_is_that_of_all_its_processes(tmp_path: Path) -> None:
     """A leader and its child, which holds 60 MB of its own and maps a file of 40 MB."""
     file = tmp_path / "weights"
