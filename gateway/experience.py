@@ -153,10 +153,13 @@ class Experience:
                     async with asyncio.timeout(sample_s):
                         await self._hurry.wait()
                 self._hurry.clear()
-                if self._lives:
-                    self._sample(await asyncio.to_thread(look, set(self._lives)))
-                if content := self._changes():
-                    await asyncio.to_thread(self._write, content)
+                try:
+                    if self._lives:
+                        self._sample(await asyncio.to_thread(look, set(self._lives)))
+                    if content := self._changes():
+                        await asyncio.to_thread(self._write, content)
+                except Exception:  # nobody's service hangs on it
+                    logger.exception("What engines take could not be seen")
                 await asyncio.sleep(min(PAUSE_S, sample_s))  # many that become ready at once are seen at once
         finally:
             self.flush()

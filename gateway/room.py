@@ -89,6 +89,7 @@ def find_room(launch: Launch, needs: Needs, devices: Sequence[Device], given: Se
         )
     keys = dict.fromkeys(key for placement in found for key in placement.memory)
     got = tuple(by_key[key] for key in keys if key in by_key)
+    got = got or tuple(device for device in devices if _may_be(device, needs, devices))  # it chooses among them
     is_known = bool(needs.memory_bytes or needs.gpu_share) and all(device.total_bytes for device in got)
     return Room(devices=got, free_bytes=_free(got, before), fits=True if is_known else None)
 

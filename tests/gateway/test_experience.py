@@ -84,6 +84,24 @@ async def test_an_odd_life_is_not_for_ever(tmp_path: Path) -> None:
     assert peaks == [9, 9, 9, 9, 9, 2]
 
 
+async def test_a_look_that_fails_is_told_and_the_next_one_counts(caplog: pytest.LogCaptureFixture) -> None:
+    known, launch, looks = Experience(), a_launch(), 0
+
+    def look(leaders: Collection[int]) -> Seen:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise RuntimeError("the driver is gone")
+        return a_look(lambda: 2.0)(leaders)
+
+    running = asyncio.create_task(known.run(look, sample_s=0.01))
+    with known.watch(launch, PID):
+        await until(lambda: known.peak_bytes(launch) == 2 * GB)
+    assert "the driver is gone" in caplog.text
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
 def test_the_time_to_load_is_smoothed_and_kept(tmp_path: Path) -> None:
     path, launch = tmp_path / "x.json", a_launch()
     known = Experience(path)
