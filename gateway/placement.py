@@ -243,7 +243,9 @@ def _no_room(
 ) -> NoRoom:
     """Of devices that are there and too full."""
     if needs.gpu_share is not None:
-        what = f"{needs.gpu_share:.0%} of {'the GPU' if count == 1 else f'each of {count} GPUs'}"
+        what = f"{needs.gpu_share:.0%} of {'a GPU' if count == 1 else f'each of {count} GPUs'}"
+        if any(device.total_bytes and _split(needs, count) > _share(device, needs, count) for device in devices):
+            what = f"about {megabytes(_split(needs, count))} of each GPU and takes {what}"
     else:
         each = f", {megabytes(_share(devices[0], needs, count))} on each of {count} GPUs" if count > 1 else ""
         what = f"about {megabytes(needs.memory_bytes)}{each}"
@@ -273,7 +275,8 @@ def _remedies(
     said = []
     if needs.cache and needs.attention and needs.cache_bytes is None and needs.gpu_share is None:
         rest = room_bytes - (needs.memory_bytes - cache_bytes_of(needs))
-        if rest > 0 and (tokens := most_tokens(needs.attention, needs.cache, rest)):
+        tokens = most_tokens(needs.attention, needs.cache, rest) if rest > 0 else 0
+        if tokens and tokens * needs.cache.sequences >= needs.cache_tokens:  # a shorter one would take as much
             said.append(f"A smaller context: up to {tokens} tokens of each request (context_length) fit.")
     smaller = [name for name, size in needs.lighter.items() if size <= room_bytes]
     if smaller:

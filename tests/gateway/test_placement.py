@@ -200,6 +200,21 @@ def test_a_launchs_own_variable_names_its_gpus(named: str | None, gpu_idx: tuple
     assert needs_of(launch, Needs(n_gpu=2), 0).gpu_idx is None
 
 
+def test_a_share_that_is_too_small_for_the_model_is_told() -> None:
+    said = gpus_of(Needs(memory_bytes=9 * GB, gpu_share=0.5), FOUR)
+    assert said.startswith("it needs about 9,000 MB of each GPU and takes 50% of a GPU, and there is no room")
+    assert gpus_of(Needs(memory_bytes=9 * GB, gpu_share=0.5, can_spread=True), FOUR) == ("GPU-1", "GPU-2")
+
+
+def test_a_shorter_context_is_no_advice_where_the_cache_would_stay_as_large() -> None:
+    attention, cache = (Attention(layers=10, key=1000, value=1000),), Cache(tokens=50_000, sequences=2)
+    needs = Needs(memory_bytes=9 * GB, cache=cache, attention=attention)
+    for tokens, is_said in ((0, True), (100_000, False)):
+        found = place(msgspec.structs.replace(needs, cache_tokens=tokens), [a_device(0, 8)], {})
+        assert isinstance(found, NoRoom)
+        assert ("A smaller context" in found.text) is is_said
+
+
 def test_bytes_that_came_lately_are_not_for_ever() -> None:
     device = a_device(0, free_gb=4, passing_bytes=12 * GB)
     found = place(Needs(memory_bytes=8 * GB), [device], {})
