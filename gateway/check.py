@@ -23,7 +23,7 @@ from gateway.fleet import Fleet
 from gateway.launch import LaunchRequest
 from gateway.process import CannotStart
 from gateway.room import GpuUse, Ram, advice, find_room, observe_gpus, observe_ram, verdict
-from gateway.sizing import Memory, Sizing, size_up, told
+from gateway.sizing import Memory, Sizing, bytes_beside, size_up, told
 from registry import weights
 from registry.cache import LIBRARIES
 from registry.hubs import find_cached, local
@@ -97,7 +97,17 @@ async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[s
     has_gpus = any(device.gpu for device in devices)
     family = fleet.registry.find(artifact.family.model_name, artifact.family.model_type)
     specs = family.specs if family and not request.model_path else ()
-    sizing = size_up(launch, needs, files.files, facts, unknown, fleet.experience, has_gpus=has_gpus, specs=specs)
+    sizing = size_up(
+        launch,
+        needs,
+        files.files,
+        facts,
+        unknown,
+        fleet.experience,
+        has_gpus=has_gpus,
+        specs=specs,
+        beside_bytes=await asyncio.to_thread(bytes_beside, launch, None),
+    )
     room = find_room(launch, sizing.needs, devices, given)
     if room.refusal and not room.is_there:
         problems.append(f"It cannot be placed: {room.refusal.text}")

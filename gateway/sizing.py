@@ -6,6 +6,7 @@ The one place where it is reckoned; all but `needs_now`, which reads the headers
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -73,14 +74,33 @@ async def needs_now(
 ) -> Needs:
     """What that replica asks of this machine, its files being here; for `specs` see `size_up`."""
 
-    def read() -> tuple[Facts | None, Mapping[str, int] | None]:
+    def read() -> tuple[Facts | None, int]:
         if launch.memory_bytes is not None or not launch.artifact.has_files:
-            return None, None
-        return weights.read(model_path), sizes_in(model_path) if model_path.is_dir() else None
+            return None, 0
+        return weights.read(model_path), bytes_beside(launch, model_path)
 
-    facts, sizes = await asyncio.to_thread(read)
+    facts, beside = await asyncio.to_thread(read)
     needs = needs_of(launch, engine.needs(launch), index)
-    return size_up(launch, needs, sizes, facts, [], experience, has_gpus=has_gpus, specs=specs).needs
+    return size_up(
+        launch, needs, None, facts, [], experience, has_gpus=has_gpus, specs=specs, beside_bytes=beside
+    ).needs
+
+
+def bytes_beside(launch: Launch, model_path: Path | None) -> int:
+    """Of files that are loaded too: a draft model, LoRA adapters, and the projector that lies beside the model."""
+    named = [launch.options.get("model_draft")]
+    adapters = launch.options.get("lora_list")
+    for adapter in adapters if isinstance(adapters, list | tuple) else ():
+        named.append(adapter.get("local_path") if isinstance(adapter, dict) else None)
+    paths = [Path(name) for name in named if isinstance(name, str)]
+    if launch.artifact.projector and model_path:
+        folder = model_path if model_path.is_dir() else model_path.parent
+        paths.append(folder / Path(launch.artifact.projector).name)
+    total = 0
+    for path in paths:
+        with contextlib.suppress(OSError):  # the engine says what it lacks
+            total += sum(sizes_in(path).values()) if path.is_dir() else path.stat().st_size
+    return total
 
 
 def size_up(
@@ -93,6 +113,7 @@ def size_up(
     *,
     has_gpus: bool,
     specs: Sequence[ModelSpec] = (),
+    beside_bytes: int = 0,
 ) -> Sizing:
     """What one copy takes; 0 bytes, and a sentence in `unknown`, if nobody knows.
 
@@ -101,9 +122,10 @@ def size_up(
         sizes: the bytes of each file that is to be loaded; None if they are not known.
         facts: what the files say, if they are here.
         specs: of the family, for advice.
+        beside_bytes: of `bytes_beside`, without what is among `sizes`.
     """
     on_gpu = has_gpus and needs.n_gpu != 0 and needs.gpu_idx != ()
-    estimated = _estimated(launch, needs, sizes, facts, specs, on_gpu=on_gpu)
+    estimated = _estimated(launch, needs, sizes, facts, specs, beside_bytes, on_gpu=on_gpu)
     seen = None if needs.is_elastic else experience.peak_bytes(launch, on_gpu=on_gpu)
     if launch.memory_bytes is not None:
         told, basis = launch.memory_bytes, "as the launch says (memory)"
@@ -128,6 +150,7 @@ def _estimated(
     sizes: Mapping[str, int] | None,
     facts: Facts | None,
     specs: Sequence[ModelSpec],
+    beside_bytes: int,
     *,
     on_gpu: bool,
 ) -> Sizing | None:
@@ -145,6 +168,7 @@ def _estimated(
         if launch.artifact.family.model_type != "LLM":
             attention = ()
         basis += ", and the cache as usual models of that size have it: an estimate" if attention else ""
+    weight_bytes += beside_bytes
     if launch.artifact.projector:
         weight_bytes += sum(size for name, size in (sizes or {}).items() if "mmproj" in name.lower())
     cache = _cache(launch, needs, facts)

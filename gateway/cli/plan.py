@@ -82,7 +82,7 @@ def _prepare(file: str, machine: SimulatedMachine | None) -> tuple[list[tuple[La
     from gateway.experience import Experience
     from gateway.fleet import available_engines, open_registry, plan_declared
     from gateway.gpus import list_gpus
-    from gateway.sizing import size_up
+    from gateway.sizing import bytes_beside, size_up
     from registry import weights
 
     settings = load(file, {})
@@ -102,7 +102,8 @@ def _prepare(file: str, machine: SimulatedMachine | None) -> tuple[list[tuple[La
         family = registry.find(launch.artifact.family.model_name, launch.artifact.family.model_type)
         needs = engines.find(launch.engine, known).needs(launch)
         specs = family.specs if family else ()
-        return size_up(launch, needs, None, facts, [], experience, has_gpus=has_gpus, specs=specs)
+        beside = bytes_beside(launch, path)
+        return size_up(launch, needs, None, facts, [], experience, has_gpus=has_gpus, specs=specs, beside_bytes=beside)
 
     return [(launch, size(launch)) for launch in launches], devices
 

@@ -121,3 +121,21 @@ async def test_what_is_served_elsewhere_takes_nothing_here() -> None:
     launch = a_launch({"url": "http://127.0.0.1:1/v1"}, artifact=artifact)
     needs = await needs_now(launch, Remote(), 0, Path(), NOTHING, has_gpus=True)
     assert (needs.memory_bytes, needs.n_gpu) == (0, 0)
+
+
+async def test_what_is_loaded_beside_the_model_counts(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf(LLAMA, {"a": ([1000], F32)}, data=4000))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name, size in (("draft.gguf", 500), ("mmproj.gguf", 70), ("adapter/a.safetensors", 9)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    lora = [{"lora_name": "a", "local_path": str(adapter)}, {"lora_name": "b", "local_path": "/nowhere"}]
+    options = {"n_ctx": 100, "n_parallel": 1}
+    plain = await needs_now(of_spec(a_spec(None), options=options), LlamaCpp(), 0, path, NOTHING, has_gpus=False)
+    launch = of_spec(a_spec(None), options=options | {"model_draft": str(tmp_path / "draft.gguf"), "lora_list": lora})
+    launch = msgspec.structs.replace(
+        launch, artifact=msgspec.structs.replace(launch.artifact, projector="sub/mmproj.gguf")
+    )
+    more = await needs_now(launch, LlamaCpp(), 0, path, NOTHING, has_gpus=False)
+    assert more.memory_bytes - plain.memory_bytes == 579
