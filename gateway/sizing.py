@@ -30,7 +30,7 @@ from registry.schema import ModelSpec
 from registry.sources import is_gguf
 from registry.weights import Facts
 
-USUAL_TOKENS = 4096  # of a cache, where nobody says
+USUAL_TOKENS = 4096  # of a cache that grows as it is used
 SEEN_FACTOR = 1.05  # of what was seen, for what was not
 
 
@@ -186,7 +186,7 @@ def _estimated(
 
 def _cache(launch: Launch, needs: Needs, facts: Facts | None) -> Cache:
     """As the engine sets it up, with room for as many sequences as it has at least."""
-    cache = needs.cache or Cache(tokens=_tokens(launch, facts))
+    cache = needs.cache or Cache(tokens=_tokens(launch, needs, facts))
     sequences = max(cache.sequences, needs.cache_tokens // cache.tokens)
     return msgspec.structs.replace(cache, sequences=sequences)
 
@@ -235,14 +235,17 @@ def _billions(weight_bytes: int, spec: ModelSpec) -> float:
     return min(max(weight_bytes / per_billion, 0.001), 9e4)
 
 
-def _tokens(launch: Launch, facts: Facts | None) -> int:
-    """Of a cache whose engine does not say how large it makes it."""
+def _tokens(launch: Launch, needs: Needs, facts: Facts | None) -> int:
+    """Of a cache whose engine does not say how large it makes it: all that the model was made for if it is set up at
+    the start, else as many as are usual.
+    """
     family = launch.artifact.family
     for key in ("context_length", "max_model_len", "context_size", "n_ctx"):
         if isinstance(said := launch.options.get(key), int) and said > 0:
             return said
     known = (facts.context_length if facts else None, getattr(family, "context_length", None))
-    return next(filter(None, (*known, getattr(family, "max_tokens", None))), USUAL_TOKENS)
+    longest = next(filter(None, (*known, getattr(family, "max_tokens", None))), USUAL_TOKENS)
+    return longest if needs.cache_tokens else min(longest, USUAL_TOKENS)
 
 
 def told(sizing: Sizing, replicas: int) -> Memory | None:

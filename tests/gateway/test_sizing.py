@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 from llms import a_launch, an_artifact
 from model_files import F32, gguf
 
@@ -18,6 +19,7 @@ from gateway.sizing import needs_now, size_up
 from registry.memory import CPU_ENGINE_BYTES, GPU_ENGINE_BYTES, Cache
 from registry.resolve import NO_FILES
 from registry.schema import ModelSpec, Source
+from registry.weights import Facts
 
 GB = 10**9
 LLAMA = {
@@ -139,3 +141,22 @@ async def test_what_is_loaded_beside_the_model_counts(tmp_path: Path) -> None:
     )
     more = await needs_now(launch, LlamaCpp(), 0, path, NOTHING, has_gpus=False)
     assert more.memory_bytes - plain.memory_bytes == 579
+
+
+@pytest.mark.parametrize(
+    ("needs", "options", "tokens", "sequences"),
+    [
+        (Needs(), {}, 4096, 1),  # it grows as it is used
+        (Needs(), {"context_length": 6000}, 6000, 1),
+        (Needs(cache_tokens=16384), {}, 8192, 2),  # it is set up at the start, for the longest request
+        (Needs(cache_tokens=4000), {}, 8192, 1),
+        (Needs(cache=Cache(tokens=300, sequences=4)), {}, 300, 4),
+    ],
+)
+def test_a_cache_is_as_long_as_the_engine_has_it(
+    needs: Needs, options: dict[str, Any], tokens: int, sequences: int
+) -> None:
+    facts = Facts(weight_bytes=GB, context_length=8192)
+    found = size_up(of_spec(a_spec(1), options=options), needs, None, facts, [], NOTHING, has_gpus=True).needs.cache
+    assert found
+    assert (found.tokens, found.sequences) == (tokens, sequences)
