@@ -65,7 +65,7 @@ class NoRoom(msgspec.Struct, frozen=True, kw_only=True):
     remedies: tuple[str, ...] = ()
 
 
-def promised(placements: Iterable[Placement]) -> dict[str, int]:
+def promised_by(placements: Iterable[Placement]) -> dict[str, int]:
     """Bytes by device that all of them have together."""
     total: Counter[str] = Counter()
     for placement in placements:

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from engines.base import Launch, Placement
-from gateway.placement import Device, NoRoom, fell_back, needs_of, place, promised
+from gateway.placement import Device, NoRoom, fell_back, needs_of, place, promised_by
 from gateway.sizing import Sizing
 
 Status = Literal["placed", "in turn", "refused"]
@@ -61,7 +61,7 @@ def _row(
     siblings = {key for other, placement in placed if other is launch for key in placement.memory}
 
     def find(beside: Sequence[tuple[Launch, Placement]]) -> Placement | NoRoom:
-        given = promised(placement for _, placement in beside)
+        given = promised_by(placement for _, placement in beside)
         return place(needs, devices, given, cpu_fallback=launch.cpu_fallback, apart_from=siblings)
 
     def told(status: Status, placement: Placement | None, text: str = "") -> Row:
@@ -96,5 +96,5 @@ def _row(
 
 def free_after(rows: Sequence[Row], devices: Sequence[Device]) -> dict[str, int]:
     """What each device has left, by its key, once all that are placed run."""
-    given = promised(Placement(memory=row.memory) for row in rows if row.status == "placed")
+    given = promised_by(Placement(memory=row.memory) for row in rows if row.status == "placed")
     return {device.key: device.free(given) for device in devices}

@@ -25,7 +25,7 @@ from gateway.downloads import DownloadFailed, Progress, fetch
 from gateway.environments import CannotBuild, Recipe, mark_used, prepare
 from gateway.experience import Experience
 from gateway.nodes.local import LocalNode
-from gateway.placement import Device, NoRoom, fell_back, place, promised
+from gateway.placement import Device, NoRoom, fell_back, place, promised_by
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
 from gateway.process import CannotStart, EngineProcess, Exit, NoProcess
 from gateway.sizing import needs_now
@@ -229,7 +229,7 @@ class Replica:
         devices = await self._observe()
         has_gpus = any(device.gpu for device in devices)
         needs = await needs_now(self.launch, self._engine, self.index, model_path, self._experience, has_gpus=has_gpus)
-        placement = place(needs, devices, promised(self._placements()), cpu_fallback=self.launch.cpu_fallback)
+        placement = place(needs, devices, promised_by(self._placements()), cpu_fallback=self.launch.cpu_fallback)
         if isinstance(placement, NoRoom):
             advice = " ".join(placement.remedies)
             raise ReplicaFailed(_failure(f"it cannot be placed: {placement.reason}", advice, final=placement.for_ever))

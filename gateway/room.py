@@ -10,7 +10,7 @@ import psutil
 
 from engines.base import RAM, Launch, Needs, Placement
 from gateway.amounts import megabytes
-from gateway.placement import Device, NoRoom, needs_of, place, promised
+from gateway.placement import Device, NoRoom, needs_of, place, promised_by
 from gateway.process import memory_bytes
 
 
@@ -69,12 +69,12 @@ def find_room(launch: Launch, needs: Needs, devices: Sequence[Device], given: Se
         needs: what the engine asks for each, with its memory.
     """
     by_key = {device.key: device for device in devices}
-    before = promised(given)
+    before = promised_by(given)
     found: list[Placement] = []
     for index in range(launch.replica):
         asked = needs_of(launch, needs, index)
         taken = [*given, *found]
-        placement = place(asked, devices, promised(taken), cpu_fallback=launch.cpu_fallback)
+        placement = place(asked, devices, promised_by(taken), cpu_fallback=launch.cpu_fallback)
         if isinstance(placement, Placement):
             found.append(placement)
             continue
@@ -136,7 +136,7 @@ def observe_ram(devices: Sequence[Device], given: Sequence[Placement], owners: M
     """The machine's memory now, and the engines in it."""
     device = next(device for device in devices if device.key == RAM)
     holders = [Holder(pid=pid, used_bytes=memory_bytes(pid), model=name) for pid, name in owners.items()]
-    free = max(0, device.free(promised(given)))
+    free = max(0, device.free(promised_by(given)))
     return Ram(total_bytes=device.total_bytes, free_bytes=free, holders=tuple(holders))
 
 

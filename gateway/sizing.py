@@ -253,6 +253,8 @@ def told(sizing: Sizing, replicas: int) -> Memory | None:
     parts, cache = sizing.estimate, sizing.needs.cache
     if parts is None or cache is None:
         return None
+    is_estimate = sizing.needs.memory_bytes == parts.total
+    guessed = "activations and the engine's own are" if is_estimate else "the parts are"
     return Memory(
         weights_bytes=parts.weights,
         kv_cache_bytes=parts.kv_cache,
@@ -262,5 +264,5 @@ def told(sizing: Sizing, replicas: int) -> Memory | None:
         tokens=cache.tokens,
         sequences=cache.sequences,
         replicas=replicas,
-        basis=f"{sizing.basis}; activations and the engine's own are always an estimate.",
+        basis=f"{sizing.basis}; {guessed} always an estimate.",
     )
