@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from llms import a_launch
 from model_files import F32, gguf
 
+from engines.base import Launch, Needs
 from gateway.cli import hostler
+from gateway.devices import Limits, SimulatedGpu, SimulatedMachine, SimulatedProcess, devices_of
+from gateway.placement import NoRoom, place
+from gateway.plan import draw_up, free_after
+from gateway.sizing import Sizing
 
 EIGHT = Path(__file__).parents[2] / "configs" / "eight-gpus"
 GIB = 2**30
@@ -133,3 +141,49 @@ def test_what_is_no_machine_is_told(
     assert done.exit_code == 1
     assert told in done.output
     assert run(tmp_path, a_file(tmp_path), "--gpus", "1x1GB", "--machine", "x").exit_code == 2
+
+
+# --- whatever is wished of whatever machine
+
+
+@st.composite
+def wishes(draw: st.DrawFn) -> tuple[Launch, Sizing]:
+    fields = {
+        "uid": f"m{draw(st.integers(0, 10**9))}",
+        "replica": draw(st.integers(1, 3)),
+        "preload": draw(st.booleans()),
+        "pinned": draw(st.booleans()),
+        "priority": draw(st.integers(-2, 2)),
+        "cpu_fallback": draw(st.booleans()),
+        "n_gpu": draw(st.sampled_from([None, None, 0, 1, 2])),
+    }
+    needs = Needs(n_gpu=fields["n_gpu"], memory_bytes=draw(st.integers(1, 120)), can_spread=draw(st.booleans()))
+    return a_launch(**fields), Sizing(needs=needs, basis="drawn")
+
+
+@given(st.lists(wishes(), max_size=8), st.lists(st.integers(1, 100), max_size=4), st.integers(0, 200))
+def test_what_is_planned_fits_at_once_and_what_is_refused_never_would(
+    wanted: list[tuple[Launch, Sizing]], gpus: list[int], ram: int
+) -> None:
+    totals = [SimulatedGpu(total=total, processes=(SimulatedProcess(name="x", used=total // 3),)) for total in gpus]
+    seen = SimulatedMachine(gpus=tuple(totals), ram=ram + 1).look(())
+    devices = devices_of(seen, (), Limits(gpu_headroom=2))
+    rows = draw_up(wanted, devices)
+    assert len(rows) == sum(launch.replica for launch, _ in wanted)
+    order = [(not row.preload, -row.priority) for row in rows]
+    assert order == sorted(order)
+    for key, left in free_after(rows, devices).items():
+        device = next(device for device in devices if device.key == key)
+        given = sum(row.memory.get(key, 0) for row in rows if row.status == "placed")
+        assert left == device.free({}) - given
+        assert left >= 0 or not given
+    by_uid = {launch.uid: (launch, sizing) for launch, sizing in wanted}
+    is_any_pinned = any(launch.pinned for launch, _ in wanted)
+    for row in rows:
+        launch, sizing = by_uid[row.model]
+        alone = place(sizing.needs, devices, {}, cpu_fallback=launch.cpu_fallback)
+        if isinstance(alone, NoRoom):
+            assert row.status == "refused"
+        elif launch.replica == 1 and not is_any_pinned:
+            assert row.status != "refused"
+        assert bool(row.text) or row.status == "placed"
