@@ -20,6 +20,8 @@ from registry.resolve import Artifact
 
 NUMBERED = re.compile(r"cuda:(\d+)")  # torch's name of a device
 
+TORCH_BYTES = 600_000_000  # of a process that has torch, as measured
+
 START_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 300.0
 
@@ -209,6 +211,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """The Struct that a launch's options decode to; its fields are the options there are."""
     takes_flags: ClassVar[bool] = False
     """Whether its program gets a launch's `forced_options` as flags."""
+    overhead_bytes: ClassVar[int] = 0
+    """What its process takes beside the model, where it is more than of a program in C; 0: not known."""
     routes: ClassVar[Mapping[str, str]] = {}
     """Public path -> upstream path, only where they differ."""
     chat_words: ClassVar[tuple[tuple[bytes, bytes], ...]] = ()
@@ -267,10 +271,10 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
         if launch.gpu_idx is None and launch.n_gpu is None:
             device = str(getattr(self.read_options(launch.options), "device", ""))
             if device == "cpu":
-                return Needs(n_gpu=0)
+                return Needs(n_gpu=0, overhead_bytes=self.overhead_bytes)
             if number := NUMBERED.fullmatch(device):
-                return Needs(gpu_idx=(int(number[1]),))
-        return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu)
+                return Needs(gpu_idx=(int(number[1]),), overhead_bytes=self.overhead_bytes)
+        return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu, overhead_bytes=self.overhead_bytes)
 
     def defaults(self, launch: Launch) -> Mapping[str, Any]:
         """What requests get that do not say it themselves; lists are added to a request's own."""

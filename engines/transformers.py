@@ -14,7 +14,18 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from engines.base import Adapter, Command, Endpoint, Engine, Launch, Needs, Placement, family_ends, worker_command
+from engines.base import (
+    TORCH_BYTES,
+    Adapter,
+    Command,
+    Endpoint,
+    Engine,
+    Launch,
+    Needs,
+    Placement,
+    family_ends,
+    worker_command,
+)
 from engines.environments import find_python, why_no_python
 from engines.packages import package_folder
 from registry.decode import DecodeError
@@ -53,6 +64,7 @@ class Transformers(Engine, frozen=True, kw_only=True):
 
     name = "transformers"
     model_types = ("LLM",)
+    overhead_bytes = TORCH_BYTES
     options = TransformersOptions
 
     def installed(self) -> str | None:
