@@ -194,14 +194,18 @@ class Experience:
         if self._path is None or not self._is_changed:
             return None
         self._is_changed = False
-        records = {key: msgspec.structs.replace(record) for key, record in self._records.items()}
-        for life in self._lives.values():
-            for key, record in self._records.items():
-                if record is life.record and life.peak_bytes:
-                    peaks = [*record.peaks(on_gpu=life.on_gpu), life.peak_bytes][-LIVES:]
-                    name = "gpu_peaks" if life.on_gpu else "ram_peaks"
-                    records[key] = msgspec.structs.replace(records[key], **{name: peaks})
-        return msgspec.json.encode(records)
+        return msgspec.json.encode({key: self._with_lives(record) for key, record in self._records.items()})
+
+    def _with_lives(self, record: Record) -> Record:
+        """As it would be if all lives ended now."""
+        living = [life for life in self._lives.values() if life.record is record and life.peak_bytes]
+        if not living:
+            return record
+        return msgspec.structs.replace(
+            record,
+            ram_peaks=[*record.ram_peaks, *(life.peak_bytes for life in living if not life.on_gpu)][-LIVES:],
+            gpu_peaks=[*record.gpu_peaks, *(life.peak_bytes for life in living if life.on_gpu)][-LIVES:],
+        )
 
     def _write(self, content: bytes) -> None:
         assert self._path is not None
