@@ -77,7 +77,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[str] = ()) -> Report:
     """The report on a launch that somebody might ask for."""
-    devices = await fleet.observer.observe(fleet.held())
+    devices = await fleet.observe()
     given, owners = fleet.placements(), _owners(fleet)
     ram = await asyncio.to_thread(observe_ram, devices, given, owners)
     try:

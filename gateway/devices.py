@@ -79,21 +79,20 @@ Look = Callable[[Collection[int]], Seen]
 class Observer:
     """Looks at the devices, and remembers what others held of late."""
 
-    def __init__(self, look: Look, limits: Limits) -> None:
+    def __init__(self, look: Look) -> None:
         """
         Args:
             look: called in a thread, with the leaders of our processes.
         """
         self._look = look
-        self._limits = limits
         self._foreign: dict[str, deque[tuple[float, int]]] = defaultdict(lambda: deque(maxlen=1000))
 
-    async def observe(self, held: Sequence[Held]) -> tuple[Device, ...]:
+    async def observe(self, held: Sequence[Held], limits: Limits) -> tuple[Device, ...]:
         """The devices now, GPUs first."""
         leaders = {one.pid for one in held if one.pid is not None}
         seen = await asyncio.to_thread(self._look, leaders)
         now = time.monotonic()
-        return tuple(self._settled(device, now) for device in devices_of(seen, held, self._limits))
+        return tuple(self._settled(device, now) for device in devices_of(seen, held, limits))
 
     def _settled(self, device: Device, now: float) -> Device:
         """With what of the foreign bytes came lately, and may be gone as soon."""

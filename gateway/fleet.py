@@ -38,6 +38,7 @@ from gateway.launch import (
     plan,
 )
 from gateway.nodes.local import LocalNode, open_node
+from gateway.placement import Device
 from gateway.reload import Reload
 from gateway.replica import Replica
 from gateway.store import Store
@@ -102,7 +103,7 @@ class Fleet:
         self.events = EventLog()
         self.files = Files(settings.home_path / "files")
         self.reloads: dict[str, Reload] = {}  # the last one of each uid
-        self.observer = Observer(partial(look_here, node.list_gpus), limits_of(settings))
+        self.observer = Observer(partial(look_here, node.list_gpus))
         self.experience = Experience(settings.home_path / "experience.json")
         self._deployments: dict[str, Deployment] = {}
         self._tasks = tasks
@@ -349,14 +350,15 @@ class Fleet:
         replicas = [replica for deployment in self.deployments() for replica in deployment.replicas]
         return [replica.placement for replica in replicas if replica.placement]
 
-    def held(self) -> list[Held]:
-        """What each replica was given, and by which process it is held."""
-        replicas = [replica for deployment in self.deployments() for replica in deployment.replicas]
-        return [
+    async def observe(self) -> Sequence[Device]:
+        """The devices now, and what others than our replicas hold of them."""
+        held = [
             Held(name=one.name, pid=one.process.pid if one.process else None, memory=one.placement.memory)
-            for one in replicas
-            if one.placement
+            for deployment in self.deployments()
+            for one in deployment.replicas
+            if one.placement is not None
         ]
+        return await self.observer.observe(held, limits_of(self.settings))
 
     def restore(self, declared: list[Launch]) -> None:
         """Deploy what the settings declare and what was launched before."""
@@ -417,7 +419,7 @@ class Fleet:
             recipe=recipe_of(self.settings),
             changed=deployment.notify,
             placements=self.placements,
-            observe=lambda: self.observer.observe(self.held()),
+            observe=self.observe,
             experience=self.experience,
             tell=partial(self.events.add, launch.uid),
         )

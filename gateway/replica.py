@@ -14,7 +14,7 @@ import logging
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -99,7 +99,7 @@ class Replica:
         recipe: Recipe,
         changed: Callable[[], None],
         placements: Callable[[], list[Placement]],
-        observe: Callable[[], Awaitable[tuple[Device, ...]]],
+        observe: Callable[[], Awaitable[Sequence[Device]]],
         experience: Experience,
         tell: Callable[[str, str], None],
     ) -> None:

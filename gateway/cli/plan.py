@@ -92,7 +92,7 @@ def _prepare(file: str, machine: SimulatedMachine | None) -> tuple[list[tuple[La
     registry = open_registry(settings)
     launches = plan_declared(settings, registry, known)
     look = machine.look if machine else partial(look_here, list_gpus)
-    devices = asyncio.run(Observer(look, limits_of(settings)).observe(()))
+    devices = asyncio.run(Observer(look).observe((), limits_of(settings)))
     experience = Experience(settings.home_path / "experience.json")
     has_gpus = any(device.gpu for device in devices)
 

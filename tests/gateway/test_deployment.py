@@ -72,7 +72,7 @@ async def deployed(
                 log=folder / f"{index}.log",
                 restart_limit=restart_limit,
                 placements=list,
-                observe=partial(Observer(SimulatedMachine().look, Limits()).observe, ()),
+                observe=partial(Observer(SimulatedMachine().look).observe, (), Limits()),
                 experience=Experience(),
                 tell=lambda kind, text: None,
                 download_stall_s=60,

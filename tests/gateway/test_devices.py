@@ -110,10 +110,10 @@ async def test_bytes_that_appear_are_passing_until_they_have_stayed(monkeypatch:
 
     now = 100.0
     monkeypatch.setattr(devices.time, "monotonic", lambda: now)
-    observer = Observer(look, Limits())
+    observer = Observer(look)
 
     async def passing() -> int:
-        return (await observer.observe(()))[0].passing_bytes // GB
+        return (await observer.observe((), Limits()))[0].passing_bytes // GB
 
     assert await passing() == 0
     used, now = 21.0, 160.0
@@ -148,8 +148,8 @@ async def test_a_driver_that_knows_our_engines_child_and_a_stranger() -> None:
         [worker] = (pid for pid in families({process.pid}) if pid != process.pid)
         holding = {worker: 12 * GB, os.getpid(): 5 * GB}
         driver = Driver({"uuid": "U0", "total": 80 * GB, "used": 18 * GB, "processes": holding})
-        observer = Observer(partial(look_here, partial(list_gpus, nvml=driver, environment={})), Limits())
-        gpu, _ = await observer.observe([Held(name="mine-rep0", pid=process.pid, memory={"U0": 20 * GB})])
+        observer = Observer(partial(look_here, partial(list_gpus, nvml=driver, environment={})))
+        gpu, _ = await observer.observe([Held(name="mine-rep0", pid=process.pid, memory={"U0": 20 * GB})], Limits())
     finally:
         process.communicate("\n", timeout=10)
     assert gpu.foreign_bytes == 6 * GB
@@ -173,8 +173,8 @@ input()
 @pytest.mark.skipif(not list_gpus(), reason="there is no NVIDIA GPU here")
 async def test_a_real_gpu_tells_our_bytes_from_a_strangers() -> None:
     gpu = next(gpu for gpu in list_gpus() if gpu.slice_of is None)
-    observer = Observer(partial(look_here, list_gpus), Limits())
-    before, *_ = await observer.observe(())
+    observer = Observer(partial(look_here, list_gpus))
+    before, *_ = await observer.observe((), Limits())
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", HOLDER, str(size)],
@@ -191,7 +191,7 @@ async def test_a_real_gpu_tells_our_bytes_from_a_strangers() -> None:
             assert process.stdout
             assert process.stdout.readline() == "up\n"
         held = Held(name="mine-rep0", pid=processes[0].pid, memory={gpu.uuid: 4 * GB})
-        after, *_ = await observer.observe([held])
+        after, *_ = await observer.observe([held], Limits())
     finally:
         for process in processes:
             process.communicate("\n", timeout=10)
@@ -228,7 +228,7 @@ def test_an_engines_memory_is_that_of_all_its_processes(tmp_path: Path) -> None:
 
 
 async def test_this_machine_is_seen() -> None:
-    devices = await Observer(partial(look_here, lambda **_: []), Limits()).observe([Held(name="me", pid=os.getpid())])
+    devices = await Observer(partial(look_here, lambda **_: [])).observe([Held(name="me", pid=os.getpid())], Limits())
     [ram] = devices
     assert ram.key == RAM
     assert 0 < ram.foreign_bytes < ram.total_bytes
@@ -269,7 +269,7 @@ def test_a_made_up_machine_is_seen_like_a_real_one() -> None:
         },
         SimulatedMachine,
     )
-    found = asyncio.run(Observer(machine.look, Limits(gpu_headroom=GB)).observe([Held(name="a", memory={"GPU-2": GB})]))
+    found = asyncio.run(Observer(machine.look).observe([Held(name="a", memory={"GPU-2": GB})], Limits(gpu_headroom=GB)))
     assert [(device.name, device.free({"GPU-2": GB}) // GB) for device in found] == [
         ("GPU 0", 49),
         ("GPU 2", 78),

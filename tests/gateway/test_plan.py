@@ -161,7 +161,11 @@ def wishes(draw: st.DrawFn) -> tuple[Launch, Sizing]:
     return a_launch(**fields), Sizing(needs=needs, basis="drawn")
 
 
-@given(st.lists(wishes(), max_size=8), st.lists(st.integers(1, 100), max_size=4), st.integers(0, 200))
+@given(
+    st.lists(wishes(), max_size=8, unique_by=lambda wish: wish[0].uid),
+    st.lists(st.integers(1, 100), max_size=4),
+    st.integers(0, 200),
+)
 def test_what_is_planned_fits_at_once_and_what_is_refused_never_would(
     wanted: list[tuple[Launch, Sizing]], gpus: list[int], ram: int
 ) -> None:
