@@ -2,8 +2,8 @@
 
     python bench/swaps.py                                     # both policies on one trace, in virtual time
     python bench/swaps.py --real fake                         # the same trace through a gateway, with fake engines
-    python bench/swaps.py --real model.gguf --models 5 --requests 200    # ... and with real ones, under a limit of memory
-    python bench/swaps.py --plot swaps.svg                    # which models were loaded when, and the waits (matplotlib)
+    python bench/swaps.py --real model.gguf --models 5 --requests 200    # ... and with real ones
+    python bench/swaps.py --plot swaps.svg                    # what was loaded when, and the waits (matplotlib)
 
 Fifty clients ask in turn: each stays with a model for some requests, then takes another, by popularity. The trace is
 what each client asks for, for how long it is answered and how long it thinks; the next request comes after the answer,

@@ -5,6 +5,7 @@ An engine is a description of an inference server that can be started; it holds 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -16,6 +17,10 @@ from engines.environments import Environment, absolute_program, worker_argv
 from registry.decode import decode
 from registry.memory import Attention, Cache
 from registry.resolve import Artifact
+
+NUMBERED = re.compile(r"cuda:(\d+)")  # torch's name of a device
+
+TORCH_BYTES = 600_000_000  # of a process that has torch, as measured
 
 START_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 300.0
@@ -58,21 +63,32 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
     """What one replica asks of the machine.
 
-    `gpu_idx` names the GPUs; else `n_gpu` says how many, 0 being the CPU alone and None whatever is there. `cache` is
-    the cache of keys and values that it sets up at its start; None where the engine does not say. `memory_bytes` is
-    what one copy takes, on its GPUs or else of the machine's memory; 0 where nobody knows. Or else `gpu_share` is its
-    share of each of its GPUs. `can_spread` says whether one copy may be split over several GPUs, and `gpu_counts` over
-    how many, if not over any number. `attention` is what the cache keeps of a token, `lighter` has the bytes that other
-    specs of the family would take, by name: both for advice.
+    `gpu_idx` names the GPUs; else `n_gpu` says how many, 0 being the CPU alone and None whatever is there.
+
+    Its memory: `memory_bytes` is what one copy takes, on its GPUs or else of the machine's; 0 where nobody knows. Of it
+    each of its GPUs has `overhead_bytes` whole: what the engine takes beside the model. `gpu_share` is the least share
+    of each GPU. `can_spread` says whether one copy may be split over several GPUs, and `gpu_counts` over how many, if
+    not over any number. `chooses`: unless the launch says which GPUs, or how much memory, it picks among all by itself.
+    `is_elastic`: it fills what it is given, so that what it was seen to take tells nothing.
+
+    Its cache of keys and values: `cache` as it is set up at the start, None where the engine does not say, in whole
+    ones of `cache_unit_bytes`, and for at least `cache_tokens` of all sequences; or else `cache_bytes`. `attention` is
+    what it keeps of a token, `lighter` has the bytes that other specs of the family would take, by name.
     """
 
     gpu_idx: tuple[int, ...] | None = None
     n_gpu: int | None = None
-    cache: Cache | None = None
     memory_bytes: int = 0
+    overhead_bytes: int = 0
+    gpu_share: float | None = None
     can_spread: bool = False
     gpu_counts: tuple[int, ...] = ()
-    gpu_share: float | None = None
+    chooses: bool = False
+    is_elastic: bool = False
+    cache: Cache | None = None
+    cache_tokens: int = 0
+    cache_unit_bytes: int = 1
+    cache_bytes: int | None = None
     attention: tuple[Attention, ...] = ()
     lighter: Mapping[str, int] = {}
 
@@ -84,12 +100,14 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """The GPUs and the memory given to one replica.
 
     `gpu_uuids`: None leaves the choice to the engine, () hides them all. `memory` is bytes by device: the uuid of a
-    GPU, or RAM. `gpu_totals` is the whole memory of each of its GPUs, for engines that take a share.
+    GPU, or RAM; of it `cache_bytes` are for the cache of keys and values. `gpu_totals` is the whole memory of each of
+    its GPUs, for engines that take a share. 0 is what nobody knows.
     """
 
     gpu_uuids: tuple[str, ...] | None = None
     memory: Mapping[str, int] = {}
     gpu_totals: Mapping[str, int] = {}
+    cache_bytes: int = 0
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,6 +211,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """The Struct that a launch's options decode to; its fields are the options there are."""
     takes_flags: ClassVar[bool] = False
     """Whether its program gets a launch's `forced_options` as flags."""
+    overhead_bytes: ClassVar[int] = 0
+    """What its process takes beside the model, where it is more than of a program in C; 0: not known."""
     routes: ClassVar[Mapping[str, str]] = {}
     """Public path -> upstream path, only where they differ."""
     chat_words: ClassVar[tuple[tuple[bytes, bytes], ...]] = ()
@@ -247,8 +267,14 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
         return launch.uid
 
     def needs(self, launch: Launch) -> Needs:
-        """What one replica asks of the machine: what the launch says."""
-        return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu)
+        """What one replica asks of the machine: what the launch says, else where its options have it compute."""
+        if launch.gpu_idx is None and launch.n_gpu is None:
+            device = str(getattr(self.read_options(launch.options), "device", ""))
+            if device == "cpu":
+                return Needs(n_gpu=0, overhead_bytes=self.overhead_bytes)
+            if number := NUMBERED.fullmatch(device):
+                return Needs(gpu_idx=(int(number[1]),), overhead_bytes=self.overhead_bytes)
+        return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu, overhead_bytes=self.overhead_bytes)
 
     def defaults(self, launch: Launch) -> Mapping[str, Any]:
         """What requests get that do not say it themselves; lists are added to a request's own."""
@@ -282,6 +308,8 @@ def worker_command(
     options: Mapping[str, Any],
 ) -> Command:
     """How a worker of ours is run: see `engines/workers/server.py`. Its options and key travel in the environment."""
+    if placement.gpu_uuids and NUMBERED.fullmatch(str(options.get("device"))):
+        options = {**options, "device": "cuda"}  # the only one that it sees
     ours = {"WORKER_API_KEY": endpoint.api_key, "WORKER_OPTIONS": msgspec.json.encode(options).decode()}
     env = {
         "HF_HUB_OFFLINE": "1",  # the files are here; a worker has no business with a hub

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from engines.base import Command, Endpoint, Engine, Launch, Placement, visible_gpus
+from engines.base import Command, Endpoint, Engine, Launch, Needs, Placement, visible_gpus
 from registry.resolve import Artifact
 
 # How a server is told where to listen; one of them must be said.
@@ -74,6 +74,10 @@ class ServerCommand(Engine, frozen=True, kw_only=True):
     def served_name(self, launch: Launch) -> str:
         """As the options say, else the uid."""
         return str(launch.options.get("served_name") or launch.uid)
+
+    def needs(self, launch: Launch) -> Needs:
+        """What the launch says; its command line may name GPUs too."""
+        return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu, chooses=True)
 
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None

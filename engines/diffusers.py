@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, worker_command
+from engines.base import TORCH_BYTES, Adapter, Command, Endpoint, Engine, Launch, Placement, worker_command
 from engines.environments import find_python, why_no_python
 from registry.resolve import Artifact
 from registry.schema import ModelSpec
@@ -74,6 +74,7 @@ class Diffusers(Engine, frozen=True, kw_only=True):
 
     name = "diffusers"
     model_types = ("image", "video")
+    overhead_bytes = TORCH_BYTES
     options = DiffusersOptions
 
     def installed(self) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
+from engines.base import Command, Endpoint, Engine, Launch, Needs, Placement, worker_command
 from engines.environments import find_python
 from registry.resolve import Artifact
 from registry.schema import FlexibleFamily, encode_family
@@ -58,6 +58,10 @@ class Flexible(Engine, frozen=True, kw_only=True):
             f"the launcher {family.launcher!r} is not allowed. It is code that would run on this machine: if you trust "
             "it, add its exact name to the setting `flexible_launchers`"
         )
+
+    def needs(self, launch: Launch) -> Needs:
+        """What the launch says; a launcher's code may do as it likes."""
+        return Needs(gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu, chooses=True)
 
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None

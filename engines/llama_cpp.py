@@ -9,6 +9,8 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,11 +20,13 @@ from msgspec import Meta
 from engines.base import Adapter, Command, Endpoint, Engine, Launch, Needs, Placement, forced_flags, visible_gpus
 from engines.environments import find_binary, has_package, worker_argv
 from engines.packages import package_folder
+from engines.vllm import has_gpu
 from registry.decode import DecodeError
 from registry.memory import CACHE_BITS, Cache
 from registry.resolve import Artifact
 from registry.schema import EmbeddingFamily, RerankFamily
 
+GPU_LIBRARIES = (b"libcuda.so", b"libvulkan.so", b"libamdhip64.so")
 CONTEXT_LENGTH = 4096  # of one request, where the launch does not say; the engine caps it at the model's own
 CACHE_RAM_MIB = 1024  # the engine's own default of 8 GiB is a surprise on a small machine
 
@@ -147,6 +151,13 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
         python = self.settings.python or sys.executable
         return python if package_folder(python, "llama_cpp") else None
 
+    def _is_for_cpu(self) -> bool:
+        """Whether there are GPUs that it is known to be unable to use."""
+        if not has_gpu() or self.settings.binary or find_binary("llama-server", None):
+            return False
+        folder = package_folder(sys.executable, "xllamacpp")
+        return folder is not None and not any(_links(file, GPU_LIBRARIES) for file in sorted(folder.glob("*.so")))
+
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""
         if self.settings.binary:
@@ -180,9 +191,19 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
         return {"lora": _scales(names, lora_name)}
 
     def needs(self, launch: Launch) -> Needs:
-        """What the launch says; it takes what GPUs it sees otherwise."""
+        """What the launch says, else one GPU or several, by layers; no GPU where none of its layers may go there."""
+        options: LlamaCppOptions = self.read_options(launch.options)
+        n_gpu = launch.n_gpu
+        if launch.gpu_idx is None and n_gpu is None:
+            if options.n_gpu_layers == 0 or self._is_for_cpu():
+                n_gpu = 0
+            elif options.tensor_split:
+                n_gpu = len(options.tensor_split)
         return Needs(
-            gpu_idx=launch.gpu_idx, n_gpu=launch.n_gpu, cache=_cache(self.read_options(launch.options), launch)
+            gpu_idx=launch.gpu_idx,
+            n_gpu=n_gpu,
+            can_spread=options.split_mode != "none",
+            cache=_cache(options, launch),
         )
 
     def command(
@@ -190,6 +211,8 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
     ) -> Command:
         """The flags of llama-server; the key travels in the environment, where `ps` does not show it."""
         options: LlamaCppOptions = self.read_options(launch.options)
+        if placement.gpu_uuids == ():
+            launch = msgspec.structs.replace(launch, n_gpu=0)
         if python_server := self._python_server():
             return _of_python_server(python_server, options, launch, model_path, placement, endpoint)
         binary = self.settings.binary or find_binary("llama-server", None)
@@ -213,6 +236,13 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
             ),
             env=env | launch.envs,
         )
+
+
+@cache
+def _links(file: Path, libraries: tuple[bytes, ...]) -> bool:
+    """Whether a program names any of the libraries."""
+    with open(file, "rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as content:
+        return any(content.find(library) >= 0 for library in libraries)
 
 
 def _scales(names: Sequence[str], lora_name: str | None = None) -> list[dict[str, float]]:

@@ -72,7 +72,7 @@ class Remote(Engine, frozen=True, kw_only=True):
 
     def needs(self, launch: Launch) -> Needs:
         """Nothing of this machine."""
-        return Needs()
+        return Needs(n_gpu=0)
 
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None

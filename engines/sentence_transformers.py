@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
+from engines.base import TORCH_BYTES, Command, Endpoint, Engine, Launch, Placement, worker_command
 from engines.environments import find_python, why_no_python
 from registry.resolve import Artifact
 from registry.schema import RerankFamily
@@ -46,6 +46,7 @@ class SentenceTransformers(Engine, frozen=True, kw_only=True):
     name = "sentence-transformers"
     aliases = ("transformers", "flag")
     model_types = ("embedding", "rerank")
+    overhead_bytes = TORCH_BYTES
     options = SentenceTransformersOptions
 
     def installed(self) -> str | None:

@@ -7,6 +7,7 @@ key travels in a file, since it reads none from the environment.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,18 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, family_ends, forced_flags, visible_gpus
+from engines.base import (
+    Adapter,
+    Command,
+    Endpoint,
+    Engine,
+    Launch,
+    Needs,
+    Placement,
+    family_ends,
+    forced_flags,
+    visible_gpus,
+)
 from engines.environments import find_python, why_no_python
 from engines.packages import annotated_fields, package_folder
 from engines.parsers import reasoning_parser, tool_parser
@@ -25,6 +37,8 @@ from registry.resolve import Artifact
 from registry.schema import ModelFamily
 
 MODULE = "sglang.launch_server"
+USUAL_SHARE = 0.88  # of a GPU's memory that it takes by itself
+TENSOR_PARALLEL = (2, 4, 8, 16)
 FORMATS = ("pytorch", "gptq", "awq", "fp8", "fp4", "bnb")
 ARGUMENT_FILES = ("srt/arg_groups/fields/*.py", "srt/server_args.py")
 TOOL_PARSERS = "srt/function_call/function_call_parser.py"
@@ -154,6 +168,22 @@ class Sglang(Engine, frozen=True, kw_only=True):
     def choose_adapter(self, names: Sequence[str], lora_name: str) -> Mapping[str, Any]:
         """By SGLang's word for it."""
         return {"lora_path": lora_name}
+
+    def needs(self, launch: Launch) -> Needs:
+        """A share of each GPU: it takes what it finds free, unless the launch says how much."""
+        options = self.read_options(launch.options)
+        n_gpu = launch.n_gpu
+        sizes = (options.tp_size, options.pp_size, options.dp_size)
+        if launch.gpu_idx is None and n_gpu is None and any(sizes):
+            n_gpu = math.prod(size or 1 for size in sizes)
+        return Needs(
+            gpu_idx=launch.gpu_idx,
+            n_gpu=n_gpu,
+            gpu_share=options.mem_fraction_static or USUAL_SHARE,
+            can_spread=True,
+            gpu_counts=TENSOR_PARALLEL,
+            is_elastic=True,
+        )
 
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None

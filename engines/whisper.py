@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from engines.audio import family_of, local_folder, why_elsewhere
-from engines.base import Command, Endpoint, Engine, Launch, Placement, worker_command
+from engines.base import TORCH_BYTES, Command, Endpoint, Engine, Launch, Placement, worker_command
 from engines.environments import find_python, why_no_python
 from registry.resolve import Artifact
 
@@ -107,6 +107,7 @@ class TransformersASR(Engine, frozen=True, kw_only=True):
     name = "transformers-asr"
     aliases = ("transformers",)
     model_types = ("audio",)
+    overhead_bytes = TORCH_BYTES
     options = TransformersASROptions
 
     def installed(self) -> str | None:

@@ -14,26 +14,22 @@ from pathlib import Path
 import msgspec
 
 import engines
-import gateway.placement
-from engines.base import Launch, Needs, Placement
+from engines.base import Launch, Needs
 from gateway.amounts import megabytes
 from gateway.choice import engine_answers, why_this_engine
 from gateway.downloads import DownloadFailed, list_files
 from gateway.errors import RequestRefused
 from gateway.fleet import Fleet
-from gateway.gpus import Gpu
 from gateway.launch import LaunchRequest
-from gateway.placement import NoRoom, needs_of, place, promised
 from gateway.process import CannotStart
-from gateway.room import Device, Ram, Room, advice, observe_devices, observe_ram, verdict
-from gateway.sizing import Memory, Sizing, size_up, told
+from gateway.room import GpuUse, Ram, advice, find_room, observe_gpus, observe_ram, verdict
+from gateway.sizing import Memory, Sizing, bytes_beside, size_up, told
 from registry import weights
 from registry.cache import LIBRARIES
 from registry.hubs import find_cached, local
 from registry.hubs.base import HubError
 from registry.hubs.cache import digest, marker_path, read_marker
 from registry.inspection import contradictions
-from registry.memory import billions_of, usual_weight_bytes
 from registry.resolve import Artifact, NotResolved, candidates
 from registry.weights import Facts
 
@@ -75,21 +71,21 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     contradictions: tuple[str, ...] = ()
     memory: Memory | None = None
     where: str = ""
-    gpus: tuple[Device, ...] = ()
+    gpus: tuple[GpuUse, ...] = ()
     ram: Ram | None = None
 
 
 async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[str] = ()) -> Report:
     """The report on a launch that somebody might ask for."""
-    gpus = await asyncio.to_thread(fleet.node.list_gpus, with_processes=True)
-    owners = _owners(fleet)
-    ram = await asyncio.to_thread(observe_ram, owners)
+    devices = await fleet.observe()
+    given, owners = fleet.placements(), _owners(fleet)
+    ram = await asyncio.to_thread(observe_ram, devices, given, owners)
     try:
         launch = fleet.try_launch(uid, request, hubs)
     except RequestRefused as exc:
         refused = _refused(fleet, uid, request, hubs, exc.message)
-        devices = await asyncio.to_thread(observe_devices, gpus, owners, set())
-        return msgspec.structs.replace(refused, gpus=devices, ram=ram)
+        gpus = await asyncio.to_thread(observe_gpus, devices, owners, None)
+        return msgspec.structs.replace(refused, gpus=gpus, ram=ram)
     artifact = launch.artifact
     answers = engine_answers(fleet.engines, request, lambda wish: fleet.try_launch(uid, wish, hubs))
     spec_reason, passed_over = await asyncio.to_thread(_about_specs, fleet, request, artifact, hubs)
@@ -98,22 +94,32 @@ async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[s
     files = await _files(fleet, artifact, problems, unknown)
     facts = await asyncio.to_thread(_facts, files, unknown)
     needs = engines.find(launch.engine, fleet.engines).needs(launch)
-    room = _room(fleet, launch, needs, gpus, ram, problems, unknown)
-    sizing = size_up(launch, needs, files.files, facts, unknown, is_on_gpu=room.is_gpu)
+    has_gpus = any(device.gpu for device in devices)
+    family = fleet.registry.find(artifact.family.model_name, artifact.family.model_type)
+    specs = family.specs if family and not request.model_path else ()
+    sizing = size_up(
+        launch,
+        needs,
+        files.files,
+        facts,
+        unknown,
+        fleet.experience,
+        has_gpus=has_gpus,
+        specs=specs,
+        beside_bytes=await asyncio.to_thread(bytes_beside, launch, None),
+    )
+    room = find_room(launch, sizing.needs, devices, given)
+    if room.refusal and not room.is_there:
+        problems.append(f"It cannot be placed: {room.refusal.text}")
     _check_disk(files, sizing, problems)
-    fits = room.fits(sizing.estimate.total, launch.replica) if sizing else None
-    devices = await asyncio.to_thread(observe_devices, gpus, owners, room.uuids)
-    remedies: list[str] = []
-    if sizing and fits is False:
-        smaller = await asyncio.to_thread(_smaller_specs, fleet, request, artifact, sizing, room)
-        remedies = advice(sizing, room, smaller, devices, ram, launch.replica)
+    gpus = await asyncio.to_thread(observe_gpus, devices, owners, room)
     return Report(
-        verdict=verdict(problems, fits, sizing, room, launch.replica),
+        verdict=verdict(problems, room, sizing.needs, launch.replica),
         can_launch=not problems,
-        fits=fits,
+        fits=room.fits if room.is_there else None,
         problems=tuple(problems),
         unknown=tuple(unknown),
-        advice=tuple(remedies),
+        advice=tuple(advice(room, launch.replica)) if room.is_there else (),
         model_name=artifact.family.model_name,
         model_type=artifact.family.model_type,
         spec=_spec_told(artifact),
@@ -125,9 +131,9 @@ async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[s
         files=files,
         facts=facts,
         contradictions=tuple(_contradictions(launch, needs, facts)) if facts else (),
-        memory=told(sizing, launch.replica) if sizing else None,
+        memory=told(sizing, launch.replica),
         where=room.name,
-        gpus=devices,
+        gpus=gpus,
         ram=ram,
     )
 
@@ -146,9 +152,9 @@ def _refused(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[str]
     )
 
 
-def _check_disk(files: Files, sizing: Sizing | None, problems: list[str]) -> None:
+def _check_disk(files: Files, sizing: Sizing, problems: list[str]) -> None:
     """Whether what is to be fetched has room; where the hub does not tell how much it is, its weights at least."""
-    needed_bytes = files.total_bytes or (sizing.estimate.weights if sizing else 0)
+    needed_bytes = files.total_bytes or (sizing.estimate.weights if sizing.estimate else 0)
     if files.free_bytes is not None and files.free_bytes < needed_bytes:
         about = "" if files.total_bytes else "about "
         problems.append(
@@ -291,56 +297,6 @@ def _contradictions(launch: Launch, needs: Needs, facts: Facts) -> list[str]:
             "the cache takes memory for all of them."
         )
     return said
-
-
-# --- where
-
-
-def _room(
-    fleet: Fleet,
-    launch: Launch,
-    needs: Needs,
-    gpus: Sequence[Gpu],
-    ram: Ram,
-    problems: list[str],
-    unknown: list[str],
-) -> Room:
-    """The GPUs of each copy, as its start would choose them now; without any the machine's memory."""
-    taken = [r.placement for d in fleet.deployments() for r in d.replicas if r.placement]
-    placements: list[Placement] = []
-    for index in range(launch.replica):
-        devices = [gateway.placement.Device(key=gpu.uuid, total_bytes=gpu.total_bytes, gpu=gpu) for gpu in gpus]
-        placement = place(needs_of(launch, needs, index), devices, promised([*taken, *placements]))
-        if isinstance(placement, NoRoom):
-            problems.append(f"It cannot be placed: {placement.text}")
-            return Room((), (), ram)
-        placements.append(placement)
-    if not gpus or all(placement.gpu_uuids == () for placement in placements):
-        return Room((), (), ram)
-    if any(placement.gpu_uuids is None for placement in placements):
-        unknown.append(
-            f"How {launch.engine} spreads it over the GPUs: the launch names none, so it uses what it can. "
-            "Here all of them are taken, evenly."
-        )
-    return Room(gpus, placements, ram)
-
-
-def _smaller_specs(fleet: Fleet, request: LaunchRequest, chosen: Artifact, sizing: Sizing, room: Room) -> list[str]:
-    """Other quantizations and sizes of the family whose weights are likely to fit, the largest first."""
-    family = fleet.registry.find(chosen.family.model_name, chosen.family.model_type)
-    if family is None or request.model_path:
-        return []
-    rest = sizing.estimate.total - sizing.estimate.weights
-    room_bytes = room.for_one(request.replica) if room.is_measured else 0
-    found: dict[str, int] = {}
-    for spec in family.specs:
-        billions = billions_of(spec.model_size_in_billions) if spec.model_size_in_billions is not None else None
-        if billions is None or spec.model_format != chosen.spec.model_format:
-            continue
-        weight_bytes = usual_weight_bytes(billions, spec.model_format, spec.quantization)
-        if weight_bytes < sizing.estimate.weights and weight_bytes + rest <= room_bytes:
-            found.setdefault(f"{spec.model_size_in_billions}B {spec.quantization}", weight_bytes)
-    return sorted(found, key=lambda name: -found[name])[:3]
 
 
 def _owners(fleet: Fleet) -> dict[int, str]:

@@ -174,7 +174,7 @@ def load(file: str | None, flags: Mapping[str, Any], environment: Mapping[str, s
     Raises:
         SettingsError: naming the key's path, or the file, and what to do.
     """
-    data = _read(Path(file)) if file else {}
+    data = read_file(Path(file)) if file else {}
     data |= _from_environment(environment)
     data |= {name: value for name, value in flags.items() if value is not None}
     try:
@@ -220,7 +220,12 @@ def check_exposure(settings: Settings, *, insecure: bool) -> None:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
+    """The keys of a YAML, TOML or JSON file.
+
+    Raises:
+        SettingsError: it cannot be read, or is not one.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:

@@ -157,10 +157,12 @@ def _tells_processes(gpu: Gpu, seen: Seen) -> bool:
 
 
 def _ram_device(seen: Seen, held: Sequence[Held], limits: Limits) -> Device:
-    ours = 0
+    ours, beyond = 0, 0
     for one in held:
         if one.pid is not None and (has := seen.footprints.get(one.pid)):
-            ours += min(has.own_bytes, one.memory.get(RAM, 0))
+            promised = one.memory.get(RAM, 0)
+            ours += min(has.own_bytes, promised)
+            beyond += max(0, has.own_bytes - promised) if promised else 0
     device = Device(
         key=RAM,
         total_bytes=seen.ram_total_bytes,
@@ -171,7 +173,7 @@ def _ram_device(seen: Seen, held: Sequence[Held], limits: Limits) -> Device:
     )
     if limits.ram_limit is not None and limits.ram_limit < device.free({}):
         return msgspec.structs.replace(
-            device, total_bytes=limits.ram_limit, foreign_bytes=0, headroom_bytes=0, limit="ram_limit"
+            device, total_bytes=limits.ram_limit, foreign_bytes=beyond, headroom_bytes=0, limit="ram_limit"
         )
     return device
 

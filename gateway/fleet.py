@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 import engines
-from engines.base import Engine, EngineSettings, Launch
+from engines.base import Engine, EngineSettings, Launch, Placement
 from gateway.choice import engine_answers, why_this_engine
 from gateway.config import Settings
 from gateway.deployment import Deployment
@@ -24,6 +24,7 @@ from gateway.devices import Held, Observer, limits_of, look_here
 from gateway.dispatch import Dispatcher
 from gateway.environments import Recipe, is_offline_build
 from gateway.errors import BadRequest, Busy, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
+from gateway.experience import Experience
 from gateway.files import Files
 from gateway.gpus import cuda_version
 from gateway.launch import (
@@ -103,10 +104,11 @@ class Fleet:
         self.events = EventLog()
         self.files = Files(settings.home_path / "files")
         self.reloads: dict[str, Reload] = {}  # the last one of each uid
+        self.observer = Observer(partial(look_here, node.list_gpus))
+        self.experience = Experience(settings.home_path / "experience.json")
         self._deployments: dict[str, Deployment] = {}
         self._tasks = tasks
-        self.dispatcher = Dispatcher(self.deployments, lambda: self.settings, self._observe, self.events.add)
-        self._observer = Observer(partial(look_here, node.list_gpus))
+        self.dispatcher = Dispatcher(self.deployments, lambda: self.settings, self.observe, self.events.add)
         self._dispatching = tasks.create_task(self.dispatcher.run(), name="dispatcher")
 
     def find(self, uid: str) -> Deployment:
@@ -346,20 +348,26 @@ class Fleet:
         self.is_closing = True
         await asyncio.gather(*(deployment.close(force=True) for deployment in self.deployments()))
 
+    def placements(self) -> list[Placement]:
+        """Of all replicas that have one."""
+        replicas = [replica for deployment in self.deployments() for replica in deployment.replicas]
+        return [replica.placement for replica in replicas if replica.placement]
+
     def end(self) -> None:
         """Be driven no longer; for after `close`."""
         self._dispatching.cancel()
         for deployment in self.deployments():
             deployment.end()
 
-    async def _observe(self) -> Sequence[Device]:
+    async def observe(self) -> Sequence[Device]:
+        """The devices now, and what others than our replicas hold of them."""
         held = [
             Held(name=one.name, pid=one.process.pid if one.process else None, memory=one.placement.memory)
             for deployment in self.deployments()
             for one in deployment.replicas
             if one.placement is not None
         ]
-        return await self._observer.observe(held, limits_of(self.settings))
+        return await self.observer.observe(held, limits_of(self.settings))
 
     def restore(self, declared: list[Launch]) -> None:
         """Deploy what the settings declare and what was launched before."""
@@ -424,6 +432,8 @@ class Fleet:
             recipe=recipe_of(self.settings),
             changed=deployment.notify,
             place=partial(self.dispatcher.place, deployment),
+            observe=self.observe,
+            experience=self.experience,
             tell=partial(self.events.add, launch.uid),
         )
 
@@ -521,9 +531,11 @@ async def open_fleet(settings: Settings) -> AsyncIterator[Fleet]:
         raise SettingsError(f"The data folder {settings.home_path} cannot be used: {exc}") from exc
     async with open_node() as node, asyncio.TaskGroup() as tasks:
         fleet = Fleet(settings, registry, known_engines, store, node, tasks)
+        learning = tasks.create_task(fleet.experience.run(partial(look_here, node.list_gpus)))
         try:
             fleet.restore(declared)
             yield fleet
         finally:
             await fleet.close()
+            learning.cancel()
             fleet.end()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -37,22 +37,31 @@ def families(leaders: Collection[int]) -> dict[int, int]:
     if not found:
         return {}
     children: dict[int, list[int]] = defaultdict(list)
-    for process in psutil.process_iter(["ppid"]):
-        children[process.info["ppid"]].append(process.pid)
-        try:
-            groups = (os.getpgid(process.pid), os.getsid(process.pid))
-        except OSError:  # gone
-            continue
-        if leader := next((found[group] for group in groups if group in leaders), None):
-            found.setdefault(process.pid, leader)
+    for pid, parent, group, session in _relations():
+        children[parent].append(pid)
+        if leader := next((one for one in (group, session) if one in leaders), None):
+            found.setdefault(pid, leader)
     to_see = list(found)
     while to_see:
         pid = to_see.pop()
-        for child in children.get(pid, ()):
+        for child in children[pid]:
             if child not in found:
                 found[child] = found[pid]
                 to_see.append(child)
     return found
+
+
+def _relations() -> Iterator[tuple[int, int, int, int]]:
+    """Of each process its pid, its parent's, its group and its session."""
+    for pid in psutil.pids():
+        try:
+            facts = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+            yield pid, int(facts[1]), int(facts[2]), int(facts[3])
+        except (OSError, IndexError):
+            try:  # gone, or a system without /proc
+                yield pid, psutil.Process(pid).ppid(), os.getpgid(pid), os.getsid(pid)
+            except (psutil.Error, OSError):
+                continue
 
 
 def footprint(pids: Iterable[int]) -> Footprint:

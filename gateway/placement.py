@@ -7,6 +7,7 @@ A device is a GPU, a slice of one, or the machine's memory. What a replica may h
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -17,6 +18,8 @@ from gateway.amounts import megabytes
 from gateway.gpus import Gpu
 from registry.memory import kv_cache_bytes, most_tokens
 
+ENDLESS = 2**60
+NUMBERS = re.compile(r"(\d+(,\d+)*)?")
 SHOWN = 3  # specs and holders in a sentence
 
 
@@ -42,10 +45,10 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
         """What people call it."""
         return f"GPU {self.gpu.index}" if self.gpu else "the machine's memory"
 
-    def free(self, promised: Mapping[str, int]) -> float:
-        """Bytes that may be promised; infinite where the device does not tell. Below 0 if too much was."""
+    def free(self, promised: Mapping[str, int]) -> int:
+        """Bytes that may be promised; ENDLESS where the device does not tell. Below 0 if too much was."""
         if not self.total_bytes:
-            return math.inf
+            return ENDLESS
         return self.total_bytes - self.headroom_bytes - self.foreign_bytes - promised.get(self.key, 0)
 
 
@@ -62,7 +65,7 @@ class NoRoom(msgspec.Struct, frozen=True, kw_only=True):
     remedies: tuple[str, ...] = ()
 
 
-def promised(placements: Iterable[Placement]) -> dict[str, int]:
+def promised_by(placements: Iterable[Placement]) -> dict[str, int]:
     """Bytes by device that all of them have together."""
     total: Counter[str] = Counter()
     for placement in placements:
@@ -70,9 +73,31 @@ def promised(placements: Iterable[Placement]) -> dict[str, int]:
     return dict(total)
 
 
+def cache_bytes_of(needs: Needs) -> int:
+    """Bytes of the cache of keys and values, in whole ones of the engine's unit; 0 where nobody knows."""
+    if needs.cache_bytes is not None:
+        return needs.cache_bytes
+    if needs.cache is None:
+        return 0
+    return -(-kv_cache_bytes(needs.attention, needs.cache) // needs.cache_unit_bytes) * needs.cache_unit_bytes
+
+
 def needs_of(launch: Launch, needs: Needs, index: int) -> Needs:
-    """What that replica asks for, of what the engine asks for each."""
-    return needs if needs.gpu_idx is None else msgspec.structs.replace(needs, gpu_idx=launch.gpus_of(index))
+    """What that replica asks for, of what the engine asks for each.
+
+    A launch that sets CUDA_VISIBLE_DEVICES to numbers names its GPUs by that.
+    """
+    if launch.gpu_idx is not None:
+        return msgspec.structs.replace(needs, gpu_idx=launch.gpus_of(index))
+    named = launch.envs.get("CUDA_VISIBLE_DEVICES")
+    if launch.n_gpu is None and named is not None and NUMBERS.fullmatch(named):
+        return msgspec.structs.replace(needs, gpu_idx=tuple(int(number) for number in named.split(",") if number))
+    return needs
+
+
+def fell_back(needs: Needs, placement: Placement) -> bool:
+    """Whether it got the CPU because the GPUs have no room."""
+    return placement.gpu_uuids == () and needs.n_gpu != 0 and needs.gpu_idx != ()
 
 
 def place(
@@ -118,6 +143,8 @@ def _try(
         return _on_cpu(needs, devices, promised, ())
     if needs.gpu_idx is None and needs.n_gpu is None and not gpus:
         return _on_cpu(needs, devices, promised, None)
+    if needs.chooses and needs.gpu_idx is None and needs.n_gpu is None and not _is_known(needs):
+        return Placement()
     found = _on_gpus(needs, gpus, promised, apart_from)
     if isinstance(found, NoRoom) and cpu_fallback and needs.gpu_idx is None:
         instead = _on_cpu(needs, devices, promised, ())
@@ -140,7 +167,8 @@ def _on_gpus(
         return _no_room(needs, named, len(named), promised, gpus)
     counts = [needs.n_gpu] if needs.n_gpu is not None else [1]
     if needs.n_gpu is None and needs.can_spread:
-        counts += [count for count in range(2, len(gpus) + 1) if count in (needs.gpu_counts or (count,))]
+        whole = sum(not _is_slice(device) for device in gpus.values())
+        counts += [count for count in range(2, whole + 1) if count in (needs.gpu_counts or (count,))]
     for count in counts:
         usable = [device for device in gpus.values() if count == 1 or not _is_slice(device)]
         if needs.n_gpu is not None and count > len(usable):
@@ -151,7 +179,7 @@ def _on_gpus(
             order = 1 if _is_known(needs) else -1
             roomy.sort(key=lambda device: (device.key in apart_from, order * device.free(promised)))
             return _given(roomy[:count], needs)
-    return _no_room(needs, tuple(gpus.values()), counts[-1], promised, gpus)
+    return _no_room(needs, usable, count, promised, gpus)
 
 
 def _on_cpu(
@@ -160,7 +188,7 @@ def _on_cpu(
     ram = next((device for device in devices if device.gpu is None), Device(key=RAM))
     if needs.memory_bytes and needs.memory_bytes > ram.free(promised):
         return _no_room(needs, (ram,), 1, promised, {})
-    return Placement(gpu_uuids=gpu_uuids, memory={RAM: needs.memory_bytes})
+    return Placement(gpu_uuids=gpu_uuids, memory={RAM: needs.memory_bytes}, cache_bytes=cache_bytes_of(needs))
 
 
 def _given(devices: Sequence[Device], needs: Needs) -> Placement:
@@ -168,18 +196,27 @@ def _given(devices: Sequence[Device], needs: Needs) -> Placement:
         gpu_uuids=tuple(device.key for device in devices),
         memory={device.key: _share(device, needs, len(devices)) for device in devices},
         gpu_totals={device.key: device.total_bytes for device in devices},
+        cache_bytes=cache_bytes_of(needs),
     )
 
 
 def _share(device: Device, needs: Needs, count: int) -> int:
-    """Of one device, if so many are taken."""
+    """Of one device, if so many are taken: as the engine takes it, or else as much as it needs."""
     if needs.gpu_share is not None:
         return math.ceil(device.total_bytes * needs.gpu_share)
-    return -(-needs.memory_bytes // count)
+    return _split(needs, count)
+
+
+def _split(needs: Needs, count: int) -> int:
+    """Bytes on each of so many devices."""
+    whole = min(needs.overhead_bytes, needs.memory_bytes)
+    return -(-(needs.memory_bytes - whole) // count) + whole
 
 
 def _has_room(device: Device, needs: Needs, count: int, promised: Mapping[str, int]) -> bool:
     share = _share(device, needs, count)
+    if needs.gpu_share is not None and device.total_bytes and _split(needs, count) > share:
+        return False
     return not share or share <= device.free(promised)
 
 
@@ -206,7 +243,9 @@ def _no_room(
 ) -> NoRoom:
     """Of devices that are there and too full."""
     if needs.gpu_share is not None:
-        what = f"{needs.gpu_share:.0%} of {'the GPU' if count == 1 else f'each of {count} GPUs'}"
+        what = f"{needs.gpu_share:.0%} of {'a GPU' if count == 1 else f'each of {count} GPUs'}"
+        if any(device.total_bytes and _split(needs, count) > _share(device, needs, count) for device in devices):
+            what = f"about {megabytes(_split(needs, count))} of each GPU and takes {what}"
     else:
         each = f", {megabytes(_share(devices[0], needs, count))} on each of {count} GPUs" if count > 1 else ""
         what = f"about {megabytes(needs.memory_bytes)}{each}"
@@ -215,14 +254,16 @@ def _no_room(
 
 
 def _told(device: Device, promised: Mapping[str, int]) -> str:
-    parts = [f"{megabytes(promised[device.key])} are given to models"] if promised.get(device.key) else []
+    if not device.total_bytes:
+        return f"{device.name} does not tell its memory"
+    taken = [f"{megabytes(promised[device.key])} are given to models"] if promised.get(device.key) else []
     if device.foreign_bytes:
-        parts.append(f"{megabytes(device.foreign_bytes)} are held by others")
+        taken.append(f"{megabytes(device.foreign_bytes)} are held by others")
+    parts = [" and ".join(taken) + (f" ({', '.join(device.holders)})" if device.holders else "")] if taken else []
     if device.headroom_bytes:
         parts.append(f"{megabytes(device.headroom_bytes)} are kept free")
-    holders = f" ({', '.join(device.holders)})" if device.holders else ""
     total = f"{megabytes(device.total_bytes)}{f' ({device.limit})' if device.limit else ''}"
-    rest = f": {', '.join(parts)}{holders}" if parts or holders else ""
+    rest = f": {', '.join(parts)}" if parts else ""
     return f"{device.name} has {megabytes(max(0, device.free(promised)))} of {total} free{rest}"
 
 
@@ -230,11 +271,12 @@ def _remedies(
     needs: Needs, devices: Sequence[Device], count: int, promised: Mapping[str, int], gpus: Mapping[int, Device]
 ) -> list[str]:
     free = sorted((device.free(promised) for device in devices), reverse=True)[:count]
-    room_bytes = int(max(0, free[-1] * count)) if free else 0
+    room_bytes = max(0, free[-1] * count) if free else 0
     said = []
-    if needs.cache and needs.attention and needs.gpu_share is None:
-        rest = room_bytes - (needs.memory_bytes - kv_cache_bytes(needs.attention, needs.cache))
-        if rest > 0 and (tokens := most_tokens(needs.attention, needs.cache, rest)):
+    if needs.cache and needs.attention and needs.cache_bytes is None and needs.gpu_share is None:
+        rest = room_bytes - (needs.memory_bytes - cache_bytes_of(needs))
+        tokens = most_tokens(needs.attention, needs.cache, rest) if rest > 0 else 0
+        if tokens and tokens * needs.cache.sequences >= needs.cache_tokens:  # a shorter one would take as much
             said.append(f"A smaller context: up to {tokens} tokens of each request (context_length) fit.")
     smaller = [name for name, size in needs.lighter.items() if size <= room_bytes]
     if smaller:
@@ -244,12 +286,9 @@ def _remedies(
     holders = tuple(dict.fromkeys(holder for device in devices for holder in device.holders))
     if holders:
         said.append(f"The end of {', '.join(holders[:SHOWN])}.")
-    setting = "gpu_headroom" if gpus else "ram_headroom"
-    if any(
-        _share(device, needs, count) <= device.free(promised) + device.headroom_bytes and device.headroom_bytes
-        for device in devices
-    ):
-        said.append(f"Less {setting}.")
+    unkept = [device.free(promised) + device.headroom_bytes >= _share(device, needs, count) for device in devices]
+    if sum(unkept) >= count:
+        said.append(f"Less {'gpu_headroom' if gpus else 'ram_headroom'}.")
     if needs.gpu_share is None:
         said.append("`memory` of the launch, if it takes less than is estimated.")
     return said
@@ -260,7 +299,7 @@ def _enough(needs: Needs, gpus: Mapping[int, Device], promised: Mapping[str, int
     if needs.gpu_share is not None:
         return None
     free = sorted((gpu.free(promised) for gpu in gpus.values() if not _is_slice(gpu)), reverse=True)
-    return next((n for n in range(1, len(free) + 1) if free[n - 1] * n >= needs.memory_bytes), None)
+    return next((n for n in range(1, len(free) + 1) if free[n - 1] >= _split(needs, n)), None)
 
 
 def _refusal(reason: str, remedies: Iterable[str], *, for_ever: bool = False) -> NoRoom:

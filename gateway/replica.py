@@ -14,7 +14,7 @@ import logging
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -23,10 +23,12 @@ from engines.base import Command, Engine, Launch, Needs, Placement
 from gateway import metrics
 from gateway.downloads import DownloadFailed, Progress, fetch
 from gateway.environments import CannotBuild, Recipe, mark_used, prepare
+from gateway.experience import Experience
 from gateway.nodes.local import LocalNode
-from gateway.placement import needs_of
+from gateway.placement import Device, fell_back
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
 from gateway.process import CannotStart, EngineProcess, Exit, NoProcess
+from gateway.sizing import needs_now
 from gateway.upstream import Upstream
 
 logger = logging.getLogger("hostler.replica")
@@ -108,6 +110,8 @@ class Replica:
         recipe: Recipe,
         changed: Callable[[], None],
         place: Callable[[Replica, Needs], Awaitable[Placement]],
+        observe: Callable[[], Awaitable[Sequence[Device]]],
+        experience: Experience,
         tell: Callable[[str, str], None],
     ) -> None:
         self.launch = launch
@@ -128,7 +132,7 @@ class Replica:
         self.upstream: Upstream | None = None
         self.placement: Placement | None = None  # what it holds; given by the dispatcher, given back here
         self.waits_for: str | None = None  # why it has no place yet
-        self.load_s = USUAL_LOAD_S  # what its last start took
+        self.load_s = experience.load_s(launch) or USUAL_LOAD_S  # what its last start took
         self.retry_s = engine.retry_s  # after how long it is tried again once it has failed
         self._engine = engine
         self._node = node
@@ -142,6 +146,8 @@ class Replica:
         self._recipe = recipe
         self._changed = changed
         self._ask_for_place = place
+        self._observe = observe
+        self._experience = experience
         self._tell = tell
         self._retry = asyncio.Event()
 
@@ -220,13 +226,16 @@ class Replica:
                 try:
                     path = await self._until_ready(process, upstream, command)
                     self.upstream, self.address = upstream, endpoint.address
+                    on_gpu = bool(placement.gpu_uuids)
                     self.load_s = time.monotonic() - self.state_since
                     metrics.LOAD_SECONDS.labels(self.launch.uid).observe(self.load_s)
+                    self._experience.note_load(self.launch, self.load_s, on_gpu=on_gpu)
                     self._enter(State.READY)
                     self._tell("INFO", f"{self.name} is ready")
                     watch = asyncio.create_task(self._end_if_silent(process, upstream, path, command))
                     try:
-                        ended = await process.wait()
+                        with self._experience.watch(self.launch, process.pid, on_gpu=on_gpu):
+                            ended = await process.wait()
                         # No await between the exit and the state: nobody is sent to a dead engine.
                         self.failure = self._silence or _exit_failure(ended, process, "while it was ready")
                         self._leave(State.BACKOFF)
@@ -244,7 +253,8 @@ class Replica:
 
     async def _needs(self, model_path: Path) -> Needs:
         """What it asks of the machine."""
-        return needs_of(self.launch, self._engine.needs(self.launch), self.index)
+        has_gpus = any(device.gpu for device in await self._observe())
+        return await needs_now(self.launch, self._engine, self.index, model_path, self._experience, has_gpus=has_gpus)
 
     async def _place(self, needs: Needs) -> None:
         """Wait for room; `placement` is what it then has, until this life ends."""
@@ -255,6 +265,8 @@ class Replica:
             advice = "Ask for less, or give it more." if exc.for_ever else f"It is tried again in {PLACE_RETRY_S:g} s."
             failure = _failure(f"it cannot be placed: {exc}", advice, final=True)
             raise ReplicaFailed(failure, None if exc.for_ever else PLACE_RETRY_S) from exc
+        if self.placement and fell_back(needs, self.placement):
+            self._tell("WARNING", f"{self.name} runs on the CPU, as cpu_fallback allows: the GPUs have no room")
 
     async def _fetch(self) -> Path:
         def report(progress: Progress) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import msgspec
 import psutil
 
-from engines.base import Placement
+from engines.base import RAM, Launch, Needs, Placement
 from gateway.amounts import megabytes
-from gateway.gpus import Gpu
+from gateway.placement import Device, NoRoom, needs_of, place, promised_by
 from gateway.process import memory_bytes
-from gateway.sizing import Sizing
-from registry.memory import most_tokens
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,8 +23,8 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
 
 
-class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """A GPU as it is now; `is_wanted` if the launch would use it."""
+class GpuUse(msgspec.Struct, frozen=True, kw_only=True):
+    """A GPU as it is now; `is_wanted` if the launch would use it. `free_bytes` are those that it may have."""
 
     index: int
     name: str
@@ -39,76 +36,90 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ram(msgspec.Struct, frozen=True, kw_only=True):
-    """The machine's memory; `holders` are the engines that run here."""
+    """The machine's memory, or what engines may have of it; `holders` are the engines that run here."""
 
     total_bytes: int
     free_bytes: int
     holders: tuple[Holder, ...]
 
 
-class Room:
-    """What a launch may use: its GPUs, or the machine's memory."""
+class Room(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of placing each copy of a launch: its devices, what is free of them, and why not if it does not fit.
 
-    def __init__(self, gpus: Sequence[Gpu], placements: Sequence[Placement], ram: Ram) -> None:
-        self._gpus = {gpu.uuid: gpu for gpu in gpus}
-        self._groups = [placement.gpu_uuids or tuple(self._gpus) for placement in placements]
-        self._ram = ram
-        self.is_gpu = bool(self._gpus)
-        self.uuids = {uuid for group in self._groups for uuid in group} if self.is_gpu else set()
-        self.is_measured = all(self._gpus[uuid].total_bytes for uuid in self.uuids)
+    `is_there` is False where it asks for GPUs that are not here; `fits` is None where nobody knows.
+    """
+
+    devices: tuple[Device, ...]
+    free_bytes: int
+    fits: bool | None
+    is_there: bool = True
+    refusal: NoRoom | None = None
 
     @property
     def name(self) -> str:
         """What it is."""
-        if not self.is_gpu:
-            return "the machine's memory"
-        indexes = sorted(self._gpus[uuid].index for uuid in self.uuids)
-        return f"GPU {', '.join(map(str, indexes))}"
+        indexes = sorted(device.gpu.index for device in self.devices if device.gpu)
+        return f"GPU {', '.join(map(str, indexes))}" if indexes else "the machine's memory"
 
-    @property
-    def free_bytes(self) -> int:
-        """Of all of it."""
-        if not self.is_gpu:
-            return self._ram.free_bytes
-        return sum(free_of(self._gpus[uuid]) for uuid in self.uuids)
 
-    def for_one(self, replicas: int) -> int:
-        """What the copy with the least room has, if all take the same."""
-        if not self.is_gpu:
-            return self._ram.free_bytes // replicas
-        users = Counter(uuid for group in self._groups for uuid in group)
-        return min(
-            min(free_of(self._gpus[uuid]) // users[uuid] for uuid in group) * len(group) for group in self._groups
+def find_room(launch: Launch, needs: Needs, devices: Sequence[Device], given: Sequence[Placement]) -> Room:
+    """The devices that the copies would get now, beside what was given to others. Pure.
+
+    Args:
+        needs: what the engine asks for each, with its memory.
+    """
+    by_key = {device.key: device for device in devices}
+    before = promised_by(given)
+    found: list[Placement] = []
+    for index in range(launch.replica):
+        asked = needs_of(launch, needs, index)
+        taken = [*given, *found]
+        placement = place(asked, devices, promised_by(taken), cpu_fallback=launch.cpu_fallback)
+        if isinstance(placement, Placement):
+            found.append(placement)
+            continue
+        anywhere = msgspec.structs.replace(asked, memory_bytes=0, gpu_share=None)
+        wanted = tuple(device for device in devices if _may_be(device, asked, devices))
+        return Room(
+            devices=wanted,
+            free_bytes=_free(wanted, before),
+            fits=False,
+            is_there=isinstance(place(anywhere, devices, {}), Placement),
+            refusal=placement,
         )
-
-    def fits(self, total_bytes: int, replicas: int) -> bool | None:
-        """Whether each copy has room; None if the devices do not tell."""
-        return total_bytes <= self.for_one(replicas) if self.is_measured else None
-
-    def gpus_enough(self, total_bytes: int) -> int | None:
-        """How many GPUs would hold one copy, evenly; None if all would not."""
-        free = sorted((free_of(gpu) for gpu in self._gpus.values()), reverse=True)
-        return next((n for n in range(1, len(free) + 1) if free[n - 1] * n >= total_bytes), None)
+    keys = dict.fromkeys(key for placement in found for key in placement.memory)
+    got = tuple(by_key[key] for key in keys if key in by_key)
+    got = got or tuple(device for device in devices if _may_be(device, needs, devices))  # it chooses among them
+    is_known = bool(needs.memory_bytes or needs.gpu_share) and all(device.total_bytes for device in got)
+    return Room(devices=got, free_bytes=_free(got, before), fits=True if is_known else None)
 
 
-def free_of(gpu: Gpu) -> int:
-    """Bytes that nobody holds."""
-    return max(0, gpu.total_bytes - gpu.used_bytes)
+def _may_be(device: Device, needs: Needs, devices: Sequence[Device]) -> bool:
+    """Whether it is one of those that such needs may be met by."""
+    if needs.gpu_idx == () or needs.n_gpu == 0 or not any(one.gpu for one in devices):
+        return device.gpu is None
+    return device.gpu is not None and (needs.gpu_idx is None or device.gpu.index in needs.gpu_idx)
 
 
-def observe_devices(gpus: Sequence[Gpu], owners: Mapping[int, str], wanted: set[str]) -> tuple[Device, ...]:
+def _free(devices: Sequence[Device], before: Mapping[str, int]) -> int:
+    return sum(max(0, device.free(before)) for device in devices if device.total_bytes)
+
+
+def observe_gpus(devices: Sequence[Device], owners: Mapping[int, str], room: Room | None) -> tuple[GpuUse, ...]:
     """The GPUs with their processes by name; `owners` are leaders of process groups and the copies that they are."""
+    wanted = {device.key for device in room.devices} if room else set()
     return tuple(
-        Device(
-            index=gpu.index,
-            name=gpu.name,
-            total_bytes=gpu.total_bytes,
-            used_bytes=gpu.used_bytes,
-            free_bytes=free_of(gpu),
-            is_wanted=gpu.uuid in wanted,
-            holders=tuple(_holder(one.pid, one.used_bytes, owners) for one in gpu.processes),
+        GpuUse(
+            index=device.gpu.index,
+            name=device.gpu.name,
+            total_bytes=device.gpu.total_bytes,
+            used_bytes=device.gpu.used_bytes,
+            free_bytes=max(0, device.gpu.total_bytes - device.gpu.used_bytes),
+            is_wanted=device.key in wanted,
+            holders=tuple(_holder(one.pid, one.used_bytes, owners) for one in device.gpu.processes),
         )
-        for gpu in gpus
+        for device in devices
+        if device.gpu
     )
 
 
@@ -121,63 +132,33 @@ def _holder(pid: int, used_bytes: int | None, owners: Mapping[int, str]) -> Hold
     return Holder(pid=pid, used_bytes=used_bytes, name=name, model=owners.get(leader))
 
 
-def observe_ram(owners: Mapping[int, str]) -> Ram:
-    """The machine's memory now."""
-    memory = psutil.virtual_memory()
+def observe_ram(devices: Sequence[Device], given: Sequence[Placement], owners: Mapping[int, str]) -> Ram:
+    """The machine's memory now, and the engines in it."""
+    device = next(device for device in devices if device.key == RAM)
     holders = [Holder(pid=pid, used_bytes=memory_bytes(pid), model=name) for pid, name in owners.items()]
-    return Ram(total_bytes=memory.total, free_bytes=memory.available, holders=tuple(holders))
+    free = max(0, device.free(promised_by(given)))
+    return Ram(total_bytes=device.total_bytes, free_bytes=free, holders=tuple(holders))
 
 
-def verdict(problems: Sequence[str], fits: bool | None, sizing: Sizing | None, room: Room, replicas: int) -> str:
+def verdict(problems: Sequence[str], room: Room, needs: Needs, replicas: int) -> str:
     """The sentence that says whether it can be launched and fits."""
     if problems:
         return f"It cannot be launched: {problems[0]}"
-    if sizing is None or fits is None:
+    if room.fits is None:
         return "It can be launched; whether its memory suffices is not known."
     each = " each" if replicas > 1 else ""
     copies = f"{replicas} copies take" if replicas > 1 else "It takes"
-    takes = f"{copies} about {megabytes(sizing.estimate.total)}{each}"
-    needed = f"{takes}, and {room.name} has {megabytes(room.free_bytes)} free"
-    return f"It fits. {needed}." if fits else f"It does not fit. {needed}."
+    takes = f"about {megabytes(needs.memory_bytes)}" if needs.memory_bytes else f"{needs.gpu_share or 0:.0%} of a GPU"
+    needed = f"{copies} {takes}{each}, and {room.name} has {megabytes(room.free_bytes)} free"
+    if room.fits:
+        return f"It fits. {needed}."
+    if room.refusal and not room.refusal.for_ever:
+        return f"It does not fit beside what is loaded now. {needed}."
+    return f"It does not fit. {needed}."
 
 
-def advice(
-    sizing: Sizing,
-    room: Room,
-    smaller: Sequence[str],
-    devices: Sequence[Device],
-    ram: Ram,
-    replicas: int,
-) -> list[str]:
-    """What would make it fit; `smaller` names other specs that would."""
-    parts = sizing.estimate
-    rest = room.for_one(replicas) - (parts.total - parts.kv_cache)
-    said = []
-    tokens = most_tokens(sizing.attention, sizing.cache, rest) if rest > 0 and parts.kv_cache else 0
-    if tokens:
-        said.append(f"A smaller context: up to {tokens} tokens of each request (context_length) fit.")
-    else:
-        said.append("A smaller context alone does not help.")
-    if smaller:
-        said.append(f"Another spec of the family: {', '.join(smaller)}.")
-    if replicas > 1:
-        said.append(f"Fewer copies than {replicas}.")
-    if room.is_gpu and (n_gpu := room.gpus_enough(parts.total)):
-        said.append(f"n_gpu {n_gpu}: the emptiest {n_gpu} GPUs have room for one copy.")
-    holders = [holder for device in devices if device.is_wanted for holder in device.holders]
-    said += _who_could_go(holders if room.is_gpu else ram.holders)
-    return said
-
-
-def _who_could_go(holders: Sequence[Holder]) -> list[str]:
-    largest = sorted(holders, key=lambda one: one.used_bytes or 0, reverse=True)[:3]
-    return [f"The end of {holder_name(one)}, which holds {_amount(one.used_bytes)}." for one in largest]
-
-
-def holder_name(holder: Holder) -> str:
-    """A process as people know it."""
-    return holder.model or f"process {holder.pid} ({holder.name or 'of another container or user'})"
-
-
-def _amount(size_bytes: int | None) -> str:
-    return "an unknown amount" if size_bytes is None else megabytes(size_bytes)
+def advice(room: Room, replicas: int) -> list[str]:
+    """What would make it fit."""
+    if room.refusal is None:
+        return []
+    return [*room.refusal.remedies, *([f"Fewer copies than {replicas}."] if replicas > 1 else [])]

@@ -1,23 +1,44 @@
-"""How much memory a launch takes: by its files' headers if they are here, else by sizes that are told. Pure."""
+"""How much memory a launch takes: as it says itself, as was seen, by its files' headers, or by sizes that are told.
+
+The one place where it is reckoned; all but `needs_now`, which reads the headers, is pure.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 
-from engines.base import Launch, Needs
+from engines.base import Engine, Launch, Needs
+from gateway.experience import Experience
+from gateway.placement import cache_bytes_of, needs_of
+from registry import weights
 from registry.hubs.base import PICKLES, SAFETENSORS
-from registry.memory import Attention, Cache, Estimate, billions_of, estimate, usual_shape, usual_weight_bytes
+from registry.hubs.local import sizes_in
+from registry.memory import (
+    Cache,
+    Estimate,
+    billions_of,
+    estimate,
+    usual_shape,
+    usual_weight_bytes,
+)
 from registry.schema import ModelSpec
 from registry.sources import is_gguf
 from registry.weights import Facts
 
-USUAL_TOKENS = 4096  # of a cache, where nobody says
+USUAL_TOKENS = 4096  # of a cache that grows as it is used
+SEEN_FACTOR = 1.05  # of what was seen, for what was not
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """What each copy takes, in bytes, and what that is told from. `tokens` are those of one of `sequences`."""
+    """What each copy takes, in bytes, and what that is told from. `tokens` are those of one of `sequences`.
+
+    `total_bytes` is what it gets. The parts are an estimate, which may be another.
+    """
 
     weights_bytes: int
     kv_cache_bytes: int
@@ -30,13 +51,56 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     basis: str
 
 
-class Sizing(msgspec.Struct, frozen=True):
-    """An estimate, what it is of, and what it is told from."""
+class Sizing(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica asks for with all that is known of its memory; `basis` says from what.
 
-    estimate: Estimate
-    attention: tuple[Attention, ...]
-    cache: Cache
+    `estimate` has the parts of the estimate, None where there is nothing to estimate from.
+    """
+
+    needs: Needs
     basis: str
+    estimate: Estimate | None = None
+
+
+async def needs_now(
+    launch: Launch,
+    engine: Engine,
+    index: int,
+    model_path: Path,
+    experience: Experience,
+    *,
+    has_gpus: bool,
+    specs: Sequence[ModelSpec] = (),
+) -> Needs:
+    """What that replica asks of this machine, its files being here; for `specs` see `size_up`."""
+
+    def read() -> tuple[Facts | None, int]:
+        if launch.memory_bytes is not None or not launch.artifact.has_files:
+            return None, 0
+        return weights.read(model_path), bytes_beside(launch, model_path)
+
+    facts, beside = await asyncio.to_thread(read)
+    needs = needs_of(launch, engine.needs(launch), index)
+    return size_up(
+        launch, needs, None, facts, [], experience, has_gpus=has_gpus, specs=specs, beside_bytes=beside
+    ).needs
+
+
+def bytes_beside(launch: Launch, model_path: Path | None) -> int:
+    """Of files that are loaded too: a draft model, LoRA adapters, and the projector that lies beside the model."""
+    named = [launch.options.get("model_draft")]
+    adapters = launch.options.get("lora_list")
+    for adapter in adapters if isinstance(adapters, list | tuple) else ():
+        named.append(adapter.get("local_path") if isinstance(adapter, dict) else None)
+    paths = [Path(name) for name in named if isinstance(name, str)]
+    if launch.artifact.projector and model_path:
+        folder = model_path if model_path.is_dir() else model_path.parent
+        paths.append(folder / Path(launch.artifact.projector).name)
+    total = 0
+    for path in paths:
+        with contextlib.suppress(OSError):  # the engine says what it lacks
+            total += sum(sizes_in(path).values()) if path.is_dir() else path.stat().st_size
+    return total
 
 
 def size_up(
@@ -45,20 +109,55 @@ def size_up(
     sizes: Mapping[str, int] | None,
     facts: Facts | None,
     unknown: list[str],
+    experience: Experience,
     *,
-    is_on_gpu: bool,
-) -> Sizing | None:
-    """What one copy takes; None, which is added to `unknown`, if nobody knows.
+    has_gpus: bool,
+    specs: Sequence[ModelSpec] = (),
+    beside_bytes: int = 0,
+) -> Sizing:
+    """What one copy takes; 0 bytes, and a sentence in `unknown`, if nobody knows.
 
     Args:
+        needs: what the engine asks for.
         sizes: the bytes of each file that is to be loaded; None if they are not known.
         facts: what the files say, if they are here.
+        specs: of the family, for advice.
+        beside_bytes: of `bytes_beside`, without what is among `sizes`.
     """
+    on_gpu = has_gpus and needs.n_gpu != 0 and needs.gpu_idx != ()
+    estimated = _estimated(launch, needs, sizes, facts, specs, beside_bytes, on_gpu=on_gpu)
+    seen = None if needs.is_elastic else experience.peak_bytes(launch, on_gpu=on_gpu)
+    if launch.memory_bytes is not None:
+        told, basis = launch.memory_bytes, "as the launch says (memory)"
+    elif seen is not None:
+        told, basis = round(seen * SEEN_FACTOR), "as was seen in earlier runs"
+    elif estimated is not None:
+        return estimated
+    else:
+        if launch.artifact.has_files:
+            unknown.append("How much memory it takes: neither its files nor a size in billions are known.")
+        told, basis = 0, "unknown"
+    if estimated is None:
+        return Sizing(needs=msgspec.structs.replace(needs, memory_bytes=told), basis=basis)
+    return Sizing(
+        needs=msgspec.structs.replace(estimated.needs, memory_bytes=told), basis=basis, estimate=estimated.estimate
+    )
+
+
+def _estimated(
+    launch: Launch,
+    needs: Needs,
+    sizes: Mapping[str, int] | None,
+    facts: Facts | None,
+    specs: Sequence[ModelSpec],
+    beside_bytes: int,
+    *,
+    on_gpu: bool,
+) -> Sizing | None:
     spec = launch.artifact.spec
     billions = billions_of(spec.model_size_in_billions) if spec.model_size_in_billions is not None else None
     weight_bytes, basis = _weight_bytes(sizes, facts, spec, billions)
     if weight_bytes is None:
-        unknown.append("How much memory it takes: neither its files nor a size in billions are known.")
         return None
     if facts and facts.is_attention_known and facts.width:
         attention, width = facts.attention, facts.width
@@ -69,11 +168,40 @@ def size_up(
         if launch.artifact.family.model_type != "LLM":
             attention = ()
         basis += ", and the cache as usual models of that size have it: an estimate" if attention else ""
-    cache = needs.cache or Cache(tokens=_tokens(launch, facts))
+    weight_bytes += beside_bytes
     if launch.artifact.projector:
         weight_bytes += sum(size for name, size in (sizes or {}).items() if "mmproj" in name.lower())
-    sized = estimate(weight_bytes, attention, width, cache, on_gpu=is_on_gpu)
-    return Sizing(sized, attention, cache, basis)
+    cache = _cache(launch, needs, facts)
+    needs = msgspec.structs.replace(needs, cache=cache, attention=attention)
+    parts = estimate(weight_bytes, attention, width, cache, on_gpu=on_gpu)
+    parts = msgspec.structs.replace(parts, kv_cache=cache_bytes_of(needs), engine=needs.overhead_bytes or parts.engine)
+    needs = msgspec.structs.replace(
+        needs,
+        memory_bytes=parts.total,
+        overhead_bytes=parts.engine,
+        lighter=_lighter(spec, specs, weight_bytes, parts.total - weight_bytes),
+    )
+    return Sizing(needs=needs, basis=basis, estimate=parts)
+
+
+def _cache(launch: Launch, needs: Needs, facts: Facts | None) -> Cache:
+    """As the engine sets it up, with room for as many sequences as it has at least."""
+    cache = needs.cache or Cache(tokens=_tokens(launch, needs, facts))
+    sequences = max(cache.sequences, needs.cache_tokens // cache.tokens)
+    return msgspec.structs.replace(cache, sequences=sequences)
+
+
+def _lighter(chosen: ModelSpec, specs: Sequence[ModelSpec], weight_bytes: int, rest_bytes: int) -> dict[str, int]:
+    """What specs in the same format would take whose weights are fewer, the largest first."""
+    found: dict[str, int] = {}
+    for spec in specs:
+        billions = billions_of(spec.model_size_in_billions) if spec.model_size_in_billions is not None else None
+        if billions is None or spec.model_format != chosen.model_format:
+            continue
+        fewer = usual_weight_bytes(billions, spec.model_format, spec.quantization)
+        if fewer < weight_bytes:
+            found.setdefault(f"{spec.model_size_in_billions}B {spec.quantization}", fewer + rest_bytes)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _weight_bytes(
@@ -107,26 +235,34 @@ def _billions(weight_bytes: int, spec: ModelSpec) -> float:
     return min(max(weight_bytes / per_billion, 0.001), 9e4)
 
 
-def _tokens(launch: Launch, facts: Facts | None) -> int:
-    """Of a cache whose engine does not say how large it makes it."""
+def _tokens(launch: Launch, needs: Needs, facts: Facts | None) -> int:
+    """Of a cache whose engine does not say how large it makes it: all that the model was made for if it is set up at
+    the start, else as many as are usual.
+    """
     family = launch.artifact.family
     for key in ("context_length", "max_model_len", "context_size", "n_ctx"):
         if isinstance(said := launch.options.get(key), int) and said > 0:
             return said
     known = (facts.context_length if facts else None, getattr(family, "context_length", None))
-    return next(filter(None, (*known, getattr(family, "max_tokens", None))), USUAL_TOKENS)
+    longest = next(filter(None, (*known, getattr(family, "max_tokens", None))), USUAL_TOKENS)
+    return longest if needs.cache_tokens else min(longest, USUAL_TOKENS)
 
 
-def told(sizing: Sizing, replicas: int) -> Memory:
-    parts = sizing.estimate
+def told(sizing: Sizing, replicas: int) -> Memory | None:
+    """For people; None if there is nothing to tell."""
+    parts, cache = sizing.estimate, sizing.needs.cache
+    if parts is None or cache is None:
+        return None
+    is_estimate = sizing.needs.memory_bytes == parts.total
+    guessed = "activations and the engine's own are" if is_estimate else "the parts are"
     return Memory(
         weights_bytes=parts.weights,
         kv_cache_bytes=parts.kv_cache,
         activations_bytes=parts.activations,
         engine_bytes=parts.engine,
-        total_bytes=parts.total,
-        tokens=sizing.cache.tokens,
-        sequences=sizing.cache.sequences,
+        total_bytes=sizing.needs.memory_bytes,
+        tokens=cache.tokens,
+        sequences=cache.sequences,
         replicas=replicas,
-        basis=f"{sizing.basis}; activations and the engine's own are always an estimate.",
+        basis=f"{sizing.basis}; {guessed} always an estimate.",
     )

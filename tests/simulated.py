@@ -22,6 +22,7 @@ from gateway.deployment import Deployment
 from gateway.dispatch import Dispatcher
 from gateway.environments import Recipe
 from gateway.errors import HostlerError
+from gateway.experience import Experience
 from gateway.nodes.local import LocalNode
 from gateway.placement import Device
 from gateway.replica import Replica, ReplicaFailed, State, _failure
@@ -187,6 +188,8 @@ class World:
             environments=Path("/"),
             recipe=Recipe(),
             changed=deployment.notify,
+            observe=self._observe,
+            experience=Experience(),
             place=partial(self.dispatcher.place, deployment),
             tell=lambda kind, text: None,
         )

@@ -24,6 +24,7 @@ VERBS = {
     "embedding": "Turn texts into vectors.",
     "rerank": "Order texts by how well they answer a query.",
     "check": "Say whether a launch would work, and what it would take.",
+    "plan": "Say what models of a settings file would run where.",
     "register": "Add a model of your own.",
     "validate": "Say what is wrong with a model's JSON, and what could run it.",
     "unregister": "Forget a model of your own.",

@@ -171,6 +171,42 @@ def test_it_needs_what_the_launch_says(fields: dict[str, Any], needs: Needs) -> 
 
 
 @pytest.mark.parametrize(
+    ("options", "fields", "n_gpu", "can_spread"),
+    [
+        ({}, {}, None, True),
+        ({"n_gpu_layers": 0}, {}, 0, True),
+        ({"n_gpu_layers": 0}, {"n_gpu": 1}, 1, True),  # the launch's word goes first
+        ({"n_gpu_layers": 20}, {}, None, True),
+        ({"tensor_split": [3, 1, 1]}, {}, 3, True),
+        ({"split_mode": "none"}, {}, None, False),
+    ],
+)
+def test_its_options_say_where_it_computes(
+    options: dict[str, Any], fields: dict[str, Any], n_gpu: int | None, can_spread: bool
+) -> None:
+    found = LlamaCpp().needs(a_launch(options, **fields))
+    assert (found.n_gpu, found.can_spread) == (n_gpu, can_spread)
+
+
+def test_a_build_that_links_no_gpu_library_asks_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.llama_cpp.find_binary", lambda *_: None)
+    monkeypatch.setattr("engines.llama_cpp.package_folder", lambda *_: tmp_path)
+    (tmp_path / "a.abi3.so").write_bytes(b"\0libc.so.6\0")
+    monkeypatch.setattr("engines.vllm.GPU_DEVICES", ("null",))
+    assert LlamaCpp().needs(a_launch()).n_gpu == 0
+    (tmp_path / "b.abi3.so").write_bytes(b"\0libc.so.6\0libcuda.so.1\0")
+    assert LlamaCpp().needs(a_launch()).n_gpu is None
+    monkeypatch.setattr("engines.vllm.GPU_DEVICES", ("no-such-device",))
+    (tmp_path / "b.abi3.so").unlink()
+    assert LlamaCpp().needs(a_launch()).n_gpu is None
+
+
+def test_a_copy_that_got_no_gpu_offloads_nothing(binary: LlamaCpp) -> None:
+    command = binary.command(a_launch({"n_gpu_layers": 99}), MODEL, Placement(gpu_uuids=()), SOCKET, None)
+    assert command.argv[command.argv.index("--n-gpu-layers") + 1] == "0"
+
+
+@pytest.mark.parametrize(
     ("options", "cache"),
     [
         ({}, Cache(tokens=4096, sequences=4)),

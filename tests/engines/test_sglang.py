@@ -134,3 +134,21 @@ def test_embeddings_and_adapters(engine: Sglang) -> None:
     assert flags(engine, family=an_embedding())["--is-embedding"] is True
     launch = a_launch({"lora_list": [{"lora_name": "a", "local_path": "/l/a"}]})
     assert engine.with_adapter(launch, "a") == {"lora_path": "a"}
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "n_gpu", "share"),
+    [
+        ({}, {}, None, 0.88),
+        ({"mem_fraction_static": 0.5}, {}, None, 0.5),
+        ({"tp_size": 2}, {}, 2, 0.88),
+        ({"tp_size": 2, "pp_size": 2}, {}, 4, 0.88),
+        ({"tp_size": 2}, {"gpu_idx": (0, 1)}, None, 0.88),
+        ({}, {"n_gpu": 1}, 1, 0.88),
+    ],
+)
+def test_it_asks_for_a_share_of_each_gpu(
+    options: dict[str, Any], fields: dict[str, Any], n_gpu: int | None, share: float, engine: Sglang
+) -> None:
+    needs = engine.needs(a_launch(options, **fields))
+    assert (needs.n_gpu, needs.gpu_share, needs.is_elastic, needs.can_spread) == (n_gpu, share, True, True)

@@ -188,3 +188,25 @@ def test_tool_calls_are_read_one_after_the_other(size: int) -> None:
 def test_a_call_that_is_cut_off_is_read_if_it_can_be() -> None:
     assert message(CALL.removesuffix("</tool_call>"), 5, **TOOLS)["tool_calls"]
     assert message(CALL[:20], 5, **TOOLS)["content"] == CALL[:20]
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "expected"),
+    [
+        ({}, {}, (None, None, False)),
+        ({"device_map": "auto"}, {}, (None, None, True)),
+        ({"device": "cpu"}, {}, (None, 0, False)),
+        ({"device": "cuda:2"}, {}, ((2,), None, False)),
+        ({"device": "cuda:2"}, {"gpu_idx": (1,)}, ((1,), None, False)),
+        ({"device": "cuda"}, {"n_gpu": 1}, (None, 1, False)),
+    ],
+)
+def test_its_device_says_where_it_computes(options: dict[str, Any], fields: dict[str, Any], expected: Any) -> None:
+    needs = ENGINE.needs(a_launch(options, **fields))
+    assert (needs.gpu_idx, needs.n_gpu, needs.can_spread) == expected
+
+
+def test_the_gpu_that_it_got_is_the_first_that_it_sees() -> None:
+    command = ENGINE.command(a_launch({"device": "cuda:2"}), FOLDER, Placement(gpu_uuids=("GPU-2",)), SOCKET, None)
+    assert json.loads(command.env["WORKER_OPTIONS"])["device"] == "cuda"
+    assert command.env["CUDA_VISIBLE_DEVICES"] == "GPU-2"

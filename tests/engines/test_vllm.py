@@ -12,6 +12,7 @@ from llms import FOLDER, a_family, a_launch, a_package, a_python, an_artifact, a
 from engines.base import Endpoint, EngineSettings, Placement
 from engines.vllm import NOT_FLAGS, Vllm, VllmOptions
 from registry.decode import DecodeError
+from registry.memory import Cache
 from registry.schema import RerankFamily
 
 SOCKET = Endpoint(socket="/run/a.sock", api_key="the-secret-key")
@@ -160,6 +161,62 @@ def test_on_gpus_it_is_left_to_vllm_how_to_compile_and_the_sampler_is_the_one_th
 def test_all_gpus_that_it_got_work_together(options: dict[str, Any], n_gpu: int, expected: Any, gpu: Vllm) -> None:
     placement = Placement(gpu_uuids=tuple(f"GPU-{number}" for number in range(n_gpu)))
     assert flags(gpu, options, placement).get("--tensor-parallel-size") == expected
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("options", "memory_gb", "expected"),
+    [
+        ({}, {"GPU-a": 21.4}, "0.25"),  # 1.4 GB are taken beyond the share
+        ({}, {"GPU-a": 21.44}, "0.25"),  # rounded so that it stays within the promise
+        ({}, {"GPU-a": 1}, "0.01"),
+        ({}, {"GPU-a": 41.4, "GPU-b": 41.4}, "0.5"),
+        ({}, {"GPU-a": 21.4, "GPU-c": 21.4}, "0.25"),  # the same of both, within the promise of each
+        ({"gpu_memory_utilization": 0.9}, {"GPU-a": 21.4}, "0.9"),
+        ({}, {"GPU-a": 0}, None),  # nobody knows what it needs
+        ({}, {"ram": 9}, None),
+    ],
+)
+def test_its_share_of_a_gpu_is_what_it_was_promised(
+    options: dict[str, Any], memory_gb: dict[str, float], expected: str | None, gpu: Vllm
+) -> None:
+    placement = Placement(
+        gpu_uuids=tuple(uuid for uuid in memory_gb if uuid != "ram"),
+        memory={key: round(size * GB) for key, size in memory_gb.items()},
+        gpu_totals={"GPU-a": 80 * GB, "GPU-b": 80 * GB, "GPU-c": 40 * GB},
+    )
+    assert flags(gpu, options, placement).get("--gpu-memory-utilization") == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "expected"),
+    [
+        ({}, {}, {"n_gpu": None, "can_spread": True, "gpu_counts": (2, 4, 8, 16), "is_elastic": True}),
+        ({}, {"n_gpu": 1}, {"n_gpu": 1}),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, {}, {"n_gpu": 4}),
+        ({"tensor_parallel_size": 2}, {"gpu_idx": (3, 4)}, {"n_gpu": None, "gpu_idx": (3, 4)}),
+        ({"gpu_memory_utilization": 0.5}, {}, {"gpu_share": 0.5}),
+        ({"max_model_len": 8192}, {}, {"cache": Cache(tokens=8192), "cache_tokens": 16384}),
+        ({"max_model_len": "32k"}, {}, {"cache": None}),
+        ({"context_length": 512, "kv_cache_dtype": "fp8"}, {}, {"cache": Cache(tokens=512, key_bits=8, value_bits=8)}),
+        ({"kv_cache_memory_bytes": 4 * GB}, {}, {"cache_bytes": 4 * GB}),
+    ],
+)
+def test_what_it_asks_for(options: dict[str, Any], fields: Any, expected: dict[str, Any], gpu: Vllm) -> None:
+    needs = gpu.needs(a_launch(options, **fields))
+    assert {name: getattr(needs, name) for name in expected} == expected
+
+
+def test_the_cpu_build_asks_for_no_gpu_and_sets_up_the_cache_that_was_reckoned(cpu: Vllm) -> None:
+    needs = cpu.needs(a_launch())
+    assert (needs.n_gpu, needs.cache_unit_bytes, needs.is_elastic) == (0, 2**30, False)
+    assert cpu.needs(a_launch({"cpu_kv_cache_gib": 3})).cache_bytes == 3 * 2**30
+    placement = Placement(gpu_uuids=(), memory={"ram": 9 * GB}, cache_bytes=2 * 2**30)
+    assert cpu.command(a_launch(), FOLDER, placement, SOCKET, None).env["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    told = cpu.command(a_launch({"cpu_kv_cache_gib": 3}), FOLDER, placement, SOCKET, None)
+    assert told.env["VLLM_CPU_KVCACHE_SPACE"] == "3"
 
 
 @pytest.mark.parametrize(

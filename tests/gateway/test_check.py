@@ -16,12 +16,13 @@ from harness import Gateway, StartGateway
 from model_files import F32, gguf, llama_folder
 from stand_in import StandIn
 
-from engines.base import Placement
+from engines.base import RAM, Launch, Needs, Placement
 from gateway.cli import hostler
 from gateway.gpus import Gpu, GpuProcess
-from gateway.room import Holder, Ram, Room, advice, observe_devices
-from gateway.sizing import Sizing
-from registry.memory import Attention, Cache, estimate
+from gateway.placement import Device
+from gateway.room import Holder, find_room, observe_gpus, verdict
+from registry.resolve import Artifact
+from registry.schema import LLMFamily, ModelSpec, Source
 
 GB = 10**9
 LLAMA = {
@@ -227,51 +228,68 @@ async def test_the_verb_takes_what_launch_takes(start_gateway: StartGateway, tmp
 # --- rooms
 
 
-def a_gpu(index: int, free_gb: int, *processes: GpuProcess, total_gb: int = 80) -> Gpu:
+def a_gpu(index: int, free_gb: int, *processes: GpuProcess, total_gb: int = 80) -> Device:
     used = (total_gb - free_gb) * GB
-    return Gpu(index=index, uuid=f"U{index}", name="a", total_bytes=total_gb * GB, used_bytes=used, processes=processes)
+    gpu = Gpu(index=index, uuid=f"U{index}", name="a", total_bytes=total_gb * GB, used_bytes=used, processes=processes)
+    return Device(key=gpu.uuid, total_bytes=gpu.total_bytes, foreign_bytes=gpu.used_bytes, gpu=gpu)
 
 
-RAM = Ram(total_bytes=64 * GB, free_bytes=32 * GB, holders=())
+def an_llm_launch(**fields: Any) -> Launch:
+    spec = ModelSpec(model_format="ggufv2", quantization="q4_0", model_hub="local", model_id="/m.gguf")
+    family = LLMFamily(model_name="m", model_specs=(), model_ability=("chat",))
+    artifact = Artifact(family=family, spec=spec, source=Source(model_hub="local", model_id="/m.gguf"))
+    return Launch(uid="m", artifact=artifact, engine="llama.cpp", **fields)
 
 
-def on(*uuids: str) -> Placement:
-    return Placement(gpu_uuids=uuids)
+THE_RAM = Device(key=RAM, total_bytes=64 * GB, foreign_bytes=32 * GB)
 
 
 @pytest.mark.parametrize(
-    ("gpus", "placements", "needed_gb", "fits"),
+    ("gpus", "wish", "needed_gb", "fits"),
     [
-        ([], [], 32, True),
-        ([], [], 33, False),
-        ([a_gpu(0, 40)], [on("U0")], 40, True),
-        ([a_gpu(0, 40)], [on("U0")], 41, False),
-        ([a_gpu(0, 40), a_gpu(1, 10)], [on("U0", "U1")], 20, True),
-        ([a_gpu(0, 40), a_gpu(1, 10)], [on("U0", "U1")], 21, False),  # evenly, so the fuller one decides
-        ([a_gpu(0, 40)], [on("U0"), on("U0")], 20, True),
-        ([a_gpu(0, 40)], [on("U0"), on("U0")], 21, False),
-        ([a_gpu(0, 40), a_gpu(1, 40)], [Placement()], 80, True),  # the engine uses what it sees
-        ([a_gpu(0, 0, total_gb=0)], [on("U0")], 1, None),  # a device that does not tell
+        ([], {}, 32, True),
+        ([], {}, 33, False),
+        ([], {"replica": 2}, 16, True),
+        ([], {"replica": 2}, 17, False),
+        ([a_gpu(0, 40)], {}, 40, True),
+        ([a_gpu(0, 40)], {}, 41, False),
+        ([a_gpu(0, 40), a_gpu(1, 10)], {"n_gpu": 2}, 20, True),
+        ([a_gpu(0, 40), a_gpu(1, 10)], {"n_gpu": 2}, 21, False),  # evenly, so the fuller one decides
+        ([a_gpu(0, 40)], {"replica": 2}, 20, True),
+        ([a_gpu(0, 40)], {"replica": 2}, 21, False),
+        ([a_gpu(0, 40), a_gpu(1, 40)], {"replica": 2}, 40, True),
+        ([a_gpu(0, 40), a_gpu(1, 40)], {}, 80, True),  # layer by layer
+        ([a_gpu(0, 0, total_gb=0)], {}, 1, None),  # a device that does not tell
+        ([a_gpu(0, 40)], {}, 0, None),
+        ([a_gpu(0, 10)], {"cpu_fallback": True}, 32, True),
     ],
 )
-def test_what_fits(gpus: list[Gpu], placements: list[Placement], needed_gb: int, fits: bool | None) -> None:
-    assert Room(gpus, placements, RAM).fits(needed_gb * GB, max(1, len(placements))) is fits
+def test_what_fits(gpus: list[Device], wish: dict[str, Any], needed_gb: int, fits: bool | None) -> None:
+    launch = an_llm_launch(**wish)
+    needs = Needs(n_gpu=launch.n_gpu, memory_bytes=needed_gb * GB, can_spread=True)
+    room = find_room(launch, needs, [*gpus, THE_RAM], ())
+    assert room.fits is fits
+    assert (room.refusal is None) == (fits is not False)
 
 
-def test_advice_names_a_context_more_gpus_and_who_could_go() -> None:
+def test_what_is_loaded_already_has_its_room() -> None:
+    launch, needs = an_llm_launch(), Needs(memory_bytes=20 * GB)
+    loaded = [Placement(memory={"U0": 15 * GB})]
+    assert find_room(launch, needs, [a_gpu(0, 35), THE_RAM], loaded).fits
+    room = find_room(launch, needs, [a_gpu(0, 34), THE_RAM], loaded)
+    assert (room.fits, room.name, room.free_bytes) == (False, "GPU 0", 19 * GB)
+    said = verdict([], room, needs, 1)
+    assert said == "It does not fit beside what is loaded now. It takes about 20,000 MB, and GPU 0 has 19,000 MB free."
+
+
+def test_gpus_are_told_with_their_processes_by_name() -> None:
     mine, other = GpuProcess(pid=os.getpid(), used_bytes=30 * GB), GpuProcess(pid=2**30, used_bytes=None)
-    gpus = [a_gpu(0, 40, mine, other), a_gpu(1, 70)]
-    layers = (Attention(layers=10, key=1000, value=1000),)
-    cache = Cache(tokens=1_400_000)
-    sizing = Sizing(estimate(20 * GB, layers, 1000, cache), layers, cache, "")
-    devices = observe_devices(gpus, {os.getpgid(0): "big-rep0"}, {"U0"})
-    said = advice(sizing, Room(gpus, [on("U0")], RAM), ["7B q4_0"], devices, RAM, 1)
-    assert said[0].startswith("A smaller context: up to 48")
-    assert said[1] == "Another spec of the family: 7B q4_0."
-    assert said[2] == "n_gpu 2: the emptiest 2 GPUs have room for one copy."
-    assert said[3] == "The end of big-rep0, which holds 30,000 MB."
-    assert said[4] == f"The end of process {2**30} (of another container or user), which holds an unknown amount."
-    assert devices[0].holders[1] == Holder(pid=2**30, used_bytes=None)
+    devices = [a_gpu(0, 40, mine, other), a_gpu(1, 70), THE_RAM]
+    room = find_room(an_llm_launch(gpu_idx=(0,)), Needs(gpu_idx=(0,), memory_bytes=GB), devices, ())
+    first, second = observe_gpus(devices, {os.getpgid(0): "big-rep0"}, room)
+    assert (first.is_wanted, first.free_bytes, second.is_wanted) == (True, 40 * GB, False)
+    assert (first.holders[0].model, first.holders[0].used_bytes) == ("big-rep0", 30 * GB)
+    assert first.holders[1] == Holder(pid=2**30, used_bytes=None)
 
 
 # --- validate

@@ -22,9 +22,11 @@ from engines.base import EngineSettings, Launch
 from engines.llama_cpp import LlamaCpp
 from gateway.config import Settings
 from gateway.deployment import Deployment
+from gateway.devices import Limits, Observer, SimulatedMachine
 from gateway.dispatch import Dispatcher
 from gateway.environments import Recipe
 from gateway.errors import ModelFailed, ShuttingDown
+from gateway.experience import Experience
 from gateway.nodes.local import open_node
 from gateway.placement import Device
 from gateway.replica import Replica, State
@@ -74,6 +76,8 @@ async def deployed(
                 log=folder / f"{index}.log",
                 restart_limit=restart_limit,
                 place=partial(dispatcher.place, deployment),
+                observe=partial(Observer(SimulatedMachine().look).observe, (), Limits()),
+                experience=Experience(),
                 tell=lambda kind, text: None,
                 download_stall_s=60,
                 probe_interval_s=10,

@@ -14,12 +14,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from nvml import Driver
 
 from engines.base import RAM
 from gateway import devices
 from gateway.devices import Held, Limits, Observer, Seen, SimulatedMachine, devices_of, look_here, machine_of
 from gateway.footprint import Footprint, families, footprint
-from gateway.gpus import Gpu, GpuProcess
+from gateway.gpus import Gpu, GpuProcess, list_gpus
 from gateway.placement import Device
 
 GB = 10**9
@@ -125,7 +126,78 @@ async def test_bytes_that_appear_are_passing_until_they_have_stayed(monkeypatch:
     assert await passing() == 0
 
 
+async def test_engines_that_take_more_than_they_were_promised_leave_less_of_the_limit() -> None:
+    held = Held(name="mine-rep0", pid=OURS, memory={RAM: 8 * GB})
+    look = seen(a_gpu(0), ram_used_bytes=20 * GB, footprints={OURS: Footprint(own_bytes=11 * GB)})
+    ram = devices_of(look, (held,), Limits(ram_limit=30 * GB))[-1]
+    assert ram.free({RAM: 8 * GB}) == (30 - 11) * GB
+
+
 # --- this machine
+
+
+async def test_a_driver_that_knows_our_engines_child_and_a_stranger() -> None:
+    """The whole way from what a driver tells of real processes."""
+    child = "import subprocess,sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True); input()'])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "1\n"
+        [worker] = (pid for pid in families({process.pid}) if pid != process.pid)
+        holding = {worker: 12 * GB, os.getpid(): 5 * GB}
+        driver = Driver({"uuid": "U0", "total": 80 * GB, "used": 18 * GB, "processes": holding})
+        observer = Observer(partial(look_here, partial(list_gpus, nvml=driver, environment={})))
+        gpu, _ = await observer.observe([Held(name="mine-rep0", pid=process.pid, memory={"U0": 20 * GB})], Limits())
+    finally:
+        process.communicate("\n", timeout=10)
+    assert gpu.foreign_bytes == 6 * GB
+    assert gpu.free({"U0": 20 * GB}) == 54 * GB
+    assert [holder.partition(",")[0] for holder in gpu.holders] == ["mine-rep0 (20", f"process {os.getpid()}"]
+
+
+HOLDER = """
+import ctypes, sys
+cuda, device, context, at = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
+assert cuda.cuInit(0) == 0
+assert cuda.cuDeviceGet(ctypes.byref(device), 0) == 0
+assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
+assert cuda.cuCtxSetCurrent(context) == 0
+assert cuda.cuMemAlloc_v2(ctypes.byref(at), ctypes.c_size_t(int(sys.argv[1]))) == 0
+print("up", flush=True)
+input()
+"""
+
+
+@pytest.mark.skipif(not list_gpus(), reason="there is no NVIDIA GPU here")
+async def test_a_real_gpu_tells_our_bytes_from_a_strangers() -> None:
+    gpu = next(gpu for gpu in list_gpus() if gpu.slice_of is None)
+    observer = Observer(partial(look_here, list_gpus))
+    before, *_ = await observer.observe((), Limits())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(size)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu.uuid},
+        )
+        for size in (2 * GB, 3 * GB)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout
+            assert process.stdout.readline() == "up\n"
+        held = Held(name="mine-rep0", pid=processes[0].pid, memory={gpu.uuid: 4 * GB})
+        after, *_ = await observer.observe([held], Limits())
+    finally:
+        for process in processes:
+            process.communicate("\n", timeout=10)
+    assert after.key == gpu.uuid
+    assert 3 * GB <= after.foreign_bytes - before.foreign_bytes < 4.5 * GB  # its context comes on top
+    assert any(holder.startswith(f"process {processes[1].pid}, python") for holder in after.holders)
 
 
 def test_an_engines_memory_is_that_of_all_its_processes(tmp_path: Path) -> None:

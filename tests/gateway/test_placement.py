@@ -9,10 +9,11 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llms import a_launch
 
 from engines.base import RAM, Needs, Placement
 from gateway.gpus import Gpu, list_gpus
-from gateway.placement import Device, NoRoom, place
+from gateway.placement import Device, NoRoom, needs_of, place
 from registry.memory import Attention, Cache, kv_cache_bytes
 
 GB = 10**9
@@ -145,7 +146,7 @@ def test_on_the_cpu_it_is_the_machines_memory_that_counts() -> None:
     assert not found.for_ever
     assert found.text == (
         "it needs about 5,000 MB, and there is no room: the machine's memory has 4,000 MB of 8,000 MB free: 3,000 MB "
-        "are given to models, 1,000 MB are kept free (big-rep0). The end of big-rep0. Less ram_headroom. `memory` of "
+        "are given to models (big-rep0), 1,000 MB are kept free. The end of big-rep0. Less ram_headroom. `memory` of "
         "the launch, if it takes less than is estimated."
     )
 
@@ -179,6 +180,39 @@ def test_a_refusal_says_what_would_make_it_fit() -> None:
         "The end of train (pid 7).",
         "`memory` of the launch, if it takes less than is estimated.",
     )
+
+
+def test_an_engine_that_chooses_sees_all_gpus_unless_the_launch_says_more() -> None:
+    needs = Needs(chooses=True)
+    assert place(needs, FOUR, {}) == Placement()
+    assert gpus_of(msgspec.structs.replace(needs, n_gpu=1), FOUR) == ("GPU-2",)
+    assert gpus_of(msgspec.structs.replace(needs, memory_bytes=5 * GB), FOUR) == ("GPU-1",)
+
+
+@pytest.mark.parametrize(
+    ("named", "gpu_idx"),
+    [("1,3", (1, 3)), ("2", (2,)), ("", ()), ("GPU-1", None), ("1,", None), (None, None)],
+)
+def test_a_launchs_own_variable_names_its_gpus(named: str | None, gpu_idx: tuple[int, ...] | None) -> None:
+    launch = a_launch(envs={} if named is None else {"CUDA_VISIBLE_DEVICES": named})
+    assert needs_of(launch, Needs(), 0).gpu_idx == gpu_idx
+    launch = a_launch(envs={"CUDA_VISIBLE_DEVICES": "0"}, n_gpu=2)
+    assert needs_of(launch, Needs(n_gpu=2), 0).gpu_idx is None
+
+
+def test_a_share_that_is_too_small_for_the_model_is_told() -> None:
+    said = gpus_of(Needs(memory_bytes=9 * GB, gpu_share=0.5), FOUR)
+    assert said.startswith("it needs about 9,000 MB of each GPU and takes 50% of a GPU, and there is no room")
+    assert gpus_of(Needs(memory_bytes=9 * GB, gpu_share=0.5, can_spread=True), FOUR) == ("GPU-1", "GPU-2")
+
+
+def test_a_shorter_context_is_no_advice_where_the_cache_would_stay_as_large() -> None:
+    attention, cache = (Attention(layers=10, key=1000, value=1000),), Cache(tokens=50_000, sequences=2)
+    needs = Needs(memory_bytes=9 * GB, cache=cache, attention=attention)
+    for tokens, is_said in ((0, True), (100_000, False)):
+        found = place(msgspec.structs.replace(needs, cache_tokens=tokens), [a_device(0, 8)], {})
+        assert isinstance(found, NoRoom)
+        assert ("A smaller context" in found.text) is is_said
 
 
 def test_bytes_that_came_lately_are_not_for_ever() -> None:

@@ -1,0 +1,193 @@
+"""`hostler plan`: what would run where, on a machine that need not be there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from llms import a_launch
+from model_files import F32, gguf
+
+from engines.base import Launch, Needs
+from gateway.cli import hostler
+from gateway.devices import Limits, SimulatedGpu, SimulatedMachine, SimulatedProcess, devices_of
+from gateway.placement import NoRoom, place
+from gateway.plan import draw_up, free_after
+from gateway.sizing import Sizing
+
+EIGHT = Path(__file__).parents[2] / "configs" / "eight-gpus"
+GIB = 2**30
+
+
+def run(tmp_path: Path, *words: str) -> Any:
+    return CliRunner().invoke(hostler, ["plan", *words], env={"HOSTLER_HOME": str(tmp_path / "home")})
+
+
+def rows_of(done: Any) -> dict[str, dict[str, Any]]:
+    return {f"{row['model']}/{row['replica']}": row for row in json.loads(done.output)["models"]}
+
+
+def test_twelve_models_on_eight_gpus_one_of_them_held_by_somebody_else(tmp_path: Path) -> None:
+    done = run(tmp_path, str(EIGHT / "models.yaml"), "--machine", str(EIGHT / "machine.yaml"), "--json")
+    assert done.exit_code == 1, done.output  # two are refused
+    rows = rows_of(done)
+    assert {name: (row["status"], row["devices"]) for name, row in rows.items()} == {
+        "assistant/0": ("placed", ["GPU 1", "GPU 2"]),
+        "assistant/1": ("placed", ["GPU 3", "GPU 4"]),
+        "coder/0": ("placed", ["GPU 10"]),
+        "chat/0": ("placed", ["GPU 5"]),
+        "small/0": ("placed", ["GPU 0"]),
+        "sliced/0": ("placed", ["GPU 8"]),
+        "thinker/0": ("placed", ["GPU 6"]),
+        "mixture/0": ("placed", ["GPU 5"]),
+        "half/0": ("in turn", ["GPU 5"]),
+        "beside/0": ("refused", []),
+        "llama/0": ("in turn", ["GPU 5"]),
+        "on-cpu/0": ("placed", ["the machine's memory"]),
+        "giant/0": ("refused", []),
+    }
+    assert rows["half/0"]["text"] == "Has room while models there are unloaded: chat, mixture."
+    assert rows["half/0"]["memory"] == {"GPU-5": 40 * GIB}
+    beside = rows["beside/0"]["text"]
+    assert "GPU 0 has 19,327 MB of 85,899 MB free: 65,498 MB are held by others (process 1, train.py" in beside
+    assert "Another spec of the family: 4B none" in beside
+    assert "on each of 7 GPUs" in rows["giant/0"]["text"]
+    devices = {device["name"]: device for device in json.loads(done.output)["devices"]}
+    given: dict[str, int] = {}
+    for row in rows.values():
+        if row["status"] == "placed":
+            for key, size in row["memory"].items():
+                given[key] = given.get(key, 0) + size
+    for device in devices.values():
+        rest = device["total_bytes"] - device["foreign_bytes"] - device["headroom_bytes"] - given.get(device["key"], 0)
+        assert device["free_bytes"] == rest >= 0
+
+
+def test_the_table_is_for_people(tmp_path: Path) -> None:
+    done = run(tmp_path, str(EIGHT / "models.yaml"), "--machine", str(EIGHT / "machine.yaml"))
+    assert done.exit_code == 1
+    lines = done.output.splitlines()
+    assert lines[0].split()[:5] == ["MODEL", "COPY", "ENGINE", "LOADED", "WHERE"]
+    assert any(line.startswith("half") and "GPU 5, in turn" in line for line in lines)
+    assert any(line.startswith("beside/0 (refused): it needs about ") for line in lines)
+    assert any("process 1, train.py (65,498 MB)" in line for line in lines)
+
+
+def a_file(tmp_path: Path, **models: dict[str, Any]) -> str:
+    path = tmp_path / "settings.yaml"
+    path.write_text(json.dumps({"models": models}))
+    return str(path)
+
+
+QWEN = {"model_name": "qwen2.5-instruct", "model_format": "ggufv2", "quantization": "q8_0"}
+
+
+def test_gpus_in_a_word_and_what_is_preloaded_first(tmp_path: Path) -> None:
+    file = a_file(
+        tmp_path,
+        late=QWEN | {"model_size_in_billions": 7},
+        early=QWEN | {"model_size_in_billions": 7, "preload": True},
+        first=QWEN | {"model_size_in_billions": 7, "preload": True, "priority": 1},
+        allowed=QWEN | {"model_size_in_billions": 7, "cpu_fallback": True},
+    )
+    done = run(tmp_path, file, "--gpus", "1x24GiB", "--json")
+    rows = rows_of(done)
+    assert [*rows] == ["first/0", "early/0", "late/0", "allowed/0"]
+    assert [row["status"] for row in rows.values()] == ["placed", "placed", "in turn", "placed"]
+    assert rows["allowed/0"]["devices"] == ["the machine's memory"]
+    assert rows["allowed/0"]["text"].startswith("On the CPU, as cpu_fallback allows")
+    assert done.exit_code == 0
+
+
+def test_this_machine_and_files_that_are_here(tmp_path: Path) -> None:
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": 2,
+        "llama.embedding_length": 32,
+        "llama.context_length": 8192,
+        "llama.attention.head_count": 4,
+    }
+    model = tmp_path / "tiny-f32.gguf"
+    model.write_bytes(gguf(metadata, {"a": ([1000], F32)}, data=4000))
+    file = a_file(
+        tmp_path, tiny={"model_path": str(model), "n_gpu": 0}, said={"model_path": str(model), "memory": "2GB"}
+    )
+    done = run(tmp_path, file, "--json")
+    rows = rows_of(done)
+    assert rows["tiny/0"]["status"] == "placed"
+    assert rows["tiny/0"]["basis"].startswith("weights from the headers of its files")
+    assert (rows["said/0"]["memory_bytes"], rows["said/0"]["basis"]) == (2 * 10**9, "as the launch says (memory)")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--gpus", "8xlarge"], "is no size"),
+        (["--machine", "nowhere.yaml"], "cannot be read"),
+        (["--machine", "bad.yaml"], "Unknown key 'cards'"),
+    ],
+)
+def test_what_is_no_machine_is_told(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text("cards: 3")
+    done = run(tmp_path, a_file(tmp_path), *words)
+    assert done.exit_code == 1
+    assert told in done.output
+    assert run(tmp_path, a_file(tmp_path), "--gpus", "1x1GB", "--machine", "x").exit_code == 2
+
+
+# --- whatever is wished of whatever machine
+
+
+@st.composite
+def wishes(draw: st.DrawFn) -> tuple[Launch, Sizing]:
+    fields = {
+        "uid": f"m{draw(st.integers(0, 10**9))}",
+        "replica": draw(st.integers(1, 3)),
+        "preload": draw(st.booleans()),
+        "pinned": draw(st.booleans()),
+        "priority": draw(st.integers(-2, 2)),
+        "cpu_fallback": draw(st.booleans()),
+        "n_gpu": draw(st.sampled_from([None, None, 0, 1, 2])),
+    }
+    needs = Needs(n_gpu=fields["n_gpu"], memory_bytes=draw(st.integers(1, 120)), can_spread=draw(st.booleans()))
+    return a_launch(**fields), Sizing(needs=needs, basis="drawn")
+
+
+@given(
+    st.lists(wishes(), max_size=8, unique_by=lambda wish: wish[0].uid),
+    st.lists(st.integers(1, 100), max_size=4),
+    st.integers(0, 200),
+)
+def test_what_is_planned_fits_at_once_and_what_is_refused_never_would(
+    wanted: list[tuple[Launch, Sizing]], gpus: list[int], ram: int
+) -> None:
+    totals = [SimulatedGpu(total=total, processes=(SimulatedProcess(name="x", used=total // 3),)) for total in gpus]
+    seen = SimulatedMachine(gpus=tuple(totals), ram=ram + 1).look(())
+    devices = devices_of(seen, (), Limits(gpu_headroom=2))
+    rows = draw_up(wanted, devices)
+    assert len(rows) == sum(launch.replica for launch, _ in wanted)
+    order = [(not row.preload, -row.priority) for row in rows]
+    assert order == sorted(order)
+    for key, left in free_after(rows, devices).items():
+        device = next(device for device in devices if device.key == key)
+        given = sum(row.memory.get(key, 0) for row in rows if row.status == "placed")
+        assert left == device.free({}) - given
+        assert left >= 0 or not given
+    by_uid = {launch.uid: (launch, sizing) for launch, sizing in wanted}
+    is_any_pinned = any(launch.pinned for launch, _ in wanted)
+    for row in rows:
+        launch, sizing = by_uid[row.model]
+        alone = place(sizing.needs, devices, {}, cpu_fallback=launch.cpu_fallback)
+        if isinstance(alone, NoRoom):
+            assert row.status == "refused"
+        elif launch.replica == 1 and not is_any_pinned:
+            assert row.status != "refused"
+        assert bool(row.text) or row.status == "placed"

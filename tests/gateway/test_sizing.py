@@ -1,0 +1,162 @@
+"""What a launch needs: as it says, as was seen, as its files' headers say, or as sizes that are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from llms import a_launch, an_artifact
+from model_files import F32, gguf
+
+from engines.base import Launch, Needs
+from engines.llama_cpp import LlamaCpp
+from engines.remote import Remote
+from gateway.experience import Experience
+from gateway.placement import Device, NoRoom, place
+from gateway.sizing import needs_now, size_up
+from registry.memory import CPU_ENGINE_BYTES, GPU_ENGINE_BYTES, Cache
+from registry.resolve import NO_FILES
+from registry.schema import ModelSpec, Source
+from registry.weights import Facts
+
+GB = 10**9
+LLAMA = {
+    "general.architecture": "llama",
+    "llama.block_count": 2,
+    "llama.embedding_length": 32,
+    "llama.context_length": 8192,
+    "llama.attention.head_count": 4,
+}
+NOTHING = Experience()
+
+
+class Known(Experience):
+    """Earlier runs that took so much."""
+
+    def __init__(self, peak_bytes: int) -> None:
+        super().__init__()
+        self._peak_bytes = peak_bytes
+
+    def peak_bytes(self, launch: Launch, *, on_gpu: bool = False) -> int | None:
+        return self._peak_bytes
+
+
+def a_spec(billions: float | str | None, quantization: str = "q4_0", **more: Any) -> ModelSpec:
+    return ModelSpec(
+        model_format="ggufv2",
+        quantization=quantization,
+        model_size_in_billions=billions,
+        model_hub="local",
+        model_id="/m",
+        **more,
+    )
+
+
+def of_spec(spec: ModelSpec, **fields: Any) -> Launch:
+    return a_launch(artifact=msgspec.structs.replace(an_artifact(), spec=spec), **fields)
+
+
+async def test_the_headers_of_files_tell(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf(LLAMA, {"a": ([1000], F32)}, data=4000))
+    launch = of_spec(a_spec(None), options={"n_ctx": 100, "n_parallel": 1})
+    needs = await needs_now(launch, LlamaCpp(), 0, path, NOTHING, has_gpus=False)
+    kv_bytes = 100 * 2 * (32 + 32) * 2
+    assert needs.memory_bytes == 4000 + kv_bytes + 100 * 32 * 36 + CPU_ENGINE_BYTES
+    assert needs.overhead_bytes == CPU_ENGINE_BYTES
+    on_gpu = await needs_now(launch, LlamaCpp(), 0, path, NOTHING, has_gpus=True)
+    assert on_gpu.memory_bytes - needs.memory_bytes == GPU_ENGINE_BYTES - CPU_ENGINE_BYTES
+    placement = place(needs, [], {})
+    assert not isinstance(placement, NoRoom)
+    assert placement.cache_bytes == kv_bytes
+
+
+def sized(launch: Launch, needs: Needs, experience: Experience = NOTHING, **more: Any) -> tuple[int, str]:
+    found = size_up(launch, needs, None, None, [], experience, **{"has_gpus": True} | more)
+    return found.needs.memory_bytes, found.basis
+
+
+def test_the_launchs_word_goes_before_what_was_seen_and_that_before_estimates() -> None:
+    launch = of_spec(a_spec(7))
+    assert sized(launch, Needs())[1].startswith("weights from 7 billion parameters")
+    assert sized(launch, Needs(), Known(4 * GB)) == (round(4 * GB * 1.05), "as was seen in earlier runs")
+    said = msgspec.structs.replace(launch, memory_bytes=2 * GB)
+    assert sized(said, Needs(), Known(4 * GB)) == (2 * GB, "as the launch says (memory)")
+
+
+def test_what_an_engine_took_that_fills_what_it_gets_tells_nothing() -> None:
+    assert sized(of_spec(a_spec(7)), Needs(is_elastic=True), Known(70 * GB)) == sized(of_spec(a_spec(7)), Needs())
+
+
+def test_nobody_knows_what_has_neither_files_nor_size() -> None:
+    unknown: list[str] = []
+    found = size_up(of_spec(a_spec(None)), Needs(), None, None, unknown, NOTHING, has_gpus=False)
+    assert (found.needs.memory_bytes, found.estimate) == (0, None)
+    assert unknown[0].startswith("How much memory it takes: ")
+
+
+def test_a_cache_has_room_for_so_many_tokens_at_least_in_whole_units() -> None:
+    launch = of_spec(a_spec(7))
+    plain = size_up(launch, Needs(cache=Cache(tokens=1000)), None, None, [], NOTHING, has_gpus=True)
+    many = size_up(launch, Needs(cache=Cache(tokens=1000), cache_tokens=4096), None, None, [], NOTHING, has_gpus=True)
+    whole = size_up(
+        launch, Needs(cache=Cache(tokens=1000), cache_unit_bytes=2**30), None, None, [], NOTHING, has_gpus=True
+    )
+    told = size_up(launch, Needs(cache_bytes=5 * GB), None, None, [], NOTHING, has_gpus=True)
+    sizes = [one.estimate.kv_cache for one in (plain, many, whole, told) if one.estimate]
+    assert sizes == [sizes[0], 4 * sizes[0], 2**30, 5 * GB]
+
+
+def test_lighter_specs_of_the_family_are_known_for_advice() -> None:
+    specs = [a_spec(7, "q4_0"), a_spec("0_5", "q8_0"), a_spec(14, "q8_0")]
+    needs = size_up(of_spec(a_spec(7, "q8_0")), Needs(), None, None, [], NOTHING, has_gpus=False, specs=specs).needs
+    assert list(needs.lighter) == ["7B q4_0", "0_5B q8_0"]
+    found = place(needs, [Device(key="ram", total_bytes=needs.lighter["7B q4_0"])], {})
+    assert isinstance(found, NoRoom)
+    assert "Another spec of the family: 7B q4_0, 0_5B q8_0." in found.remedies
+
+
+async def test_what_is_served_elsewhere_takes_nothing_here() -> None:
+    artifact = msgspec.structs.replace(an_artifact(), source=Source(model_hub=NO_FILES, model_id="x"))
+    launch = a_launch({"url": "http://127.0.0.1:1/v1"}, artifact=artifact)
+    needs = await needs_now(launch, Remote(), 0, Path(), NOTHING, has_gpus=True)
+    assert (needs.memory_bytes, needs.n_gpu) == (0, 0)
+
+
+async def test_what_is_loaded_beside_the_model_counts(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf(LLAMA, {"a": ([1000], F32)}, data=4000))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name, size in (("draft.gguf", 500), ("mmproj.gguf", 70), ("adapter/a.safetensors", 9)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    lora = [{"lora_name": "a", "local_path": str(adapter)}, {"lora_name": "b", "local_path": "/nowhere"}]
+    options = {"n_ctx": 100, "n_parallel": 1}
+    plain = await needs_now(of_spec(a_spec(None), options=options), LlamaCpp(), 0, path, NOTHING, has_gpus=False)
+    launch = of_spec(a_spec(None), options=options | {"model_draft": str(tmp_path / "draft.gguf"), "lora_list": lora})
+    launch = msgspec.structs.replace(
+        launch, artifact=msgspec.structs.replace(launch.artifact, projector="sub/mmproj.gguf")
+    )
+    more = await needs_now(launch, LlamaCpp(), 0, path, NOTHING, has_gpus=False)
+    assert more.memory_bytes - plain.memory_bytes == 579
+
+
+@pytest.mark.parametrize(
+    ("needs", "options", "tokens", "sequences"),
+    [
+        (Needs(), {}, 4096, 1),  # it grows as it is used
+        (Needs(), {"context_length": 6000}, 6000, 1),
+        (Needs(cache_tokens=16384), {}, 8192, 2),  # it is set up at the start, for the longest request
+        (Needs(cache_tokens=4000), {}, 8192, 1),
+        (Needs(cache=Cache(tokens=300, sequences=4)), {}, 300, 4),
+    ],
+)
+def test_a_cache_is_as_long_as_the_engine_has_it(
+    needs: Needs, options: dict[str, Any], tokens: int, sequences: int
+) -> None:
+    facts = Facts(weight_bytes=GB, context_length=8192)
+    found = size_up(of_spec(a_spec(1), options=options), needs, None, facts, [], NOTHING, has_gpus=True).needs.cache
+    assert found
+    assert (found.tokens, found.sequences) == (tokens, sequences)
