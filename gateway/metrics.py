@@ -41,7 +41,7 @@ RETRIES = Counter(
     "hostler_request_retries", "Requests sent a second time, as the engine died before a byte.", ("model",)
 )
 ENGINE_RESTARTS = Counter(
-    "hostler_engine_failures", "Lives of an engine that ended otherwise than by our wish.", ("model",)
+    "hostler_engine_failures", "Lives of an engine that ended otherwise than by our wish, and why.", ("model", "cause")
 )
 
 

@@ -146,7 +146,7 @@ class NoProcess:
         await self._is_killed.wait()
         return Exit(code=0)
 
-    def log_tail(self) -> tuple[str, ...]:
+    def log_tail(self, lines: int = TAIL_LINES) -> tuple[str, ...]:
         """Nothing."""
         return ()
 

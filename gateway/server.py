@@ -23,6 +23,7 @@ from gateway.app import create_app
 from gateway.config import Settings
 from gateway.errors import SettingsError
 from gateway.fleet import Fleet, open_fleet
+from gateway.limits import AcceptWatch, raise_open_files
 
 logger = logging.getLogger("hostler.server")
 
@@ -73,6 +74,7 @@ def run(settings: Settings, greeting: Greeting | None = None) -> None:
     Raises:
         SettingsError: the address is taken, the data folder is in use, or a declared model cannot be served.
     """
+    raise_open_files()
     with _only_one_in(settings.home_path), _listening_socket(settings) as listener:
         config = uvicorn.Config(
             None,  # type: ignore[arg-type]  # the app comes with the fleet, which needs a running loop
@@ -92,6 +94,7 @@ def run(settings: Settings, greeting: Greeting | None = None) -> None:
 async def _serve(
     settings: Settings, config: uvicorn.Config, listener: socket.socket, greeting: Greeting | None
 ) -> None:
+    asyncio.get_running_loop().set_exception_handler(AcceptWatch())
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     async with open_fleet(settings) as fleet:

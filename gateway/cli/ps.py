@@ -34,12 +34,15 @@ def command(client: Client, as_json: bool) -> None:
                 str(replica["in_flight"]),
                 str(replica["waiting"]),
                 seconds(replica["idle_s"]),
-                _failure(replica["failure"]),
+                _failure(replica["failure"], replica["degraded"]),
             ]
             for replica in replicas
         ],
     )
 
 
-def _failure(failure: dict[str, Any] | None) -> str:
-    return f"{failure['reason']}, {seconds(time.time() - failure['at'])} ago" if failure else "-"
+def _failure(failure: dict[str, Any] | None, degraded: str | None) -> str:
+    if failure is None:
+        return "-"
+    ago = f"{failure['cause']}: {failure['reason']}, {seconds(time.time() - failure['at'])} ago"
+    return f"{ago}; now with {degraded}" if degraded else ago
