@@ -117,6 +117,7 @@ TELLS: tuple[tuple[str, str, Cause], ...] = (
     ("SGLang", r"Not enough memory[.;:]|Please try (to increase|increasing) --mem-fraction-static", Cause.CACHE_MEMORY),
     (ANY, r"\bMemoryError\b|bad_alloc\b|Cannot allocate memory|DefaultCPUAllocator", Cause.MEMORY),
     (ANY, r"[Ii]nsufficient memory|[Nn]ot enough memory|failed to mmap|[Uu]nable to allocate", Cause.MEMORY),
+    ("vLLM", r"on kv cache allocation is less than requested memory", Cause.MEMORY),
     (ANY, r"failed to allocate (memory|compute|buffer|(CPU|Host)\w* buffer)", Cause.MEMORY),
     # limits of the system
     (ANY, r"No space left on device|Disk quota exceeded|\[Errno (28|122)\]", Cause.DISK_FULL),

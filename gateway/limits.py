@@ -26,7 +26,6 @@ OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE})
 OUT_OF_MEMORY = frozenset({errno.ENOMEM, errno.ENOBUFS})
 OUT_OF_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 NO_NEW_THREAD = "can't start new thread"
-ACCEPT_FAILED = "socket.accept() out of system resource"
 
 
 def raise_open_files() -> int:

@@ -40,6 +40,7 @@ CANCELLED = Counter(
 RETRIES = Counter(
     "hostler_request_retries", "Requests sent a second time, as the engine died before a byte.", ("model",)
 )
+REFUSED = Counter("hostler_requests_refused", "Requests refused, as too many clients were connected.")
 ENGINE_RESTARTS = Counter(
     "hostler_engine_failures", "Lives of an engine that ended otherwise than by our wish, and why.", ("model", "cause")
 )

@@ -176,6 +176,7 @@ class Replica:
                 else:
                     await self._until_retry(self.retry_at - time.monotonic())
         except asyncio.CancelledError:
+            self._begin_anew()
             self._enter(State.STOPPED)
             raise
 
