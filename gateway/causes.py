@@ -52,6 +52,8 @@ class Cause(enum.StrEnum):
 
 
 OF_MEMORY = frozenset({Cause.GPU_MEMORY, Cause.CACHE_MEMORY, Cause.MEMORY})
+# What is nobody's fault but the machine's: it is tried again for as long as it takes.
+OF_MACHINE = frozenset({Cause.DISK_FULL, Cause.LIMITS})
 # What the same start again cannot mend.
 LASTING = frozenset({Cause.ARGUMENTS, Cause.LIBRARY, Cause.FILES, Cause.LICENCE})
 OF_CRASHES = OF_MEMORY | {Cause.GPU}  # of which programs abort

@@ -263,12 +263,12 @@ class Replica:
             )
         except DownloadFailed as exc:
             advice = "Correct the model's source." if exc.permanent else "It is tried again."
-            cause = Cause.DOWNLOAD
-            if causes.is_of_full_disk(str(exc)):
-                advice, cause = causes.ADVICE[Cause.DISK_FULL], Cause.DISK_FULL
-            raise ReplicaFailed(
-                _failure(f"its files cannot be had: {str(exc).rstrip('.')}", advice, cause, final=exc.permanent)
-            ) from exc
+            reason = f"its files cannot be had: {str(exc).rstrip('.')}"
+            if causes.is_of_full_disk(reason):
+                failure = _failure(reason, causes.ADVICE[Cause.DISK_FULL], Cause.DISK_FULL)
+            else:
+                failure = _failure(reason, advice, Cause.DOWNLOAD, final=exc.permanent)
+            raise ReplicaFailed(failure) from exc
         finally:
             self.progress = None
 
@@ -375,7 +375,8 @@ class Replica:
         self.failure = failure
         metrics.ENGINE_RESTARTS.labels(self.launch.uid, failure.cause).inc()
         is_safer = self._try_safer(failure)
-        is_final = failure.permanent or (self.failures_in_row >= self._restart_limit and not is_safer)
+        is_over = self.failures_in_row >= self._restart_limit and failure.cause not in causes.OF_MACHINE
+        is_final = failure.permanent or (is_over and not is_safer)
         logger.log(logging.ERROR if is_final else logging.WARNING, "%s: %s", self, failure)
         self.retry_at = 0.0 if is_final else time.monotonic() + self._backoff_s()
         self._enter(State.FAILED if is_final else State.BACKOFF)

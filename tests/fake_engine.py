@@ -10,6 +10,7 @@ variable of its own: FAKE_ENGINE, a JSON object with any of the keys of BEHAVIOU
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -26,6 +27,7 @@ BEHAVIOUR = {
     "exit_at_start": None,  # exit with this code after three lines on stderr
     "last_words": (),  # lines on stderr before it exits so
     "memory_for_tokens": None,  # with a larger --ctx-size it exits as llama-server does without memory
+    "exit_if_full": None,  # exits where this folder has no room
     "exit_before_ready_times": 0,  # the first N starts exit with exit_code; needs counter_file
     # Dying. A 1 means the first one; None means never.
     "exit_after_s": None,  # exit with exit_code, counted from the start of the process
@@ -105,6 +107,8 @@ def main() -> int:
         say(line)
     if behaviour.exit_at_start is not None:
         return fail_to_load(flags.model, behaviour.exit_at_start)
+    if behaviour.exit_if_full is not None and not shutil.disk_usage(behaviour.exit_if_full).free:
+        return fail_to_load(flags.model, 1)
     if behaviour.memory_for_tokens is not None and int(flags.ctx_size) > behaviour.memory_for_tokens:
         say(f"ggml_aligned_malloc: insufficient memory (attempted to allocate {flags.ctx_size} tokens)")
         return fail_to_load(flags.model, 1)

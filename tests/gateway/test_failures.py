@@ -9,15 +9,17 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from harness import Gateway, StartGateway, events_in
+from harness import Gateway, StartGateway, events_in, fake_model, until
 
 MEMORY = "ggml_aligned_malloc: insufficient memory (attempted to allocate 9.00 MB)"
 WRONG_FLAG = "error: unknown argument: --ctx-sise"
@@ -206,6 +208,74 @@ async def test_more_clients_than_open_files_are_told_and_the_rest_is_served(star
     assert log.count("Requests are refused") == 1
     assert "requests are taken again" in log
     assert "Traceback" not in log
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Take all room that is left."""
+    ballast = folder / "ballast"
+    with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        for size in (4096, 1):
+            with contextlib.suppress(OSError):
+                while file.write(b"x" * size):
+                    pass
+    return ballast
+
+
+async def test_on_a_full_disk_models_are_served_and_what_cannot_be_kept_is_told(
+    start_gateway: StartGateway, small_disk: Path, tmp_path: Path
+) -> None:
+    gateway = await start_gateway(fake={}, home=small_disk / "home")
+    ballast = fill(small_disk)
+    served = await gateway.complete()
+    assert served.status == 200, served.body
+    wish = {"model_uid": "mine"} | fake_model(tmp_path / "fake.gguf", {})
+    refused = await gateway.post("/v1/models", wish)
+    assert (refused.status, refused.error["code"]) == (503, "cannot_keep")
+    assert "No space left on device" in refused.error["message"]
+    assert list((gateway.home / "launches").iterdir()) == []
+    ballast.unlink()
+    assert (await gateway.post("/v1/models", wish)).status == 200
+    assert (await gateway.complete("mine")).status == 200
+
+
+async def test_what_ends_for_want_of_a_disk_is_back_once_there_is_room(
+    start_gateway: StartGateway, small_disk: Path
+) -> None:
+    said = ["OSError: [Errno 28] No space left on device"]
+    gateway = await start_gateway(fake={"exit_if_full": str(small_disk), "last_words": said}, restart_limit=1)
+    ballast = fill(small_disk)
+    while (answer := await gateway.complete()).error["code"] != "model_cooling_down":
+        pass
+    assert "the disk is full" in answer.error["message"]
+    ballast.unlink()
+    await gateway.post("/v1/models/fake/start")
+    assert (await gateway.complete()).status == 200
+
+
+async def test_a_gateway_that_can_start_no_process_lives_and_says_why(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={}, model={"preload": True}, restart_limit=2)
+    engine = await gateway.until(state="ready")
+    pid = gateway.process.pid
+    most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (10, most[1]))
+    os.kill(engine["pid"], signal.SIGKILL)
+    await until(lambda: "Too many open files" in gateway.log.read_text())
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, most)
+    replica = await gateway.until(state="ready")
+    assert replica["failure"]["cause"] == "limits"
+    assert (await gateway.complete()).status == 200
+    assert "Traceback" not in gateway.log.read_text()
 
 
 # --- engines killed at random under load
