@@ -186,8 +186,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
             DecodeError: naming the option that is wrong, or that this vLLM does not take.
         """
         known = self._flags()
-        given = {name.lstrip("-").replace("-", "_"): value for name, value in options.items()}
-        read: VllmOptions = super().read_options(with_extra_args(given, VllmOptions, known, OURS))
+        read: VllmOptions = super().read_options(with_extra_args(_by_name(options), VllmOptions, known, OURS))
         self._check(read, known)
         return read
 
@@ -206,6 +205,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
     def safer(self, launch: Launch, said: Sequence[str]) -> tuple[Launch, str] | None:
         """No CUDA graphs, fewer requests at once, and no longer ones than it says that it has room for."""
         options = self.read_options(launch.options)
+        launch = msgspec.structs.replace(launch, options=_by_name(launch.options))
         folder = self._folder()
         safer: dict[str, tuple[Any, str]] = {"max_num_seqs": (SAFER_NUM_SEQS, f"{SAFER_NUM_SEQS} requests at once")}
         if not (folder and _is_for_cpu(folder)):
@@ -278,6 +278,11 @@ class Vllm(Engine, frozen=True, kw_only=True):
         """The flags of the installed version, by their names in its code -> their types; none where it is not here."""
         folder = self._folder()
         return annotated_fields(folder, (*FRONTEND_FILES, ENGINE_FILE), ARGUMENTS) if folder else {}
+
+
+def _by_name(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that may be spelled as flags."""
+    return {name.lstrip("-").replace("-", "_"): value for name, value in options.items()}
 
 
 def with_extra_args(

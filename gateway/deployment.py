@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from engines.base import Engine, Launch
+from gateway.causes import Cause
 from gateway.errors import ModelCoolingDown, ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
 from gateway.replica import COMING, Replica, State
 
@@ -193,6 +194,12 @@ class Deployment:
     def served_name(self) -> str:
         """By what name the engine knows the model."""
         return self.engine.served_name(self.launch)
+
+    @property
+    def failure_cause(self) -> Cause | None:
+        """Why it does not serve now, where it has failed."""
+        failed = [replica.failure for replica in self.staying if replica.state in (State.BACKOFF, State.FAILED)]
+        return next((failure.cause for failure in failed if failure), None) if not self.ready() else None
 
     def progress_text(self) -> str:
         """What a waiting client is told: the stage, how long it lasts, and the last failure if there is one."""

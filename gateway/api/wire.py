@@ -84,6 +84,7 @@ def model_card(deployment: Deployment) -> dict[str, Any]:
         "created": int(deployment.launched_at),
         "owned_by": "hostler",
         "status": str(deployment.state),
+        "failure_cause": deployment.failure_cause,
         **description(deployment),
         "replica": launch.replica,
     }

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import signal
 import subprocess
 import time
@@ -21,6 +22,9 @@ import aiohttp
 import pytest
 from harness import Gateway, StartGateway, events_in, fake_model, until
 
+from engines.environments import worker_argv
+
+LIMIT_KIB = 1_500_000  # enough for 16 slots of 2048 tokens, not for 16 of 4096
 MEMORY = "ggml_aligned_malloc: insufficient memory (attempted to allocate 9.00 MB)"
 WRONG_FLAG = "error: unknown argument: --ctx-sise"
 
@@ -169,6 +173,34 @@ async def test_a_later_start_tries_the_whole_wish_again_and_the_wish_is_kept(
     assert (await gateway.complete()).status == 200
     contexts = [start["argv"][start["argv"].index("--ctx-size") + 1] for start in events_in(events, "start")]
     assert contexts == ["16384", "2048", "16384", "2048"]
+
+
+@pytest.mark.engine
+async def test_a_real_engine_without_memory_serves_with_less(tmp_path: Path, smollm2_gguf: Path) -> None:
+    limited = tmp_path / "llama-server"
+    worker = shlex.join(worker_argv("llama_cpp"))
+    limited.write_text(f'#!/bin/sh\nulimit -v {LIMIT_KIB}\nexec {worker} "$@"\n')
+    limited.chmod(0o755)
+    models = {"fake": {"model_path": str(smollm2_gguf), "options": {"n_threads": 1, "n_parallel": 16}}}
+    gateway = await Gateway.start(
+        tmp_path / "home", {"models": models, "engines": {"llama.cpp": {"binary": str(limited)}}}
+    )
+    try:
+        assert (await gateway.complete(max_tokens=4)).status == 200
+        replica = await gateway.until(state="ready", starts=2)
+        assert replica["failure"]["cause"] == "memory"
+        assert "context 2048 instead of 4096" in replica["degraded"]
+    finally:
+        await gateway.end()
+
+
+async def test_memory_that_is_lacking_in_mid_request_is_told_to_its_client(start_gateway: StartGateway) -> None:
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    fake = {"error_status": 500, "error_body": {"error": {"message": said, "type": "server_error"}}}
+    gateway = await start_gateway(fake=fake)
+    answer = await gateway.complete()
+    assert (answer.status, answer.error["message"], answer.error["source"]) == (500, said, "engine")
+    assert (await gateway.until(state="ready"))["starts"] == 1
 
 
 # --- limits of the machine
