@@ -18,7 +18,7 @@ from engines.base import Engine
 from gateway import limits
 
 LINES_READ = 400  # of a log's end: a chain of tracebacks begins with the line that tells
-LINE_SHOWN = 300
+LINE_SHOWN = 400
 LINES_READ_AFTER_READY = 120  # of one that served: what it said in earlier hours is not why it ended
 # Lines that are no errors, by the words of Python, vLLM and llama.cpp: engines warn of what might happen, too.
 NO_ERROR = re.compile(r"(\([^)]*\) )?(DEBUG|INFO|WARNING)\b|\d+\.\d+\.\d+\.\d+ [DIW] |.*\b\w*Warning: ")
@@ -244,13 +244,15 @@ def _told(engine: str, log: Sequence[str]) -> tuple[Cause, str] | None:
         if name in (ANY, engine):
             line = next((line for line in reversed(lines) if pattern.search(line)), None)
             if line is not None:
-                return cause, _without_begin(line)[:LINE_SHOWN]
+                return cause, _shown(line)
     return None
 
 
-def _without_begin(line: str) -> str:
+def _shown(line: str) -> str:
+    """Without who says it when, and not too long."""
     found = BEGIN.match(line)
-    return line[found.end() :].strip() if found else line.strip()
+    text = line[found.end() :].strip() if found else line.strip()
+    return text if len(text) <= LINE_SHOWN else f"{text[:LINE_SHOWN]}..."
 
 
 def _name(number: int | None) -> str:

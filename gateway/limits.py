@@ -5,22 +5,17 @@ Knows nothing of models.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import resource
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 logger = logging.getLogger("hostler.limits")
 
 OPEN_FILES_WANTED = 65_536  # no more: some programs walk over all the numbers that there could be
 OPEN_FILES_LOW = 4096
 FULL_BYTES = 64 * 1024
-TOLD_AGAIN_S = 60.0
 # Errors that say nothing of who gets them: the machine, or what we may have of it, is used up.
 OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE})
 OUT_OF_MEMORY = frozenset({errno.ENOMEM, errno.ENOBUFS})
@@ -81,39 +76,3 @@ def is_disk_full(folder: Path) -> bool:
         return shutil.disk_usage(folder).free < FULL_BYTES
     except OSError:
         return False
-
-
-class Told:
-    """Says a thing once, and not again before a minute has passed without it."""
-
-    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._say = say
-        self._clock = clock
-        self._last: float | None = None
-
-    def __call__(self, text: str) -> None:
-        """It has happened (again)."""
-        now = self._clock()
-        if self._last is None or now - self._last > TOLD_AGAIN_S:
-            self._say(text)
-        self._last = now
-
-
-class AcceptWatch:
-    """Of a door that could not take a connection: tells it once, instead of a traceback for each try."""
-
-    def __init__(self) -> None:
-        self.refusals = 0
-        self._tell = Told(logger.error)
-
-    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """The loop's exception handler."""
-        exc = context.get("exception")
-        if isinstance(exc, OSError) and exc.errno in OUT_OF_FILES | OUT_OF_MEMORY:
-            self.refusals += 1
-            self._tell(
-                f"A connection could not be taken: {exc.strerror}. Clients wait at the door until others have left. "
-                "More at once need a higher limit of open files (`ulimit -n`)."
-            )
-            return
-        loop.default_exception_handler(context)

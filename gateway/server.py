@@ -24,7 +24,7 @@ from gateway.config import Settings
 from gateway.crowd import Crowd
 from gateway.errors import SettingsError
 from gateway.fleet import Fleet, open_fleet
-from gateway.limits import AcceptWatch, raise_open_files
+from gateway.limits import raise_open_files
 
 logger = logging.getLogger("hostler.server")
 
@@ -95,7 +95,6 @@ def run(settings: Settings, greeting: Greeting | None = None) -> None:
 async def _serve(
     settings: Settings, config: uvicorn.Config, listener: socket.socket, greeting: Greeting | None, open_files: int
 ) -> None:
-    asyncio.get_running_loop().set_exception_handler(AcceptWatch())
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     async with open_fleet(settings) as fleet:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import resource
 from pathlib import Path
-
-import pytest
 
 from gateway import limits
 
 
-def test_as_many_open_files_as_allowed_are_taken(caplog: pytest.LogCaptureFixture) -> None:
+def test_as_many_open_files_as_allowed_are_taken() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
@@ -45,26 +41,3 @@ def test_the_kernels_kills_are_counted_in_our_group_or_else_on_the_machine(tmp_p
 
 def test_the_kernel_of_this_machine_counts() -> None:
     assert limits.oom_kills() is not None
-
-
-def test_a_thing_that_goes_on_is_told_once() -> None:
-    now, said = [0.0], list[str]()
-    tell = limits.Told(said.append, lambda: now[0])
-    for second in range(200):
-        now[0] = float(second)
-        tell("full")
-    assert said == ["full"]
-    now[0] += limits.TOLD_AGAIN_S + 1
-    tell("full again")
-    assert said == ["full", "full again"]
-
-
-async def test_what_the_door_cannot_take_is_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    loop, watch = asyncio.get_running_loop(), limits.AcceptWatch()
-    for _ in range(3):
-        watch(loop, {"message": "x", "exception": OSError(errno.EMFILE, "Too many open files")})
-    (record,) = caplog.records
-    assert "Too many open files" in record.message
-    assert watch.refusals == 3
-    watch(loop, {"message": "something else", "exception": ValueError("no")})
-    assert caplog.records[-1].message.startswith("something else")
