@@ -20,8 +20,12 @@ from gateway import limits
 LINES_READ = 400  # of a log's end: a chain of tracebacks begins with the line that tells
 LINE_SHOWN = 400
 LINES_READ_AFTER_READY = 120  # of one that served: what it said in earlier hours is not why it ended
-# Lines that are no errors, by the words of Python, vLLM and llama.cpp: engines warn of what might happen, too.
-NO_ERROR = re.compile(r"(\([^)]*\) )?(DEBUG|INFO|WARNING)\b|\d+\.\d+\.\d+\.\d+ [DIW] |.*\b\w*Warning: ")
+# Lines that tell no error, by the words of Python, vLLM and llama.cpp: warnings of what might happen, and the frames of
+# tracebacks.
+NO_ERROR = re.compile(
+    r"(\([^)]*\) )?(DEBUG|INFO|WARNING)\b|\d+\.\d+\.\d+\.\d+ [DIW] |.*\b\w*Warning: "
+    r"|(\([^)]*\) )?(ERROR \S+ \S+ \[[^]]*\])?\s+(File \"|\s{3})"
+)
 
 
 class Cause(enum.StrEnum):
@@ -131,7 +135,7 @@ TELLS: tuple[tuple[str, str, Cause], ...] = (
     (ANY, r"illegal memory access|device-side assert|uncorrectable ECC|\bXid\b", Cause.GPU),
     (ANY, r"\bCUDA error\b|CUDA initialization|unspecified launch failure|CUDNN_STATUS_", Cause.GPU),
     (ANY, r"NCCL error|ncclSystemError|ncclUnhandledCudaError", Cause.GPU),
-    (ANY, r"Torch not compiled with CUDA enabled|invalid device ordinal", Cause.GPU),
+    (ANY, r"Torch not compiled with CUDA enabled|No CUDA GPUs are available|invalid device ordinal", Cause.GPU),
     # addresses
     (ANY, r"[Aa]ddress already in use|\[Errno 98\]|couldn't bind HTTP server socket", Cause.ADDRESS),
     # options

@@ -31,7 +31,7 @@ def proc(root: Path, group: str = "", **files: str) -> Path:
 
 def test_the_kernels_kills_are_counted_in_our_group_or_else_on_the_machine(tmp_path: Path) -> None:
     vmstat = {"proc/vmstat": "nr_free_pages 7\noom_kill 5\n"}
-    events = {"sys/fs/cgroup/ours/memory.events": "low 0\noom 9\noom_kill 2\noom_group_kill 0\n"}
+    events = {"sys/fs/cgroup/ours/memory.events": "low 0\nhigh 0\nmax 48\noom 1\noom_kill 2\noom_group_kill 0\n"}
     control = {"sys/fs/cgroup/memory/ours/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"}
     assert limits.oom_kills(proc(tmp_path / "v2", "0::/ours\n", **vmstat, **events)) == 2
     assert limits.oom_kills(proc(tmp_path / "v1", "4:memory:/ours\n0::/\n", **vmstat, **control)) == 3
