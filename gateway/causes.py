@@ -132,7 +132,7 @@ TELLS: tuple[tuple[str, str, Cause], ...] = (
     # the GPU and its driver
     (ANY, r"no kernel image is available|CUDA driver version is insufficient", Cause.GPU),
     (ANY, r"NVIDIA driver on your system is too old|Found no NVIDIA driver|no CUDA-capable device", Cause.GPU),
-    (ANY, r"illegal memory access|device-side assert|uncorrectable ECC|\bXid\b", Cause.GPU),
+    (ANY, r"illegal memory access|device-side assert triggered|uncorrectable ECC|\bXid\b", Cause.GPU),
     (ANY, r"\bCUDA error\b|CUDA initialization|unspecified launch failure|CUDNN_STATUS_", Cause.GPU),
     (ANY, r"NCCL error|ncclSystemError|ncclUnhandledCudaError", Cause.GPU),
     (ANY, r"Torch not compiled with CUDA enabled|No CUDA GPUs are available|invalid device ordinal", Cause.GPU),
