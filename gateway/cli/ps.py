@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from typing import Any
 
@@ -10,6 +11,8 @@ import click
 from gateway.amounts import megabytes
 from gateway.cli.options import as_json_option, print_json, print_table, seconds, with_client
 from gateway.client import Client
+
+REASON_SHOWN = 120  # the whole is in --json and in the log
 
 
 @click.command("ps")
@@ -44,5 +47,6 @@ def command(client: Client, as_json: bool) -> None:
 def _failure(failure: dict[str, Any] | None, degraded: str | None) -> str:
     if failure is None:
         return "-"
-    ago = f"{failure['cause']}: {failure['reason']}, {seconds(time.time() - failure['at'])} ago"
+    reason = textwrap.shorten(failure["reason"], REASON_SHOWN, placeholder=" ...")
+    ago = f"{failure['cause']}: {reason}, {seconds(time.time() - failure['at'])} ago"
     return f"{ago}; now with {degraded}" if degraded else ago

@@ -11,6 +11,7 @@ import resource
 import shlex
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections import Counter
@@ -49,6 +50,20 @@ async def test_the_cause_is_told_wherever_a_failure_is(start_gateway: StartGatew
     assert any("memory did not suffice" in event for event in await events_of(gateway))
     metrics = (await gateway.get("/metrics")).body.decode()
     assert 'hostler_engine_failures_total{cause="memory",model="fake"}' in metrics
+
+
+async def test_the_command_line_says_why(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={"exit_at_start": 1, "last_words": [MEMORY]}, restart_limit=1)
+    await gateway.complete()
+    await gateway.until(state="failed")
+
+    async def say(verb: str) -> str:
+        argv = (sys.executable, "-P", "-m", "gateway.cli", verb, "--endpoint", gateway.address)
+        done = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.PIPE)
+        return (await done.communicate())[0].decode()
+
+    assert "failed (memory)" in await say("list")
+    assert "memory: the engine ended with exit code 1" in await say("ps")
 
 
 async def test_what_another_start_cannot_mend_is_not_tried_again(start_gateway: StartGateway) -> None:
@@ -93,6 +108,14 @@ async def test_a_request_during_a_long_back_off_is_told_at_once_when_to_come_bac
         assert int(answer.headers["retry-after"]) >= 1
         assert "exit code 3" in answer.error["message"]
         assert "hostler start fake" in answer.error["message"]
+
+
+async def test_a_stream_that_waits_is_told_of_a_long_back_off_in_an_event(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={"exit_at_start": 3}, restart_limit=100, keepalive_interval_s=0.1)
+    lines = await gateway.stream()
+    assert any(line.startswith(": fake is loading") for line in lines)
+    assert json.loads(lines[-2][6:])["error"]["code"] == "model_cooling_down"
+    assert lines[-1] == "data: [DONE]"
 
 
 async def test_a_start_ends_a_back_off(start_gateway: StartGateway, tmp_path: Path) -> None:
