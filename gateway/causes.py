@@ -106,7 +106,7 @@ OF_ERRNO = {
 }
 # Who says it and when, in the words of vLLM and llama.cpp.
 BEGIN = re.compile(r"\d+\.\d+\.\d+\.\d+ E |(\([^)]*\) )?((ERROR|CRITICAL) \S+ \S+ \[[^]]*\] )?")
-FULL_DISK = re.compile(r"No space left on device|Disk quota exceeded")
+FULL_DISK = re.compile(r"No space left on device|Disk quota exceeded|The disk is too small")
 ANY = ""
 
 # Which engine says it (ANY: all of them), what it says, what that means.
