@@ -217,6 +217,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """Public path -> upstream path, only where they differ."""
     chat_words: ClassVar[tuple[tuple[bytes, bytes], ...]] = ()
     """What is replaced in replies to chats, whole and streamed, where the engine's word is not that of clients."""
+    less_memory: ClassVar[str] = ""
+    """Which options make it need less memory; users read the sentence when it had too little."""
 
     settings: EngineSettings = EngineSettings()
     environments: Path | None = None
@@ -262,6 +264,16 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
         """Whether this launch's replicas listen on a Unix socket."""
         return self.unix_socket
 
+    def safer(self, launch: Launch, said: Sequence[str]) -> tuple[Launch, str] | None:
+        """The launch with options that need less memory, and what has changed; None if there are none to change.
+
+        What the launch itself says is left as it is.
+
+        Args:
+            said: the last lines of the engine that had too little.
+        """
+        return None
+
     def served_name(self, launch: Launch) -> str:
         """By what name the model is known to the server, if that cannot be the uid."""
         return launch.uid
@@ -296,6 +308,19 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     def choose_adapter(self, names: Sequence[str], lora_name: str) -> Mapping[str, Any]:
         """The fields by which the engine is told to use the adapter of that name, one of the launch's names."""
         return {"lora_name": lora_name}
+
+
+def with_safer_options(launch: Launch, safer: Mapping[str, tuple[Any, str]]) -> tuple[Launch, str] | None:
+    """The launch with those of the options that it does not say itself, and a sentence's part that tells them.
+
+    Args:
+        safer: name -> the value, and how to tell it.
+    """
+    new = {name: one for name, one in safer.items() if launch.options.get(name) is None}
+    if not new:
+        return None
+    options = launch.options | {name: value for name, (value, _) in new.items()}
+    return msgspec.structs.replace(launch, options=options), ", ".join(text for _, text in new.values())
 
 
 def worker_command(

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from engines.base import TORCH_BYTES, Adapter, Command, Endpoint, Engine, Launch, Placement, worker_command
+from engines.base import (
+    TORCH_BYTES,
+    Adapter,
+    Command,
+    Endpoint,
+    Engine,
+    Launch,
+    Placement,
+    with_safer_options,
+    worker_command,
+)
 from engines.environments import find_python, why_no_python
 from registry.resolve import Artifact
 from registry.schema import ModelSpec
@@ -17,6 +28,7 @@ from registry.schema import ModelSpec
 MODULES = ("diffusers", "torch", "transformers")
 FORMATS = ("pytorch", "diffusers")
 MOST_PIXELS = 2048 * 2048
+OF_GPU = re.compile(r"(CUDA|HIP|MPS)\b.*out of memory")
 
 
 class DiffusersOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,6 +88,20 @@ class Diffusers(Engine, frozen=True, kw_only=True):
     model_types = ("image", "video")
     overhead_bytes = TORCH_BYTES
     options = DiffusersOptions
+    less_memory = "Say vae_tiling and cpu_offload (or sequential_cpu_offload), or lower max_pixels."
+
+    def safer(self, launch: Launch, said: Sequence[str]) -> tuple[Launch, str] | None:
+        """Pictures decoded in tiles; on a GPU, only the part there that computes."""
+        options: DiffusersOptions = self.read_options(_of_family(launch) | launch.options)
+        safer: dict[str, tuple[Any, str]] = {}
+        if not options.vae_tiling:
+            safer["vae_tiling"] = (True, "pictures decoded in tiles")
+        if not options.attention_slicing:
+            safer["attention_slicing"] = (True, "attention in slices")
+        on_cpu = launch.n_gpu == 0 or options.device == "cpu"
+        if not (options.cpu_offload or options.sequential_cpu_offload or on_cpu) and OF_GPU.search("\n".join(said)):
+            safer["cpu_offload"] = (True, "what does not compute off the GPU")
+        return with_safer_options(launch, safer)
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""

@@ -17,7 +17,18 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.base import Adapter, Command, Endpoint, Engine, Launch, Needs, Placement, forced_flags, visible_gpus
+from engines.base import (
+    Adapter,
+    Command,
+    Endpoint,
+    Engine,
+    Launch,
+    Needs,
+    Placement,
+    forced_flags,
+    visible_gpus,
+    with_safer_options,
+)
 from engines.environments import find_binary, has_package, worker_argv
 from engines.packages import package_folder
 from engines.vllm import has_gpu
@@ -28,6 +39,7 @@ from registry.schema import EmbeddingFamily, RerankFamily
 
 GPU_LIBRARIES = (b"libcuda.so", b"libvulkan.so", b"libamdhip64.so")
 CONTEXT_LENGTH = 4096  # of one request, where the launch does not say; the engine caps it at the model's own
+LEAST_CONTEXT_LENGTH = 2048  # that a launch is cut down to where the memory does not suffice
 CACHE_RAM_MIB = 1024  # the engine's own default of 8 GiB is a surprise on a small machine
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
@@ -139,6 +151,7 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
     model_types = ("LLM", "embedding", "rerank")
     takes_flags = True
     options = LlamaCppOptions
+    less_memory = "Lower context_length, n_parallel or n_gpu_layers, or say cache_type_k: q8_0 and cache_type_v: q8_0."
 
     def listens_on_socket(self, launch: Launch) -> bool:
         """All but llama-cpp-python's server can."""
@@ -205,6 +218,20 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
             can_spread=options.split_mode != "none",
             cache=_cache(options, launch),
         )
+
+    def safer(self, launch: Launch, said: Sequence[str]) -> tuple[Launch, str] | None:
+        """One slot, and half of the context; an input that is read whole needs all of it."""
+        options: LlamaCppOptions = self.read_options(launch.options)
+        safer: dict[str, tuple[Any, str]] = {}
+        length = _per_request(options, launch)
+        if options.n_ctx is None and options.n_parallel > 1:
+            safer["n_parallel"] = (1, f"1 slot instead of {options.n_parallel}")
+        if options.n_ctx is None and length > LEAST_CONTEXT_LENGTH and not _reads_whole(launch):
+            less = max(LEAST_CONTEXT_LENGTH, length // 2)
+            safer["context_length"] = (less, f"context {less} instead of {length}")
+        if options.cache_ram_mib:
+            safer["cache_ram_mib"] = (0, "no cache of prompts")
+        return with_safer_options(launch, safer)
 
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None

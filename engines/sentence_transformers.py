@@ -5,18 +5,20 @@ Which of the two workers runs is told by the family's type; what a folder holds 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from engines.base import TORCH_BYTES, Command, Endpoint, Engine, Launch, Placement, worker_command
+from engines.base import TORCH_BYTES, Command, Endpoint, Engine, Launch, Placement, with_safer_options, worker_command
 from engines.environments import find_python, why_no_python
 from registry.resolve import Artifact
 from registry.schema import RerankFamily
 
 MODULES = ("sentence_transformers", "torch")
+SAFER_BATCH_TOKENS = 512  # an input that is longer goes alone
 WORKERS = {"embedding": "embedding", "rerank": "reranking"}
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -48,6 +50,13 @@ class SentenceTransformers(Engine, frozen=True, kw_only=True):
     model_types = ("embedding", "rerank")
     overhead_bytes = TORCH_BYTES
     options = SentenceTransformersOptions
+    less_memory = "Lower batch_tokens or max_tokens, or say dtype: bfloat16."
+
+    def safer(self, launch: Launch, said: Sequence[str]) -> tuple[Launch, str] | None:
+        """Smaller batches."""
+        return with_safer_options(
+            launch, {"batch_tokens": (SAFER_BATCH_TOKENS, f"batches of {SAFER_BATCH_TOKENS} tokens")}
+        )
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""

@@ -125,6 +125,7 @@ class Sglang(Engine, frozen=True, kw_only=True):
     model_types = ("LLM", "embedding")
     takes_flags = True
     options = SglangOptions
+    less_memory = "Change mem_fraction_static, or lower context_length or max_running_requests."
     unix_socket = False
 
     def installed(self) -> str | None:

@@ -7,7 +7,7 @@ refuses fields that clients send; its continuous batching does well also on a CP
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,7 @@ from engines.base import (
     Needs,
     Placement,
     family_ends,
+    with_safer_options,
     worker_command,
 )
 from engines.environments import find_python, why_no_python
@@ -66,6 +67,11 @@ class Transformers(Engine, frozen=True, kw_only=True):
     model_types = ("LLM",)
     overhead_bytes = TORCH_BYTES
     options = TransformersOptions
+    less_memory = "Lower kv_cache_tokens, max_num_seqs or context_length, or say dtype: bfloat16."
+
+    def safer(self, launch: Launch, said: Sequence[str]) -> tuple[Launch, str] | None:
+        """One sequence at a time, so that the cache is for one."""
+        return with_safer_options(launch, {"max_num_seqs": (1, "1 request at once")})
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from engines.base import (
     family_ends,
     forced_flags,
     visible_gpus,
+    with_safer_options,
 )
 from engines.environments import find_python, why_no_python
 from engines.packages import annotated_fields, distributions, literal_keys, package_folder
@@ -47,6 +49,11 @@ WITHIN_SHARE_BYTES = 1_000_000_000
 BEYOND_SHARE_BYTES = 1_400_000_000
 USUAL_CACHE_TOKENS = 16384  # of all sequences together, at least
 TENSOR_PARALLEL = (2, 4, 8, 16)  # heads are a multiple of these
+SAFER_NUM_SEQS = 16
+# What it says where a longest request does not fit into the cache, and how long one may be.
+FITTING_LENGTH = re.compile(r"estimated maximum model length is (\d+)|that can be stored in KV cache \((\d+)\)")
+FREE_MEMORY = re.compile(r"Free memory on device .*\(([\d.]+)/([\d.]+) GiB\) on startup is less than desired")
+SHARE_LEFT_FREE = 0.03
 GPU_FORMATS = ("pytorch", "gptq", "awq", "fp8", "fp4", "bnb")
 CPU_FORMATS = ("pytorch", "gptq", "awq")
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg", "davinci[0-9]*", "accel*", "dri/renderD*")
@@ -146,6 +153,10 @@ class Vllm(Engine, frozen=True, kw_only=True):
     takes_flags = True
     options = VllmOptions
     chat_words = ((b'"reasoning":', b'"reasoning_content":'),)  # its name for what others call reasoning_content
+    less_memory = (
+        "Lower max_model_len or max_num_seqs, say enforce_eager: true, or change gpu_memory_utilization (on a CPU: "
+        "cpu_kv_cache_gib)."
+    )
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -184,8 +195,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
             DecodeError: naming the option that is wrong, or that this vLLM does not take.
         """
         known = self._flags()
-        given = {name.lstrip("-").replace("-", "_"): value for name, value in options.items()}
-        read: VllmOptions = super().read_options(with_extra_args(given, VllmOptions, known, OURS))
+        read: VllmOptions = super().read_options(with_extra_args(_by_name(options), VllmOptions, known, OURS))
         self._check(read, known)
         return read
 
@@ -226,6 +236,29 @@ class Vllm(Engine, frozen=True, kw_only=True):
     def defaults(self, launch: Launch) -> Mapping[str, Any]:
         """The texts and tokens that end an answer of the family."""
         return family_ends(launch)
+
+    def safer(self, launch: Launch, said: Sequence[str]) -> tuple[Launch, str] | None:
+        """No CUDA graphs, fewer requests at once, and no longer ones than it says that it has room for."""
+        options = self.read_options(launch.options)
+        launch = msgspec.structs.replace(launch, options=_by_name(launch.options))
+        folder = self._folder()
+        safer: dict[str, tuple[Any, str]] = {"max_num_seqs": (SAFER_NUM_SEQS, f"{SAFER_NUM_SEQS} requests at once")}
+        if not (folder and _is_for_cpu(folder)):
+            safer["enforce_eager"] = (True, "no CUDA graphs")
+        elif options.cpu_kv_cache_gib is None:
+            safer["cpu_kv_cache_gib"] = (1, "1 GiB of cache")
+        text = "\n".join(said)
+        if (fits := FITTING_LENGTH.search(text)) and not options.context_length:
+            length = int(fits[1] or fits[2])
+            if length > 0:
+                safer["max_model_len"] = (length, f"context {length}")
+        if fits and "cpu_kv_cache_gib" in safer:
+            del safer["cpu_kv_cache_gib"]  # the cache was too small, not the memory
+        if free := FREE_MEMORY.search(text):
+            share = round(float(free[1]) / float(free[2]) - SHARE_LEFT_FREE, 2)
+            if share > 0:
+                safer["gpu_memory_utilization"] = (share, f"{share:.0%} of the GPU")
+        return with_safer_options(launch, safer)
 
     def choose_adapter(self, names: Sequence[str], lora_name: str) -> Mapping[str, Any]:
         """An adapter is a model of its own name to vLLM."""
@@ -280,6 +313,11 @@ class Vllm(Engine, frozen=True, kw_only=True):
         """The flags of the installed version, by their names in its code -> their types; none where it is not here."""
         folder = self._folder()
         return annotated_fields(folder, (*FRONTEND_FILES, ENGINE_FILE), ARGUMENTS) if folder else {}
+
+
+def _by_name(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that may be spelled as flags."""
+    return {name.lstrip("-").replace("-", "_"): value for name, value in options.items()}
 
 
 def with_extra_args(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from engines.base import Engine, Launch
-from gateway.errors import ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
+from gateway.causes import Cause
+from gateway.errors import ModelCoolingDown, ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
 from gateway.replica import COMING, Replica, State
 
 logger = logging.getLogger("hostler.deployment")
+
+COOLDOWN_S = 2.0  # who would have to wait longer for another try of a model that has failed is told so at once
 
 
 class Deployment:
@@ -79,16 +83,24 @@ class Deployment:
         Raises:
             TooManyRequests: the replicas are ready, and as busy as the launch allows.
             ModelFailed: no replica starts.
+            ModelCoolingDown: none is there, and none is about to be tried.
             ModelStopped: somebody stopped it meanwhile. Who comes after that waits for the next start.
             ShuttingDown: the deployment is ending.
         """
-        return self.take(await self._once_there_is(lambda: self.pick(avoid)))
+
+        def look() -> Replica | None:
+            replica = self.pick(avoid)
+            if replica is None and not self._stopping:
+                self.check_cooldown()
+            return replica
+
+        return self.take(await self._once_there_is(look))
 
     async def until_ready(self) -> None:
         """Start the model, and wait until a replica is ready; takes no place of a request.
 
         Raises:
-            As `acquire`, but TooManyRequests.
+            As `acquire`, but TooManyRequests and ModelCoolingDown: who launches waits for the last try.
         """
         await self._once_there_is(lambda: next(iter(self.ready()), None))
 
@@ -177,6 +189,19 @@ class Deployment:
         staying = self.staying
         return bool(staying) and all(replica.state is State.FAILED for replica in staying)
 
+    def check_cooldown(self) -> None:
+        """Raises ModelCoolingDown if all that is to come is the end of a back-off that is not near."""
+        staying = self.staying
+        resting = [replica.rest_s for replica in staying if replica.state is State.BACKOFF]
+        if not resting or any(replica.state not in (State.BACKOFF, State.FAILED) for replica in staying):
+            return
+        if (rest_s := min(resting)) > COOLDOWN_S:
+            raise ModelCoolingDown(
+                f"{self.reason_text()} It is tried again in {math.ceil(rest_s)} s; `hostler start {self.launch.uid}` "
+                "tries it now.",
+                retry_after_s=math.ceil(rest_s),
+            )
+
     @property
     def defaults(self) -> Mapping[str, Any]:
         """What requests get that do not say it themselves; read once a launch, as every request asks."""
@@ -188,6 +213,12 @@ class Deployment:
     def served_name(self) -> str:
         """By what name the engine knows the model."""
         return self.engine.served_name(self.launch)
+
+    @property
+    def failure_cause(self) -> Cause | None:
+        """Why it does not serve now, where it has failed."""
+        failed = [replica.failure for replica in self.staying if replica.state in (State.BACKOFF, State.FAILED)]
+        return next((failure.cause for failure in failed if failure), None) if not self.ready() else None
 
     def progress_text(self) -> str:
         """What a waiting client is told: the stage, how long it lasts, and the last failure if there is one."""

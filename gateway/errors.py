@@ -18,9 +18,11 @@ HostlerError
   CannotServe           the request is fine, but cannot be answered now: 5xx
     ModelLoading          503: still loading when the client's patience ended; worth a retry
     ModelFailed           503: it does not start; the text says why
+    ModelCoolingDown      503: it has failed, and is tried again when Retry-After is over
     ModelStopped          503: somebody stopped it while the request waited or was answered
     CannotKeep            503: a launch cannot be written to the data folder
     ShuttingDown          503: the gateway is ending
+    NoMoreFiles           503: the system lets the gateway open no more connections
     NotImplementedYet     501: a route that is known, and has nothing behind it here
     EngineDied            502: the engine went away while it answered
     BadReply              502: the engine answered what cannot be understood
@@ -40,12 +42,13 @@ class HostlerError(Exception):
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "internal_error"
     code: ClassVar[str | None] = None
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: int | None = None
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.retry_after_s = self.retry_after_s if retry_after_s is None else retry_after_s
 
 
 class SettingsError(HostlerError):
@@ -164,6 +167,12 @@ class ModelFailed(CannotServe):
     code = "model_failed"
 
 
+class ModelCoolingDown(CannotServe):
+    """The model has failed, and is tried again only when the time to come back is over; the text says why."""
+
+    code = "model_cooling_down"
+
+
 class ModelStopped(CannotServe):
     """Somebody stopped the model while the request waited for it or was answered by it."""
 
@@ -175,6 +184,13 @@ class CannotKeep(CannotServe):
     """What was asked for cannot be written to the data folder, so it was not done."""
 
     code = "cannot_keep"
+
+
+class NoMoreFiles(CannotServe):
+    """The system lets the gateway open no more files or connections now."""
+
+    code = "no_more_files"
+    retry_after_s = 5
 
 
 class NotImplementedYet(CannotServe):

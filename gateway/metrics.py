@@ -41,8 +41,9 @@ RETRIES = Counter(
     "hostler_request_retries", "Requests sent a second time, as the engine died before a byte.", ("model",)
 )
 EVICTIONS = Counter("hostler_model_evictions", "Replicas that were ended to make room for another model.", ("model",))
+REFUSED = Counter("hostler_requests_refused", "Requests refused, as too many clients were connected.")
 ENGINE_RESTARTS = Counter(
-    "hostler_engine_failures", "Lives of an engine that ended otherwise than by our wish.", ("model",)
+    "hostler_engine_failures", "Lives of an engine that ended otherwise than by our wish, and why.", ("model", "cause")
 )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
 
-from gateway.upstream import Upstream
+from gateway.upstream import CannotAsk, Upstream
 
 PAUSE_FIRST_S = 0.02
 PAUSE_LIMIT_S = 0.5
@@ -25,9 +26,10 @@ async def until_ready(upstream: Upstream, paths: Sequence[str]) -> str:
     """Until one of the paths answers 200; which one. For an engine that is just starting."""
     pause = PAUSE_FIRST_S
     while True:
-        for path in paths:
-            if await upstream.probe(path, READY_LIMIT_S) == 200:
-                return path
+        with contextlib.suppress(CannotAsk):
+            for path in paths:
+                if await upstream.probe(path, READY_LIMIT_S) == 200:
+                    return path
         await asyncio.sleep(pause)
         pause = min(PAUSE_LIMIT_S, pause * 1.5)
 
@@ -38,7 +40,10 @@ async def ask_once(upstream: Upstream, path: str) -> str:
     Raises:
         NotReady: it does not.
     """
-    status = await upstream.probe(path, REMOTE_LIMIT_S)
+    try:
+        status = await upstream.probe(path, REMOTE_LIMIT_S)
+    except CannotAsk as exc:
+        raise NotReady(str(exc)) from exc
     if status != 200:
         raise NotReady(f"GET {upstream.url_of(path)}: {_answer(status, upstream)}")
     return path
@@ -66,7 +71,10 @@ async def until_silent(
             began = time.monotonic()
             before = cpu_s() if began - last_asked < LEFT_S else None
             sent += 1  # our own
-            status = await upstream.probe(path, interval_s)
+            try:
+                status = await upstream.probe(path, interval_s)
+            except CannotAsk:
+                continue
             is_busy = before is not None and _share(before, cpu_s(), time.monotonic() - began) > BUSY_SHARE
             if not is_busy and (status is None or status >= 500):
                 heard = upstream.heard

@@ -21,6 +21,7 @@ import msgspec
 import psutil
 
 from engines.environments import child_environment, module_argv
+from gateway.limits import OUT_OF_DISK
 from gateway.watchdog import MARK_VARIABLE
 
 LOG_LIMIT_BYTES = 16 * 2**20
@@ -146,7 +147,7 @@ class NoProcess:
         await self._is_killed.wait()
         return Exit(code=0)
 
-    def log_tail(self) -> tuple[str, ...]:
+    def log_tail(self, lines: int = TAIL_LINES) -> tuple[str, ...]:
         """Nothing."""
         return ()
 
@@ -220,10 +221,7 @@ async def engine_process(
         CannotStart: with the reason.
         OSError: the log cannot be written.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(argv)}\n".encode())
-        file.flush()
+    with _open_log(log, f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(argv)}\n") as file:
         log_start = file.tell()
         running = await start(argv, env, folder=folder, cwd=cwd, grace_s=grace_s, stdout=file, stderr=file)
     running.log_to(log, log_start)
@@ -234,6 +232,24 @@ async def engine_process(
         keeper.cancel()
         await running.end()
         await asyncio.gather(keeper, return_exceptions=True)
+
+
+def _open_log(log: Path, first_line: str) -> IO[bytes]:
+    """The log to add to; on a full disk nothing, as a program that cannot write may end: a model is worth more."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = log.open("ab", buffering=0)
+        try:
+            file.write(first_line.encode())
+        except OSError:
+            file.close()
+            raise
+    except OSError as exc:
+        if exc.errno not in OUT_OF_DISK:
+            raise
+        logger.error("The disk is full, so what the engine says is not kept in %s. Make room, and start it again.", log)
+        return open(os.devnull, "ab", buffering=0)
+    return file
 
 
 def _is_alive_in(group: int, pid: int) -> bool:

@@ -12,7 +12,6 @@ import asyncio
 import enum
 import logging
 import random
-import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -20,10 +19,12 @@ from pathlib import Path
 import msgspec
 
 from engines.base import Command, Engine, Launch, Needs, Placement
-from gateway import metrics
+from gateway import causes, metrics
+from gateway.causes import Cause
 from gateway.downloads import DownloadFailed, Progress, fetch
 from gateway.environments import CannotBuild, Recipe, mark_used, prepare
 from gateway.experience import Experience
+from gateway.limits import NO_NEW_THREAD, is_disk_full, oom_kills
 from gateway.nodes.local import LocalNode
 from gateway.placement import Device, fell_back
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
@@ -63,6 +64,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     advice: str
     at: float
+    cause: Cause = Cause.UNKNOWN
     exit_code: int | None = None
     signal: int | None = None
     log_tail: tuple[str, ...] = ()
@@ -115,6 +117,8 @@ class Replica:
         tell: Callable[[str, str], None],
     ) -> None:
         self.launch = launch
+        self.tried: Launch = launch  # what is run: the wish, or what needs less memory
+        self.degraded: str | None = None  # how that differs from the wish
         self.index = index
         self.log = log
         self.state = State.STOPPED
@@ -124,6 +128,7 @@ class Replica:
         self.starts = 0
         self.ready_since: float | None = None  # in this life
         self.failures_in_row = 0
+        self.retry_at = 0.0  # of time.monotonic: the end of its back-off
         self.last_used = time.monotonic()
         self.failure: Failure | None = None
         self.progress: Progress | None = None
@@ -150,6 +155,15 @@ class Replica:
         self._experience = experience
         self._tell = tell
         self._retry = asyncio.Event()
+        self._was_ever_ready = False
+        self._is_safer_tried = False
+        self._oom_kills: int | None = None  # as this life began
+        self._said: tuple[str, ...] = ()  # by the engine whose end was the last
+
+    @property
+    def rest_s(self) -> float:
+        """What is left of its back-off."""
+        return max(0.0, self.retry_at - time.monotonic())
 
     @property
     def name(self) -> str:
@@ -161,7 +175,7 @@ class Replica:
 
         Nothing but cancellation leaves it.
         """
-        self.failures_in_row = 0
+        self._begin_anew()
         try:
             while True:
                 self._retry.clear()
@@ -173,25 +187,30 @@ class Replica:
                     self.retry_s = exc.retry_s or self.retry_s
                     self._record(exc.failure)
                 except CannotStart as exc:
-                    self._record(_failure(str(exc), "Check the engine's settings.", final=exc.is_final))
+                    self._record(_of_start(exc))
                 except OSError as exc:
-                    self._record(_failure(f"the system refused: {exc}", "Check the disk and the system's limits."))
+                    cause = causes.of_errno(exc.errno)
+                    self._record(_failure(f"the system refused: {exc}", causes.ADVICE[cause], cause))
                 except Exception as exc:
-                    logger.exception("%s: a failure that is not the engine's", self)
-                    advice = "This is a fault of the gateway: its own log has the details."
-                    self._record(Failure(reason=f"the gateway failed: {exc!r}", advice=advice, at=time.time()))
+                    self._record(_of_fault(self, exc))
                 if self.state is State.FAILED:
-                    await self._until_retry()
+                    await self._until_retry(self.retry_s)
                 else:
-                    await asyncio.sleep(self._backoff_s())
+                    await self._until_retry(self.retry_at - time.monotonic())
         except asyncio.CancelledError:
+            self._begin_anew()
             self._enter(State.STOPPED)
             raise
 
-    async def _until_retry(self) -> None:
-        """Until somebody gives it another chance, or what is served elsewhere may be back."""
+    def _begin_anew(self) -> None:
+        """What failed before counts no more, and the whole wish is tried."""
+        self.failures_in_row = 0
+        self.tried, self.degraded, self._is_safer_tried = self.launch, None, False
+
+    async def _until_retry(self, limit_s: float | None) -> None:
+        """Until the limit, if there is one, or until somebody gives it another chance."""
         try:
-            async with asyncio.timeout(self.retry_s):
+            async with asyncio.timeout(limit_s):
                 await self._retry.wait()
         except TimeoutError:
             return
@@ -214,8 +233,9 @@ class Replica:
         assert placement is not None
         self._enter(State.STARTING)
         self.starts += 1
-        endpoint = self._node.new_endpoint(unix_socket=self._engine.listens_on_socket(self.launch))
-        command = self._engine.command(self.launch, model_path, placement, endpoint, python)
+        endpoint = self._node.new_endpoint(unix_socket=self._engine.listens_on_socket(self.tried))
+        self._oom_kills = oom_kills()
+        command = self._engine.command(self.tried, model_path, placement, endpoint, python)
         endpoint = command.endpoint or endpoint
         if command.argv:
             mark_used(command.argv[0], self._environments)
@@ -229,15 +249,15 @@ class Replica:
                     on_gpu = bool(placement.gpu_uuids)
                     self.load_s = time.monotonic() - self.state_since
                     metrics.LOAD_SECONDS.labels(self.launch.uid).observe(self.load_s)
-                    self._experience.note_load(self.launch, self.load_s, on_gpu=on_gpu)
+                    self._experience.note_load(self.tried, self.load_s, on_gpu=on_gpu)
                     self._enter(State.READY)
                     self._tell("INFO", f"{self.name} is ready")
                     watch = asyncio.create_task(self._end_if_silent(process, upstream, path, command))
                     try:
-                        with self._experience.watch(self.launch, process.pid, on_gpu=on_gpu):
+                        with self._experience.watch(self.tried, process.pid, on_gpu=on_gpu):
                             ended = await process.wait()
                         # No await between the exit and the state: nobody is sent to a dead engine.
-                        self.failure = self._silence or _exit_failure(ended, process, "while it was ready")
+                        self.failure = self._silence or self._exit_failure(ended, process, "while it was ready")
                         self._leave(State.BACKOFF)
                         raise ReplicaFailed(self.failure)
                     finally:
@@ -254,7 +274,7 @@ class Replica:
     async def _needs(self, model_path: Path) -> Needs:
         """What it asks of the machine."""
         has_gpus = any(device.gpu for device in await self._observe())
-        return await needs_now(self.launch, self._engine, self.index, model_path, self._experience, has_gpus=has_gpus)
+        return await needs_now(self.tried, self._engine, self.index, model_path, self._experience, has_gpus=has_gpus)
 
     async def _place(self, needs: Needs) -> None:
         """Wait for room; `placement` is what it then has, until this life ends."""
@@ -263,7 +283,7 @@ class Replica:
             await self._ask_for_place(self, needs)
         except NoPlace as exc:
             advice = "Ask for less, or give it more." if exc.for_ever else f"It is tried again in {PLACE_RETRY_S:g} s."
-            failure = _failure(f"it cannot be placed: {exc}", advice, final=True)
+            failure = _failure(f"it cannot be placed: {exc}", advice, Cause.PLACE, final=True)
             raise ReplicaFailed(failure, None if exc.for_ever else PLACE_RETRY_S) from exc
         if self.placement and fell_back(needs, self.placement):
             self._tell("WARNING", f"{self.name} runs on the CPU, as cpu_fallback allows: the GPUs have no room")
@@ -284,9 +304,12 @@ class Replica:
             )
         except DownloadFailed as exc:
             advice = "Correct the model's source." if exc.permanent else "It is tried again."
-            raise ReplicaFailed(
-                _failure(f"its files cannot be had: {str(exc).rstrip('.')}", advice, final=exc.permanent)
-            ) from exc
+            reason = f"its files cannot be had: {str(exc).rstrip('.')}"
+            if causes.is_of_full_disk(reason):
+                failure = _failure(reason, causes.ADVICE[Cause.DISK_FULL], Cause.DISK_FULL)
+            else:
+                failure = _failure(reason, advice, Cause.DOWNLOAD, final=exc.permanent)
+            raise ReplicaFailed(failure) from exc
         finally:
             self.progress = None
 
@@ -306,7 +329,7 @@ class Replica:
             )
         except CannotBuild as exc:
             advice = "Correct the model's packages." if exc.permanent else "It is tried again."
-            raise ReplicaFailed(_failure(str(exc), advice, final=exc.permanent)) from exc
+            raise ReplicaFailed(_failure(str(exc), advice, Cause.ENVIRONMENT, final=exc.permanent)) from exc
         finally:
             self.progress = None
 
@@ -322,19 +345,20 @@ class Replica:
             await asyncio.wait((exited, probing), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
             if exited.done():
                 self._leave(State.BACKOFF)
-                raise ReplicaFailed(_exit_failure(exited.result(), process, "before it was ready"))
+                raise ReplicaFailed(self._exit_failure(exited.result(), process, "before it was ready"))
             if probing.done():
                 return probing.result()
             raise ReplicaFailed(
                 _failure(
                     f"it was not ready {limit_s:g} s after its start",
                     "If the model needs longer to load, raise start_timeout_s.",
+                    Cause.SLOW_START,
                     tail=process.log_tail(),
                 )
             )
         except NotReady as exc:
             advice = "Check that it is up, and the launch's base_url, api_key and ready_path."
-            raise ReplicaFailed(_failure(f"it is not served there: {exc}", advice)) from exc
+            raise ReplicaFailed(_failure(f"it is not served there: {exc}", advice, Cause.REMOTE)) from exc
         finally:
             for task in (exited, probing):
                 task.cancel()
@@ -352,17 +376,20 @@ class Replica:
             cpu_s=process.cpu_s,
         )
         advice = "It is tried again." if command.endpoint else "It hung, so it was killed; `hostler logs` shows more."
-        self.failure = self._silence = _failure(said, advice, tail=process.log_tail())
+        cause = Cause.REMOTE if command.endpoint else Cause.SILENCE
+        self.failure = self._silence = _failure(said, advice, cause, tail=process.log_tail())
         self._leave(State.BACKOFF)
         process.kill()
         await upstream.close()
 
     def retry(self) -> None:
-        """Give it another chance if it has failed."""
-        if self.state is State.FAILED:
-            self.failures_in_row = 0
-            self._enter(State.WAITING)
+        """Give it another chance if it has failed, and do not wait for the end of a back-off."""
+        if self.state in (State.FAILED, State.BACKOFF):
+            self._begin_anew()
+            self.retry_at = 0.0
             self._retry.set()
+        if self.state is State.FAILED:
+            self._enter(State.WAITING)
 
     def hurry(self) -> None:
         """When it is stopped, it is not to take its time."""
@@ -387,11 +414,54 @@ class Replica:
         was_fine = ready_since is not None and (self.served > 0 or time.monotonic() - ready_since > STABLE_S)
         self.failures_in_row = 1 if was_fine else self.failures_in_row + 1
         self.failure = failure
-        metrics.ENGINE_RESTARTS.labels(self.launch.uid).inc()
-        is_final = failure.permanent or self.failures_in_row >= self._restart_limit
+        metrics.ENGINE_RESTARTS.labels(self.launch.uid, failure.cause).inc()
+        is_safer = self._try_safer(failure)
+        is_over = self.failures_in_row >= self._restart_limit and failure.cause not in causes.OF_MACHINE
+        is_final = failure.permanent or (is_over and not is_safer)
         logger.log(logging.ERROR if is_final else logging.WARNING, "%s: %s", self, failure)
+        self.retry_at = 0.0 if is_final else time.monotonic() + self._backoff_s()
         self._enter(State.FAILED if is_final else State.BACKOFF)
         self._tell("ERROR" if is_final else "WARNING", f"{self.name}: {failure}")
+        if is_safer:
+            text = f"{self.name} is started with {self.degraded}. A new start tries the whole wish again."
+            logger.warning("%s", text)
+            self._tell("WARNING", text)
+
+    def _try_safer(self, failure: Failure) -> bool:
+        """After a life that had too little memory to serve anybody, once: options that need less."""
+        is_of_engine = failure.exit_code is not None or failure.signal is not None
+        if self._is_safer_tried or self.served or not is_of_engine or failure.cause not in causes.OF_MEMORY:
+            return False
+        self._is_safer_tried = True
+        safer = self._engine.safer(self.launch, self._said)
+        if safer is None:
+            return False
+        self.tried = safer[0]
+        self.degraded = f"{safer[1]}, as the memory did not suffice"
+        return True
+
+    def _exit_failure(self, ended: Exit, process: EngineProcess | NoProcess, when: str) -> Failure:
+        self._said = process.log_tail(causes.LINES_READ)
+        kills = oom_kills()
+        finding = causes.find(
+            self._engine,
+            self._said,
+            signal_number=ended.signal,
+            was_ready=self.ready_since is not None,
+            was_out_of_memory=None if kills is None or self._oom_kills is None else kills > self._oom_kills,
+            is_disk_full=is_disk_full(self.log.parent),
+        )
+        reason = f"the engine ended with {ended} {when}"
+        return Failure(
+            reason=": ".join(filter(None, (reason, finding.text))),
+            advice=finding.advice,
+            at=time.time(),
+            cause=finding.cause,
+            exit_code=ended.code,
+            signal=ended.signal,
+            log_tail=process.log_tail(),
+            permanent=finding.is_lasting and not self._was_ever_ready,
+        )
 
     def _backoff_s(self) -> float:
         full: float = min(BACKOFF_LIMIT_S, BACKOFF_FIRST_S * 2 ** min(self.failures_in_row - 1, 10))
@@ -403,6 +473,7 @@ class Replica:
         self.state_since = time.monotonic()
         if state is State.READY:
             self.last_used = self.ready_since = self.state_since
+            self._was_ever_ready = True
         self._changed()
 
     def _leave(self, state: State) -> None:
@@ -414,19 +485,22 @@ class Replica:
         return f"{self.launch.uid}/{self.index}"
 
 
-def _failure(reason: str, advice: str, *, tail: tuple[str, ...] = (), final: bool = False) -> Failure:
-    return Failure(reason=reason, advice=advice, at=time.time(), log_tail=tail, permanent=final)
+def _failure(reason: str, advice: str, cause: Cause, *, tail: tuple[str, ...] = (), final: bool = False) -> Failure:
+    return Failure(reason=reason, advice=advice, at=time.time(), cause=cause, log_tail=tail, permanent=final)
 
 
-def _exit_failure(ended: Exit, process: EngineProcess | NoProcess, when: str) -> Failure:
-    advice = "`hostler logs` shows more."
-    if ended.signal == signal.SIGKILL:
-        advice = "If nobody killed it, the system ran out of memory: a smaller context or model needs less."
-    return Failure(
-        reason=f"the engine ended with {ended} {when}",
-        advice=advice,
-        at=time.time(),
-        exit_code=ended.code,
-        signal=ended.signal,
-        log_tail=process.log_tail(),
-    )
+def _of_start(exc: CannotStart) -> Failure:
+    """A program that the system did not start."""
+    if exc.is_final:
+        return _failure(str(exc), "Check the engine's settings.", Cause.LIBRARY, final=True)
+    cause = causes.of_errno(getattr(exc.__cause__, "errno", None))
+    return _failure(str(exc), causes.ADVICE[cause], cause)
+
+
+def _of_fault(replica: Replica, exc: Exception) -> Failure:
+    """What should not happen, but where the system gives us no thread."""
+    if isinstance(exc, RuntimeError) and NO_NEW_THREAD in str(exc):
+        return _failure("the system lets the gateway start no new thread", causes.ADVICE[Cause.LIMITS], Cause.LIMITS)
+    logger.exception("%s: a failure that is not the engine's", replica)
+    advice = "This is a fault of the gateway: its own log has the details."
+    return _failure(f"the gateway failed: {exc!r}", advice, Cause.GATEWAY)

@@ -21,8 +21,10 @@ import uvicorn
 from gateway import metrics
 from gateway.app import create_app
 from gateway.config import Settings
+from gateway.crowd import Crowd
 from gateway.errors import SettingsError
 from gateway.fleet import Fleet, open_fleet
+from gateway.limits import raise_open_files
 
 logger = logging.getLogger("hostler.server")
 
@@ -73,6 +75,7 @@ def run(settings: Settings, greeting: Greeting | None = None) -> None:
     Raises:
         SettingsError: the address is taken, the data folder is in use, or a declared model cannot be served.
     """
+    open_files = raise_open_files()
     with _only_one_in(settings.home_path), _listening_socket(settings) as listener:
         config = uvicorn.Config(
             None,  # type: ignore[arg-type]  # the app comes with the fleet, which needs a running loop
@@ -86,17 +89,17 @@ def run(settings: Settings, greeting: Greeting | None = None) -> None:
             timeout_graceful_shutdown=CLOSE_LIMIT_S,
         )
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_serve(settings, config, listener, greeting))
+            runner.run(_serve(settings, config, listener, greeting, open_files))
 
 
 async def _serve(
-    settings: Settings, config: uvicorn.Config, listener: socket.socket, greeting: Greeting | None
+    settings: Settings, config: uvicorn.Config, listener: socket.socket, greeting: Greeting | None, open_files: int
 ) -> None:
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     async with open_fleet(settings) as fleet:
-        config.app = create_app(fleet)
         server = Server(config, fleet)
+        config.app = Crowd(create_app(fleet), server.server_state.connections, open_files)
         with metrics.watching(fleet.deployments):
             greeter = asyncio.create_task(_greet(server, greeting, fleet, address))
             try:

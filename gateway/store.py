@@ -55,11 +55,15 @@ def write_durably(path: Path, content: bytes) -> None:
         OSError: it could not be written; what was there before still is.
     """
     partial = path.with_suffix(".partial")
-    with open(partial, "wb", opener=_private) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "wb", opener=_private) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # on a full disk, of all places, nothing is to be left behind
+        raise
     _sync(path.parent)
 
 

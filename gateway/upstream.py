@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import ClientConnectionError, ClientError, ClientResponse, ClientTimeout, DummyCookieJar
 
 from engines.base import Endpoint
+from gateway.limits import OUT_OF_FILES
 
 # llama-server and uvicorn close idle connections after 5 s: be first, so that a request never meets a dead one.
 KEEPALIVE_S = 4.0
@@ -22,6 +23,10 @@ ASK_LIMIT_S = 5.0
 
 class UpstreamLost(Exception):
     """The connection to the replica could not be made, or broke."""
+
+
+class CannotAsk(UpstreamLost):
+    """We could not open a connection, for want of open files; it says nothing of the replica."""
 
 
 class Reply:
@@ -91,6 +96,7 @@ class Upstream:
 
         Raises:
             UpstreamLost: no head arrived.
+            CannotAsk: as we could not connect.
         """
         sent = [header for header in headers if header[0] not in self._own_names] + self._own_headers
         self.asked += 1
@@ -99,7 +105,7 @@ class Upstream:
             try:
                 return await self._send(self._session, method, path, sent, body)
             except UpstreamLost as exc:
-                if self._session.closed or isinstance(exc.__cause__, TimeoutError):
+                if self._session.closed or isinstance(exc, CannotAsk) or isinstance(exc.__cause__, TimeoutError):
                     raise
             if self._fresh is None:
                 self._fresh = _session(self._endpoint, force_close=True)
@@ -125,14 +131,21 @@ class Upstream:
                 method, self.url_of(path), headers=headers, data=body, allow_redirects=False, proxy=self._proxy
             )
         except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
-            raise UpstreamLost(str(exc) or type(exc).__name__) from exc
+            is_ours = isinstance(exc, OSError) and exc.errno in OUT_OF_FILES
+            raise (CannotAsk if is_ours else UpstreamLost)(str(exc) or type(exc).__name__) from exc
         return Reply(response, self)
 
     async def probe(self, path: str, limit_s: float) -> int | None:
-        """The status that the path answers with now; None if nothing answers."""
+        """The status that the path answers with now; None if nothing answers.
+
+        Raises:
+            CannotAsk: we have no connection to ask by.
+        """
         try:
             async with asyncio.timeout(limit_s):
                 reply = await self.send("GET", path)
+        except CannotAsk:
+            raise
         except (UpstreamLost, TimeoutError) as exc:
             self.last_loss = str(exc)
             return None

@@ -148,6 +148,7 @@ async def start_gateway(tmp_path: Path) -> AsyncIterator[StartGateway]:
         model: dict[str, Any] | None = None,
         home: Path | None = None,
         env: dict[str, str] | None = None,
+        limits: dict[int, int] | None = None,
         **settings: Any,
     ) -> Gateway:
         file = tmp_path / "fake.gguf"
@@ -156,7 +157,9 @@ async def start_gateway(tmp_path: Path) -> AsyncIterator[StartGateway]:
         if fake is not None:
             models["fake"] = fake_model(file, fake) | (model or {})
         engines = {"llama.cpp": {"binary": str(FAKE_ENGINE)}}
-        gateway = await Gateway.start(home or tmp_path / "home", {"engines": engines, "models": models} | settings, env)
+        gateway = await Gateway.start(
+            home or tmp_path / "home", {"engines": engines, "models": models} | settings, env, limits
+        )
         started.append(gateway)
         return gateway
 

@@ -10,6 +10,7 @@ variable of its own: FAKE_ENGINE, a JSON object with any of the keys of BEHAVIOU
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -24,6 +25,9 @@ BEHAVIOUR = {
     "ready_after_s": 0.0,  # /health answers 503 until then, counted from the start of the process
     "never_ready": False,  # /health answers 503 for ever
     "exit_at_start": None,  # exit with this code after three lines on stderr
+    "last_words": (),  # lines on stderr before it exits so
+    "memory_for_tokens": None,  # with a larger --ctx-size it exits as llama-server does without memory
+    "exit_if_full": None,  # exits where this folder has no room
     "exit_before_ready_times": 0,  # the first N starts exit with exit_code; needs counter_file
     # Dying. A 1 means the first one; None means never.
     "exit_after_s": None,  # exit with exit_code, counted from the start of the process
@@ -63,6 +67,7 @@ FLAGS = {
     "--port": "port",
     "-a": "alias",
     "--alias": "alias",
+    "--ctx-size": "ctx_size",
     "--api-key": "api_key",
     "--api-key-file": "api_key_file",
 }
@@ -98,8 +103,15 @@ def main() -> int:
     events = Events(behaviour.events_file)
     start = count_start(behaviour.counter_file)
     events.add("start", start=start, argv=sys.argv[1:])
+    for line in behaviour.last_words:
+        say(line)
     if behaviour.exit_at_start is not None:
         return fail_to_load(flags.model, behaviour.exit_at_start)
+    if behaviour.exit_if_full is not None and not shutil.disk_usage(behaviour.exit_if_full).free:
+        return fail_to_load(flags.model, 1)
+    if behaviour.memory_for_tokens is not None and int(flags.ctx_size) > behaviour.memory_for_tokens:
+        say(f"ggml_aligned_malloc: insufficient memory (attempted to allocate {flags.ctx_size} tokens)")
+        return fail_to_load(flags.model, 1)
     if start <= behaviour.exit_before_ready_times:
         return fail_to_load(flags.model, behaviour.exit_code)
     if behaviour.grandchild:
@@ -123,7 +135,9 @@ def read_behaviour(text: str) -> SimpleNamespace:
 
 def read_flags(argv: list[str]) -> SimpleNamespace:
     """As lenient as can be: a flag that is not in FLAGS is passed over, with its value."""
-    flags = SimpleNamespace(model="", host="127.0.0.1", port="8080", alias="", api_key="", api_key_file="")
+    flags = SimpleNamespace(
+        model="", host="127.0.0.1", port="8080", alias="", ctx_size="0", api_key="", api_key_file=""
+    )
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")

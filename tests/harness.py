@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -47,7 +48,14 @@ class Gateway:
         self.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60))
 
     @classmethod
-    async def start(cls, home: Path, settings: dict[str, Any], env: dict[str, str] | None = None) -> Gateway:
+    async def start(
+        cls,
+        home: Path,
+        settings: dict[str, Any],
+        env: dict[str, str] | None = None,
+        limits: dict[int, int] | None = None,
+    ) -> Gateway:
+        """`limits` are of the system (`resource.RLIMIT_...`), soft and hard."""
         home.mkdir(parents=True, exist_ok=True)
         file = home / "settings.yaml"
         file.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -63,6 +71,7 @@ class Gateway:
                 stdout=output,
                 stderr=output,
                 env=clean | {"PATH": path} | (env or {}),
+                preexec_fn=lambda: [resource.setrlimit(kind, (value, value)) for kind, value in (limits or {}).items()],
             )
         gateway = cls(process, home, log)
         async with asyncio.timeout(30):

@@ -34,9 +34,9 @@ PACKAGE_MAY_IMPORT = {
 
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
-    ("addresses", "amounts", "errors", "files", "gpus", "metrics", "upstream", "watchdog"),
-    ("launch",),
-    ("calls",),
+    ("amounts", "limits"),
+    ("addresses", "errors", "files", "gpus", "metrics", "upstream", "watchdog", "launch"),
+    ("calls", "causes", "crowd"),
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),
     ("history",),
     ("config", "sdk"),

@@ -31,13 +31,14 @@ from gateway.errors import (
     ErrorBody,
     HostlerError,
     ModelLoading,
+    NoMoreFiles,
     answer,
     body_of,
     envelope,
 )
 from gateway.fleet import Fleet
 from gateway.replica import Replica
-from gateway.upstream import Reply, UpstreamLost
+from gateway.upstream import CannotAsk, Reply, UpstreamLost
 
 logger = logging.getLogger("hostler.inference")
 
@@ -200,6 +201,11 @@ class Exchange:
                 finally:
                     reply.close()
                 return
+            except CannotAsk as exc:
+                raise NoMoreFiles(
+                    f"The gateway can open no connection to the engine now: {exc}. Come back in a moment; more at once "
+                    "need a higher limit of open files where the gateway starts (`ulimit -n`)."
+                ) from exc
             except UpstreamLost as exc:
                 await replica.confirm()
                 self.deployment.check_still_wanted(self.stops)

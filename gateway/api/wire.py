@@ -62,6 +62,7 @@ class ReplicaCard(msgspec.Struct, frozen=True, kw_only=True):
     progress: str | None
     log: str
     failure: Failure | None
+    degraded: str | None
 
 
 def json_answer(body: Any, status: int = 200) -> Response:
@@ -83,6 +84,7 @@ def model_card(deployment: Deployment) -> dict[str, Any]:
         "created": int(deployment.launched_at),
         "owned_by": "hostler",
         "status": str(deployment.state),
+        "failure_cause": deployment.failure_cause,
         **description(deployment),
         "replica": launch.replica,
     }
@@ -190,6 +192,8 @@ def instance_replica(replica: Replica) -> dict[str, Any]:
         "model_state": str(replica.state),
         "created_ts": int(time.time() - (time.monotonic() - replica.state_since)),
         "error_message": str(replica.failure) if is_bad and replica.failure else None,
+        "error_cause": replica.failure.cause if is_bad and replica.failure else None,
+        "degraded": replica.degraded,
     }
 
 
@@ -249,6 +253,7 @@ def replica_card(deployment: Deployment, replica: Replica, now: float) -> Replic
         progress=str(replica.progress) if replica.progress else None,
         log=str(replica.log),
         failure=replica.failure,
+        degraded=replica.degraded,
     )
 
 

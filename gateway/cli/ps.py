@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from typing import Any
 
@@ -10,6 +11,8 @@ import click
 from gateway.amounts import megabytes
 from gateway.cli.options import as_json_option, print_json, print_table, seconds, with_client
 from gateway.client import Client
+
+REASON_SHOWN = 120  # the whole is in --json and in the log
 
 
 @click.command("ps")
@@ -34,12 +37,16 @@ def command(client: Client, as_json: bool) -> None:
                 str(replica["in_flight"]),
                 str(replica["waiting"]),
                 seconds(replica["idle_s"]),
-                _failure(replica["failure"]),
+                _failure(replica["failure"], replica["degraded"]),
             ]
             for replica in replicas
         ],
     )
 
 
-def _failure(failure: dict[str, Any] | None) -> str:
-    return f"{failure['reason']}, {seconds(time.time() - failure['at'])} ago" if failure else "-"
+def _failure(failure: dict[str, Any] | None, degraded: str | None) -> str:
+    if failure is None:
+        return "-"
+    reason = textwrap.shorten(failure["reason"], REASON_SHOWN, placeholder=" ...")
+    ago = f"{failure['cause']}: {reason}, {seconds(time.time() - failure['at'])} ago"
+    return f"{ago}; now with {degraded}" if degraded else ago

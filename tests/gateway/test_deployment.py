@@ -20,6 +20,7 @@ import pytest
 
 from engines.base import EngineSettings, Launch
 from engines.llama_cpp import LlamaCpp
+from gateway.causes import Cause
 from gateway.config import Settings
 from gateway.deployment import Deployment
 from gateway.devices import Limits, Observer, SimulatedMachine
@@ -493,7 +494,7 @@ async def test_an_engine_that_dies_is_left_at_once_and_started_again(tmp_path: P
         await until(lambda: replica.failure)
         assert replica.failure is not None
         assert (replica.failure.signal, replica.failure.exit_code) == (9, None)
-        assert "out of memory" in replica.failure.advice
+        assert replica.failure.cause == Cause.KILLED
         assert replica.upstream is None
         assert (await acquire(deployment)).starts == 2
 

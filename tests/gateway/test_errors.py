@@ -21,10 +21,12 @@ from gateway.errors import (
     HostlerError,
     InUse,
     LaunchCancelled,
+    ModelCoolingDown,
     ModelFailed,
     ModelLoading,
     ModelNotFound,
     ModelStopped,
+    NoMoreFiles,
     NotFound,
     NotImplementedYet,
     RequestRefused,
@@ -60,12 +62,14 @@ TABLE: list[tuple[type[HostlerError], int, str, str | None]] = [
     (TooManyRequests, 429, "rate_limit_error", "rate_limit_exceeded"),
     (LaunchCancelled, 499, "invalid_request_error", "launch_cancelled"),
     (NotImplementedYet, 501, "server_error", "not_implemented"),
+    (ModelCoolingDown, 503, "server_error", "model_cooling_down"),
+    (NoMoreFiles, 503, "server_error", "no_more_files"),
     (ModelFailed, 503, "server_error", "model_failed"),
     (ShuttingDown, 503, "server_error", "shutting_down"),
     (EngineDied, 502, "server_error", "engine_died"),
     (BadReply, 502, "server_error", "bad_reply"),
 ]
-RETRY = {Busy, ModelLoading, ModelStopped, ShuttingDown, TooManyRequests}
+RETRY = {Busy, ModelLoading, ModelStopped, NoMoreFiles, ShuttingDown, TooManyRequests}
 
 
 def all_kinds(kind: type[HostlerError] = HostlerError) -> set[type[HostlerError]]:
