@@ -40,6 +40,9 @@ CANCELLED = Counter(
 RETRIES = Counter(
     "hostler_request_retries", "Requests sent a second time, as the engine died before a byte.", ("model",)
 )
+ADOPTIONS = Counter(
+    "hostler_engine_adoptions", "Engines that an earlier gateway started, and that go on without a load.", ("model",)
+)
 ENGINE_RESTARTS = Counter(
     "hostler_engine_failures", "Lives of an engine that ended otherwise than by our wish.", ("model",)
 )

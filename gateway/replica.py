@@ -15,18 +15,21 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import msgspec
 
-from engines.base import Command, Engine, Launch, Placement
+from engines.base import Command, Endpoint, Engine, Launch, Placement
 from gateway import metrics
 from gateway.downloads import DownloadFailed, Progress, fetch
 from gateway.environments import CannotBuild, Recipe, mark_used, prepare
+from gateway.kept import EngineProcess
+from gateway.lives import Found, fingerprint, mark_ready, was_ready
 from gateway.nodes.local import LocalNode
 from gateway.placement import needs_of, place
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
-from gateway.process import CannotStart, EngineProcess, Exit, NoProcess
+from gateway.process import CannotStart, Exit, NoProcess
 from gateway.upstream import Upstream
 
 logger = logging.getLogger("hostler.replica")
@@ -35,6 +38,7 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_LIMIT_S = 60.0
 STABLE_S = 60.0  # ready for so long, or one request served: earlier failures are forgotten
 HURRY_GRACE_S = 1.0
+SHARED_PAUSE_S = 0.2
 
 
 class State(enum.StrEnum):
@@ -67,6 +71,15 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         tail = f" Its last words: {' | '.join(self.log_tail[-4:])}." if self.log_tail else ""
         return f"{self.reason}.{tail} {self.advice}"
+
+
+class Begun(msgspec.Struct, frozen=True, kw_only=True):
+    """A life that is about to be entered: what runs, where it listens, its block, and when it has to be ready."""
+
+    command: Command
+    endpoint: Endpoint
+    process: AbstractAsyncContextManager[EngineProcess | NoProcess]
+    limit_s: float
 
 
 class ReplicaFailed(Exception):
@@ -116,6 +129,7 @@ class Replica:
         self.address: str | None = None
         self.upstream: Upstream | None = None
         self.placement: Placement | None = None  # what it holds
+        self.left_behind: Found | None = None  # its engine, which an earlier gateway has started
         self._engine = engine
         self._node = node
         self._cache = cache
@@ -179,41 +193,119 @@ class Replica:
         self.served, self.ready_since, self._silence = 0, None, None
         model_path = await self._fetch()
         python = await self._prepare()
+        try:
+            begun = await self._adopt(model_path, python) or await self._begin(model_path, python)
+            upstream = Upstream(begun.endpoint)
+            try:
+                async with begun.process as process:
+                    self.process = process
+                    try:
+                        await self._serve(process, upstream, begun)
+                    finally:
+                        if self.state is not State.BACKOFF:
+                            self._leave(State.STOPPING)
+                        await upstream.close()  # before SIGTERM, so that the engine has nothing left to finish
+            finally:
+                await upstream.close()
+        finally:
+            self.process = self.placement = None
+
+    async def _serve(self, process: EngineProcess | NoProcess, upstream: Upstream, begun: Begun) -> None:
+        """Be ready from its first answer to its end."""
+        path = await self._until_ready(process, upstream, begun)
+        self.upstream, self.address = upstream, begun.endpoint.address
+        self._tell_ready(process)
+        self._enter(State.READY)
+        watches = (
+            asyncio.create_task(self._end_if_silent(process, upstream, path, begun.command)),
+            asyncio.create_task(self._count_others(process)),
+        )
+        try:
+            ended = await process.wait()
+            # No await between the exit and the state: nobody is sent to a dead engine.
+            self.failure = self._silence or _exit_failure(ended, process, "while it was ready")
+            self._leave(State.BACKOFF)
+            raise ReplicaFailed(self.failure)
+        finally:
+            for watch in watches:
+                watch.cancel()
+            await asyncio.gather(*watches, return_exceptions=True)
+
+    async def _begin(self, model_path: Path, python: str | None) -> Begun:
+        """What is to be started, and where."""
         placement = await self._place()
         self._enter(State.STARTING)
         self.starts += 1
-        endpoint = self._node.new_endpoint(unix_socket=self._engine.listens_on_socket(self.launch))
+        folder, endpoint = self._node.new_endpoint(unix_socket=self._engine.listens_on_socket(self.launch))
         command = self._engine.command(self.launch, model_path, placement, endpoint, python)
-        endpoint = command.endpoint or endpoint
         if command.argv:
             mark_used(command.argv[0], self._environments)
-        upstream = Upstream(endpoint)
+        process = self._node.run(
+            command,
+            self.log,
+            folder=folder,
+            endpoint=endpoint,
+            uid=self.launch.uid,
+            index=self.index,
+            placement=placement,
+            engine=self._engine.name,
+        )
+        return Begun(
+            command=command,
+            endpoint=command.endpoint or endpoint,
+            process=process,
+            limit_s=self.launch.start_timeout_s,
+        )
+
+    async def _adopt(self, model_path: Path, python: str | None) -> Begun | None:
+        """What an earlier gateway has left running, if it is just what would be started now; what is not, is ended."""
+        found, self.left_behind = self.left_behind, None
+        if found is None:
+            return None
+        life, is_same = found.life, False
         try:
-            async with self._node.run(command, self.log) as process:
-                self.process = process
-                try:
-                    path = await self._until_ready(process, upstream, command)
-                    self.upstream, self.address = upstream, endpoint.address
-                    metrics.LOAD_SECONDS.labels(self.launch.uid).observe(time.monotonic() - self.state_since)
-                    self._enter(State.READY)
-                    self._tell("INFO", f"{self.name} is ready")
-                    watch = asyncio.create_task(self._end_if_silent(process, upstream, path, command))
-                    try:
-                        ended = await process.wait()
-                        # No await between the exit and the state: nobody is sent to a dead engine.
-                        self.failure = self._silence or _exit_failure(ended, process, "while it was ready")
-                        self._leave(State.BACKOFF)
-                        raise ReplicaFailed(self.failure)
-                    finally:
-                        watch.cancel()
-                        await asyncio.gather(watch, return_exceptions=True)
-                finally:
-                    if self.state is not State.BACKOFF:
-                        self._leave(State.STOPPING)
-                    await upstream.close()  # before SIGTERM, so that the engine has nothing left to finish
+            command = self._engine.command(self.launch, model_path, life.placement, life.endpoint, python)
+            is_same = fingerprint(command, self._engine.name) == life.fingerprint
         finally:
-            self.process = self.placement = None
-            await upstream.close()
+            if not is_same:
+                self._tell("INFO", f"{self.name}: what it runs has changed, so its engine is started anew")
+                await self._node.end([found.folder])
+        if not is_same:
+            return None
+        self.placement = life.placement
+        self._enter(State.STARTING)
+        self.starts += 1
+        return Begun(
+            command=command,
+            endpoint=life.endpoint,
+            process=self._node.adopt(found),
+            limit_s=self._probe_interval_s * self._probe_failures
+            if was_ready(found.folder)
+            else max(1.0, life.started_at + self.launch.start_timeout_s - time.time()),
+        )
+
+    def _tell_ready(self, process: EngineProcess | NoProcess) -> None:
+        if isinstance(process, EngineProcess):
+            mark_ready(process.folder)
+            if process.is_adopted:
+                metrics.ADOPTIONS.labels(self.launch.uid).inc()
+                self._tell("INFO", f"{self.name} is ready: its engine, process {process.pid}, ran on meanwhile")
+                return
+        metrics.LOAD_SECONDS.labels(self.launch.uid).observe(time.monotonic() - self.state_since)
+        self._tell("INFO", f"{self.name} is ready")
+
+    async def _count_others(self, process: EngineProcess | NoProcess) -> None:
+        """While the gateway before us still answers by the same engine, that counts as one request in flight."""
+        if not isinstance(process, EngineProcess) or not process.hold.is_shared():
+            return
+        self.in_flight += 1
+        try:
+            while process.hold.is_shared():
+                await asyncio.sleep(SHARED_PAUSE_S)
+        finally:
+            self.in_flight -= 1
+            self.last_used = time.monotonic()
+            self._changed()
 
     async def _place(self) -> Placement:
         """The GPUs for this life; no await between looking at what is taken and taking."""
@@ -267,9 +359,9 @@ class Replica:
         finally:
             self.progress = None
 
-    async def _until_ready(self, process: EngineProcess | NoProcess, upstream: Upstream, command: Command) -> str:
+    async def _until_ready(self, process: EngineProcess | NoProcess, upstream: Upstream, begun: Begun) -> str:
         """A race of three: the probe answers, the process exits, the start's time ends. The path that answered."""
-        limit_s = self.launch.start_timeout_s
+        limit_s, command = begun.limit_s, begun.command
         exited = asyncio.ensure_future(process.wait())
         if command.endpoint:
             probing = asyncio.ensure_future(ask_once(upstream, command.ready_path))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
 import yaml
+
+from gateway.home import only_one_in
+from gateway.nodes.local import LocalNode, open_node
 
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
@@ -36,6 +40,10 @@ class Answer:
     @property
     def error(self) -> dict[str, Any]:
         return self.json["error"]
+
+
+# Engines end with their gateway, and soon after one that was killed; tests of the opposite say so.
+ENDINGS = {"HOSTLER_ON_EXIT": "stop", "HOSTLER_ORPHAN_TIMEOUT_S": "1"}
 
 
 class Gateway:
@@ -62,7 +70,7 @@ class Gateway:
                 *("--home", str(home)),
                 stdout=output,
                 stderr=output,
-                env=clean | {"PATH": path} | (env or {}),
+                env=clean | ENDINGS | {"PATH": path} | (env or {}),
             )
         gateway = cls(process, home, log)
         async with asyncio.timeout(30):
@@ -141,3 +149,11 @@ def is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+@contextlib.asynccontextmanager
+async def a_node(home: Path, orphan_timeout_s: float = 1) -> AsyncIterator[LocalNode]:
+    """This machine, as a gateway with that data folder has it."""
+    with only_one_in(home):
+        async with open_node(home, orphan_timeout_s=orphan_timeout_s) as node:
+            yield node

@@ -34,11 +34,23 @@ PACKAGE_MAY_IMPORT = {
 
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
-    ("addresses", "amounts", "errors", "files", "gpus", "metrics", "upstream", "watchdog", "launch"),
-    ("calls",),
+    (
+        "addresses",
+        "amounts",
+        "errors",
+        "files",
+        "gpus",
+        "metrics",
+        "upstream",
+        "keeper",
+        "stand_in",
+        "handover",
+        "launch",
+    ),
+    ("calls", "watchdog"),
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),
-    ("history",),
-    ("config", "sdk"),
+    ("history", "lives"),
+    ("config", "sdk", "kept", "home"),
     ("downloads", "environments", "nodes"),
     ("replica",),
     ("deployment",),

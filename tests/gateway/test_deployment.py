@@ -16,13 +16,13 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from harness import a_node
 
 from engines.base import EngineSettings, Launch
 from engines.llama_cpp import LlamaCpp
 from gateway.deployment import Deployment
 from gateway.environments import Recipe
 from gateway.errors import ModelFailed, ShuttingDown
-from gateway.nodes.local import open_node
 from gateway.replica import Replica, State
 from registry.resolve import Artifact
 from registry.schema import LLMFamily, ModelSpec, Source
@@ -57,7 +57,7 @@ async def deployed(
     }
     launch = Launch(uid="fake", artifact=artifact, engine="llama.cpp", replica=replica, envs=envs, **(fields or {}))
     engine = LlamaCpp(settings=EngineSettings(binary=str(FAKE_ENGINE)))
-    async with open_node() as node:
+    async with a_node(folder / "home") as node:
         deployment = Deployment(launch, engine, drain_timeout_s=drain_timeout_s)
         deployment.replicas = tuple(
             Replica(

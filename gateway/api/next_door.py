@@ -1,0 +1,71 @@
+"""While another gateway takes over: requests that come to the old one wait, and are answered by the new one."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.api.body import read_body
+from gateway.errors import HostlerError, ShuttingDown, answer
+from gateway.fleet import Fleet
+from gateway.upstream import Upstream, UpstreamLost
+
+# What belongs to one connection; the name by which the client calls and its key belong to the request.
+OF_THE_CONNECTION = frozenset(
+    b"connection content-length expect keep-alive te trailer transfer-encoding upgrade".split()
+)
+CLOSE = (b"connection", b"close")  # so that the client's next request goes to the new gateway itself
+
+
+class NextDoor:
+    """Passes on to the app, or to the gateway that has taken over. Plain ASGI, outermost."""
+
+    def __init__(self, app: ASGIApp, fleet: Fleet) -> None:
+        self._app = app
+        self._fleet = fleet
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, one way or the other."""
+        if self._fleet.next_door is not None and scope["type"] == "http":
+            door = await asyncio.shield(self._fleet.next_door)
+            if door is not None:
+                await self._relay(door, scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _relay(self, door: Upstream, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+        try:
+            body = await read_body(scope, receive, self._fleet.settings.max_body_bytes)
+            reply = await door.send(scope["method"], path_of(scope), headers_of(scope), body)
+            try:
+                headers = [header for header in reply.headers if header[0] not in OF_THE_CONNECTION]
+                headers += [header for header in reply.headers if header[0] == b"content-length"]
+                await send({"type": "http.response.start", "status": reply.status, "headers": [*headers, CLOSE]})
+                has_begun = True
+                while chunk := await reply.read():
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            finally:
+                reply.close()
+        except (HostlerError, UpstreamLost) as exc:
+            if not has_begun:  # else the connection ends, and the client sees that the answer is not whole
+                error = exc if isinstance(exc, HostlerError) else ShuttingDown("The gateway is restarting. Try again.")
+                await answer(error)(scope, receive, send)
+
+
+def path_of(scope: Scope) -> str:
+    """What was asked for, as it was written."""
+    query: bytes = scope["query_string"]
+    path: bytes = scope["raw_path"]
+    return (path + (b"?" + query if query else b"")).decode("latin-1")
+
+
+def headers_of(scope: Scope) -> list[tuple[str, str]]:
+    """The request's headers, but those of the connection."""
+    return [
+        (name.decode("latin-1"), value.decode("latin-1"))
+        for name, value in scope["headers"]
+        if name not in OF_THE_CONNECTION
+    ]
