@@ -24,6 +24,8 @@ from pathlib import Path
 
 import msgspec
 
+from gateway.keeper import PR_SET_CHILD_SUBREAPER, prctl
+
 VARIABLE = "HOSTLER_HANDOVER"
 PREPARED, GO, SERVING, FAILED = "prepared", "go", "serving", "failed"
 PREPARE_LIMIT_S = 120.0
@@ -144,22 +146,23 @@ class Successor:
             raise HandoverFailed(said.removeprefix(FAILED).strip())
         raise HandoverFailed("The new gateway ended before it was ready. What it wrote to its own log says why.")
 
-    def signal(self, number: int) -> None:
-        """Pass a signal on to it."""
-        self._process.send_signal(number)
+
+def adopt_heirs() -> None:
+    """From now on who comes from us is given to us when its parent ends (Linux alone), also after `stand_in`."""
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def stand_in(successor: int, lock: Path, before: Predecessor | None) -> None:
+def stand_in(lock: Path, before: Predecessor | None) -> None:
     """End as a gateway; whoever started us must not see it, so we become a small program that stands in for us.
 
-    If we have succeeded to one ourselves, that program is our parent and goes on with our successor.
+    Not if we have succeeded to a gateway ourselves: it stands in for all that come after it, as `adopt_heirs` has it.
     """
-    if before is not None and os.getppid() == before.pid and sys.platform == "linux":
+    if before is not None and sys.platform == "linux":
         return
     signal.pthread_sigmask(
         signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     )  # until it can pass them on
-    argv = [sys.executable, "-I", "-S", str(STAND_IN), str(successor), str(lock)]
+    argv = [sys.executable, "-I", "-S", str(STAND_IN), str(lock)]
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.execve(sys.executable, argv, _environment(os.environ))  # noqa: S606 (no shell is what we want)

@@ -23,9 +23,10 @@ from gateway.app import create_app
 from gateway.config import Settings
 from gateway.errors import Busy, CannotRestart, SettingsError
 from gateway.fleet import Fleet, open_fleet
-from gateway.handover import HandoverFailed, Predecessor, Successor, stand_in
+from gateway.handover import HandoverFailed, Predecessor, Successor, adopt_heirs, stand_in
 from gateway.home import only_one_in, sign
 from gateway.lives import lock_path
+from gateway.stand_in import pass_on
 from gateway.upstream import Upstream
 
 logger = logging.getLogger("hostler.server")
@@ -80,6 +81,7 @@ class Server(uvicorn.Server):
         successor = await Successor.start(self._listener.fileno(), self._lock)
         door: asyncio.Future[Upstream | None] = asyncio.get_running_loop().create_future()
         try:
+            adopt_heirs()
             await successor.until_prepared()
             fleet.next_door = door  # new requests wait from now on
             await node.pause()
@@ -97,7 +99,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came."""
         if self.successor:
-            self.successor.signal(sig)
+            pass_on(str(lock_path(self._fleet.settings.home_path)), sig)
         if self.should_exit or sig == signal.SIGINT:
             self._should_drain = False
         self.should_exit = True
@@ -116,6 +118,8 @@ class Server(uvicorn.Server):
         if handing_over:
             await handing_over
         await super().shutdown(sockets)
+        if self._fleet.next_door and (door := await self._fleet.next_door):
+            await door.close()
 
     def _is_busy(self) -> bool:
         """Whether anything is to be answered; a client that keeps its connection may ask again by it."""
@@ -157,7 +161,7 @@ def run(settings: Settings, greeting: Greeting | None = None, before: Predecesso
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             successor = runner.run(_serve(settings, config, listener, lock, greeting, before))
     if successor:
-        stand_in(successor.pid, lock_path(settings.home_path), before)
+        stand_in(lock_path(settings.home_path), before)
 
 
 async def _serve(

@@ -169,7 +169,7 @@ async def test_an_engine_that_is_not_what_would_be_started_now_is_ended(
     await gateway.end(signal.SIGKILL)
     fake: dict[str, Any] | None = {}
     if change == "options":
-        models["model"]["context_length"] = 77
+        models["model"]["options"] = {"context_length": 77}
     elif change == "program":
         fake = {"tokens": 3}
     elif change == "gone":
