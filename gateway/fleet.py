@@ -410,7 +410,8 @@ class Fleet:
         )
         deployment.replicas = [self._replica(deployment, index) for index in range(launch.replica)]
         for replica in deployment.replicas:
-            replica.left_behind = self._left_behind.get((launch.uid, replica.index))
+            if found := self._left_behind.get((launch.uid, replica.index)):
+                replica.take_over(found)
         if any(replica.left_behind for replica in deployment.replicas):
             deployment.start()
         self._deployments[launch.uid] = deployment

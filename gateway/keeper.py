@@ -252,7 +252,7 @@ def rest_of(engine: int, folder: str) -> set[int]:
         if words[0] not in (b"Z", b"X"):
             parents[pid], groups[pid] = int(words[1]), int(words[2])
     if not parents:
-        return {engine} if signal_group(engine, 0) else set()
+        return {-engine} if signal_group(engine, 0) else set()  # as `kill` calls a group
     found = {pid for pid, group in groups.items() if group == engine}
     family = {us}
     while more := {pid for pid, parent in parents.items() if parent in family} - family:

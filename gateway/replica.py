@@ -150,6 +150,10 @@ class Replica:
         """The name of the copy, as Xinference's clients know it."""
         return f"{self.launch.uid}-rep{self.index}"
 
+    def take_over(self, found: Found) -> None:
+        """Begin its next life with an engine that an earlier gateway has left running; what that holds, it holds."""
+        self.left_behind, self.placement = found, found.life.placement
+
     async def run(self) -> None:
         """Start, wait until ready, serve until it exits, back off, start again, until cancelled.
 
@@ -271,8 +275,8 @@ class Replica:
                 self._tell("INFO", f"{self.name}: what it runs has changed, so its engine is started anew")
                 await self._node.end([found.folder])
         if not is_same:
+            self.placement = None
             return None
-        self.placement = life.placement
         self._enter(State.STARTING)
         self.starts += 1
         return Begun(

@@ -81,7 +81,6 @@ class Server(uvicorn.Server):
         successor = await Successor.start(self._listener.fileno(), self._lock)
         door: asyncio.Future[Upstream | None] = asyncio.get_running_loop().create_future()
         try:
-            adopt_heirs()
             await successor.until_prepared()
             fleet.next_door = door  # new requests wait from now on
             await node.pause()
@@ -92,6 +91,7 @@ class Server(uvicorn.Server):
             fleet.next_door = None
             door.set_result(None)
             raise
+        adopt_heirs()
         node.leaves_engines = True
         door.set_result(Upstream(_endpoint_of(self._listener)))
         return successor

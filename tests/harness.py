@@ -55,7 +55,9 @@ class Gateway:
         self.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60))
 
     @classmethod
-    async def start(cls, home: Path, settings: dict[str, Any], env: dict[str, str] | None = None) -> Gateway:
+    async def start(
+        cls, home: Path, settings: dict[str, Any], env: dict[str, str] | None = None, stdin: int | None = None
+    ) -> Gateway:
         home.mkdir(parents=True, exist_ok=True)
         file = home / "settings.yaml"
         file.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -68,6 +70,7 @@ class Gateway:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "gateway.cli", "serve", "-c", str(file), "--port", "0"),
                 *("--home", str(home)),
+                stdin=asyncio.subprocess.DEVNULL if stdin is None else stdin,
                 stdout=output,
                 stderr=output,
                 env=clean | ENDINGS | {"PATH": path} | (env or {}),

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from harness import Gateway, StartGateway, events_in, is_running, until
+from harness import FAKE_ENGINE, Gateway, StartGateway, events_in, fake_model, is_running, until
 
+from gateway.home import only_one_in
 from gateway.keeper import started_of
+from gateway.lives import lock_path
 
 KEEP = {"HOSTLER_ON_EXIT": "keep", "HOSTLER_ORPHAN_TIMEOUT_S": "60"}
 SHORT = {"HOSTLER_ON_EXIT": "keep", "HOSTLER_ORPHAN_TIMEOUT_S": "1"}
@@ -208,6 +212,44 @@ async def test_stop_is_stop(start_gateway: StartGateway) -> None:
     assert not is_running(engine)
     assert not is_running(keeper)
     assert folders(gateway) == []
+
+
+@pytest.mark.parametrize("has_terminal", [True, False])
+async def test_unless_the_settings_say_it_a_terminal_decides(tmp_path: Path, has_terminal: bool) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    model = fake_model(tmp_path / "m.gguf", {}) | {"preload": True}
+    settings = {"engines": {"llama.cpp": {"binary": str(FAKE_ENGINE)}}, "models": {"fake": model}}
+    terminal, other_end = os.openpty()
+    try:
+        env = {"HOSTLER_ON_EXIT": ""}
+        gateway = await Gateway.start(tmp_path / "home", settings, env, other_end if has_terminal else None)
+        engine = await engine_of(gateway)
+        await gateway.end(signal.SIGTERM)
+        assert is_running(engine) is not has_terminal
+        await until(lambda: not is_running(engine))  # at the latest as an orphan
+    finally:
+        os.close(terminal)
+        os.close(other_end)
+
+
+async def test_a_second_gateway_on_one_data_folder_is_refused_and_the_first_goes_on(
+    start_gateway: StartGateway,
+) -> None:
+    gateway = await start_gateway(fake={}, model={"preload": True})
+    engine = await engine_of(gateway)
+    with pytest.raises(AssertionError, match=rf"Another gateway \(pid {gateway.process.pid}\)"):
+        await Gateway.start(gateway.home, {})
+    assert await engine_of(gateway) == engine
+    assert (await gateway.complete()).status == 200
+
+
+def test_the_look_of_keepers_at_the_lock_keeps_no_gateway_out(tmp_path: Path) -> None:
+    """Each holds it for an instant, each second; here it is held for longer than one look takes."""
+    holder = lock_path(tmp_path).open("a")
+    fcntl.flock(holder, fcntl.LOCK_SH)
+    threading.Timer(0.1, holder.close).start()
+    with only_one_in(tmp_path):
+        assert lock_path(tmp_path).read_text() == str(os.getpid())
 
 
 async def test_engines_of_a_removed_data_folder_end(start_gateway: StartGateway) -> None:
