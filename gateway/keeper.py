@@ -97,7 +97,7 @@ def start(order: dict[str, Any], heard: Iterable[int]) -> int:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.chdir(order["cwd"])
-            for number in (*heard, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+            for number in (*heard, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
             os.execvpe(order["argv"][0], order["argv"], order["env"])  # noqa: S606 (no shell is what we want)

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import signal
 import stat
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -209,22 +209,32 @@ class Hold:
 
 
 def fingerprint(command: Command, engine: str) -> str:
-    """What is run, as a short text: the same command, by the same program, of the same version of ours."""
+    """What is run, as a short text: the same command, of a program, libraries and files that have not changed since."""
     told = (
-        version("hostler"),
         engine,
         command.argv,
         sorted(command.env.items()),
         sorted(command.files.items()),
         command.folder,
-        [_stamp(word) for word in command.argv if os.path.isabs(word) and os.path.isfile(word)],
+        [_stamp(path) for path in _read_by(command.argv)],
     )
     return hashlib.sha256(msgspec.json.encode(told)).hexdigest()
 
 
-def _stamp(path: str) -> tuple[str, int, int]:
-    facts = os.stat(path)
-    return path, facts.st_mtime_ns, facts.st_size
+def _read_by(argv: Sequence[str]) -> Iterator[Path]:
+    """The files that a command names, the libraries of its Python, and our workers, if it runs one."""
+    for word in argv:
+        path = Path(word)
+        if path.is_absolute() and path.is_file():
+            yield path
+            if path.parent.name == "workers":
+                yield from sorted(path.parent.glob("*.py"))
+    yield from sorted(Path(argv[0]).parent.parent.glob("lib/python3*/site-packages"))
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    facts = path.stat()
+    return str(path), facts.st_mtime_ns, facts.st_size
 
 
 def _path_for(home: Path) -> Path:

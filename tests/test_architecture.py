@@ -34,20 +34,9 @@ PACKAGE_MAY_IMPORT = {
 
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
-    (
-        "addresses",
-        "amounts",
-        "errors",
-        "files",
-        "gpus",
-        "metrics",
-        "upstream",
-        "keeper",
-        "stand_in",
-        "handover",
-        "launch",
-    ),
-    ("calls", "watchdog"),
+    ("amounts", "keeper", "stand_in"),
+    ("addresses", "errors", "files", "gpus", "metrics", "upstream", "launch"),
+    ("calls", "handover", "watchdog"),
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),
     ("history", "lives"),
     ("config", "sdk", "kept", "home"),
@@ -70,7 +59,7 @@ LEAF_MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "gpus": set(),
     "metrics": set(),
-    "config": {"addresses", "client", "errors", "launch"},
+    "config": {"addresses", "amounts", "client", "errors", "launch"},
 }
 
 HEAVY = ("torch", "transformers", "vllm", "diffusers", "numpy", "xllamacpp", "huggingface_hub", "pynvml", "llama_cpp")

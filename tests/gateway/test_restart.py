@@ -192,6 +192,25 @@ async def test_settings_that_are_wrong_are_told_and_nothing_changes(
     assert psutil.Process(gateway.process.pid).status() != psutil.STATUS_ZOMBIE
 
 
+async def test_a_new_gateway_that_fails_in_the_midst_of_taking_over_leaves_all_to_the_old_one(
+    start_gateway: StartGateway,
+) -> None:
+    gateway = await start_gateway(fake=SLOW, model={"preload": True})
+    engine = await engine_of(gateway)
+    stream = asyncio.create_task(gateway.stream())
+    await gateway.until(in_flight=1)
+    (gateway.home / "run").chmod(0o755)
+    answer = await gateway.post("/v1/restart")
+    assert (answer.status, answer.error["code"]) == (503, "cannot_restart")
+    assert "is open to others" in answer.error["message"]
+    (gateway.home / "run").chmod(0o700)
+    assert (await gateway.complete(max_tokens=1)).status == 200
+    assert (await stream)[-1] == "data: [DONE]"
+    assert await engine_of(gateway) == engine
+    os.kill(engine, signal.SIGKILL)
+    await gateway.until(state="ready", starts=2)  # it starts engines again
+
+
 async def test_the_verb_says_what_it_did_and_why_it_did_not(start_gateway: StartGateway) -> None:
     gateway = await start_gateway(fake={})
 
