@@ -101,6 +101,7 @@ class Fleet:
         self.store = store
         self.is_closing = False
         self.next_door: asyncio.Future[Upstream | None] | None = None  # the gateway that is taking over, once it has
+        self.relays = 0  # requests of ours that are answered there
         self.restart: Callable[[], Awaitable[int]] | None = None  # hands over; the pid of the next gateway
         self.events = EventLog()
         self.files = Files(settings.home_path / "files")
@@ -340,6 +341,15 @@ class Fleet:
         self.reloads.pop(uid, None)
         del self._deployments[uid]  # not before: until then the gateway's end must know of it
         deployment.end()
+
+    @contextlib.asynccontextmanager
+    async def relaying(self) -> AsyncIterator[Upstream | None]:
+        """The gateway next door, which is not to be left alone with a request for the length of the block; or None."""
+        self.relays += 1
+        try:
+            yield await asyncio.shield(self.next_door) if self.next_door else None
+        finally:
+            self.relays -= 1
 
     async def hand_over(self) -> None:
         """Leave everything to the gateway next door, each replica once its requests in flight have ended."""

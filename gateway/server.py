@@ -105,13 +105,16 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """The three steps; requests that outlast the drain get an error that says so."""
+        """The three steps; requests that outlast the drain get an error that says so.
+
+        What another gateway answers has its limits there.
+        """
         self._fleet.is_closing = True
         for server in self.servers:
             server.close()
         handing_over = asyncio.create_task(self._fleet.hand_over()) if self.successor else None
         deadline = time.monotonic() + self._fleet.settings.drain_timeout_s
-        while self._is_busy() and self._should_drain and time.monotonic() < deadline:
+        while self._should_drain and (self._fleet.relays or (self._is_busy() and time.monotonic() < deadline)):
             await asyncio.sleep(0.05)
         self._fleet.node.leaves_engines = self.successor is not None or keeps_engines(self._fleet.settings)
         await self._fleet.close()

@@ -222,17 +222,17 @@ class Exchange:
 
     async def _relay_from_next_door(self) -> None:
         """Another gateway has taken over while the request waited: it answers, as it would have without us."""
-        door = await asyncio.shield(self.fleet.next_door) if self.fleet.next_door else None
-        if door is None or self.phase == "answering":
-            raise ShuttingDown("The gateway was restarted before the answer was complete. Try again.")
-        try:
-            reply = await door.send(self.way.method, path_of(self.scope), headers_of(self.scope), self.asked)
+        async with self.fleet.relaying() as door:
+            if door is None or self.phase == "answering":
+                raise ShuttingDown("The gateway was restarted before the answer was complete. Try again.")
             try:
-                await self._pass_on(reply, await reply.read())
-            finally:
-                reply.close()
-        except UpstreamLost as exc:
-            raise ShuttingDown("The gateway is restarting. Try again.") from exc
+                reply = await door.send(self.way.method, path_of(self.scope), headers_of(self.scope), self.asked)
+                try:
+                    await self._pass_on(reply, await reply.read())
+                finally:
+                    reply.close()
+            except UpstreamLost as exc:
+                raise ShuttingDown("The gateway is restarting. Try again.") from exc
 
     async def _pass_on(self, reply: Reply, chunk: bytes) -> None:
         """What a gateway answers, which needs no change, but where comments have promised a stream."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from urllib.parse import quote
 
+import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.body import read_body
-from gateway.errors import HostlerError, ShuttingDown, answer
+from gateway.errors import HostlerError, ModelFailed, ShuttingDown, answer
 from gateway.fleet import Fleet
+from gateway.replica import State
 from gateway.upstream import Upstream, UpstreamLost
 
 # What belongs to one connection; the name by which the client calls and its key belong to the request.
 OF_THE_CONNECTION = frozenset(
     b"connection content-length expect keep-alive te trailer transfer-encoding upgrade".split()
 )
+ASK_PAUSE_S = 0.3
 CLOSE = (b"connection", b"close")  # so that the client's next request goes to the new gateway itself
 
 
@@ -28,10 +32,10 @@ class NextDoor:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, one way or the other."""
         if self._fleet.next_door is not None and scope["type"] == "http":
-            door = await asyncio.shield(self._fleet.next_door)
-            if door is not None:
-                await self._relay(door, scope, receive, send)
-                return
+            async with self._fleet.relaying() as door:
+                if door is not None:
+                    await self._relay(door, scope, receive, send)
+                    return
         await self._app(scope, receive, send)
 
     async def _relay(self, door: Upstream, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,6 +57,40 @@ class NextDoor:
             if not has_begun:  # else the connection ends, and the client sees that the answer is not whole
                 error = exc if isinstance(exc, HostlerError) else ShuttingDown("The gateway is restarting. Try again.")
                 await answer(error)(scope, receive, send)
+
+
+async def until_ready_next_door(fleet: Fleet, scope: Scope, uid: str) -> None:
+    """Go on waiting for a launch there; by the client's key, as we have none of our own.
+
+    Raises:
+        ModelFailed: it does not start there.
+        ShuttingDown: nobody answers.
+    """
+    state = None
+    async with fleet.relaying() as door:
+        while door is not None and state != State.READY:
+            state = await _state_of(door, scope, uid)
+            if state == State.FAILED:
+                raise ModelFailed(f"{uid} does not start; `hostler ps` says why. The launch is kept.")
+            if state is None:
+                break
+            await asyncio.sleep(ASK_PAUSE_S)
+    if state != State.READY:
+        raise ShuttingDown(f"The gateway was restarted meanwhile. The launch of {uid} goes on.")
+
+
+async def _state_of(door: Upstream, scope: Scope, uid: str) -> str | None:
+    try:
+        reply = await door.send("GET", f"/v1/models/{quote(uid, safe='/')}", headers_of(scope))
+        try:
+            parts = []
+            while part := await reply.read():
+                parts.append(part)
+        finally:
+            reply.close()
+    except UpstreamLost:
+        return None
+    return str(msgspec.json.decode(b"".join(parts))["status"]) if reply.status == 200 else None
 
 
 def path_of(scope: Scope) -> str:

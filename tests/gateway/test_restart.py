@@ -14,7 +14,7 @@ import aiohttp
 import psutil
 import pytest
 import yaml
-from harness import Answer, Gateway, StartGateway, events_in, is_running, until
+from harness import Answer, Gateway, StartGateway, events_in, fake_model, is_running, until
 
 # Long enough that a stream lasts over a restart.
 SLOW = {"tokens": 120, "token_delay_s": 0.05}
@@ -98,7 +98,7 @@ async def test_requests_that_wait_for_a_load_are_answered_by_the_next_gateway(
 ) -> None:
     events = tmp_path / "events"
     fake = {"ready_after_s": 6, "events_file": str(events)}
-    gateway = await start_gateway(fake=fake, keepalive_interval_s=0.5)
+    gateway = await start_gateway(fake=fake, keepalive_interval_s=0.5, drain_timeout_s=1)  # shorter than the load
 
     async def ask() -> Any:
         return await gateway.stream() if stream else await gateway.complete()
@@ -128,6 +128,22 @@ async def test_requests_that_wait_for_a_model_that_is_not_started_yet_are_answer
     await gateway.until(state="backoff")
     await restart(gateway)
     assert (await asked).status == 200
+
+
+async def test_a_launch_that_its_client_waits_for_is_answered_once_it_is_ready_there(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    gateway = await start_gateway()
+    wish = {"model_uid": "mine", "model_engine": "llama.cpp"} | fake_model(tmp_path / "m.gguf", {"ready_after_s": 4})
+    launching = asyncio.create_task(gateway.post("/v1/models", wish))
+    await until(lambda: list((gateway.home / "launches").glob("*.json")))
+    await gateway.until("mine", state="starting")
+    await restart(gateway)
+    answer = await launching
+    assert (answer.status, answer.json) == (200, {"model_uid": "mine"})
+    replica = await gateway.until("mine", state="ready")
+    assert replica["starts"] == 1
 
 
 async def test_the_new_gateway_does_not_unload_what_the_old_one_still_answers_by(
