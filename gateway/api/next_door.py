@@ -39,24 +39,48 @@ class NextDoor:
         await self._app(scope, receive, send)
 
     async def _relay(self, door: Upstream, scope: Scope, receive: Receive, send: Send) -> None:
-        has_begun = False
         try:
             body = await read_body(scope, receive, self._fleet.settings.max_body_bytes)
-            reply = await door.send(scope["method"], path_of(scope), headers_of(scope), body)
-            try:
-                headers = [header for header in reply.headers if header[0] not in OF_THE_CONNECTION]
-                headers += [header for header in reply.headers if header[0] == b"content-length"]
-                await send({"type": "http.response.start", "status": reply.status, "headers": [*headers, CLOSE]})
-                has_begun = True
-                while chunk := await reply.read():
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-            finally:
-                reply.close()
-        except (HostlerError, UpstreamLost) as exc:
-            if not has_begun:  # else the connection ends, and the client sees that the answer is not whole
-                error = exc if isinstance(exc, HostlerError) else ShuttingDown("The gateway is restarting. Try again.")
-                await answer(error)(scope, receive, send)
+        except HostlerError as exc:
+            await answer(exc)(scope, receive, send)
+            return
+        relaying = asyncio.ensure_future(_relay(door, scope, body, send))
+        leaving = asyncio.ensure_future(_until_left(receive))
+        try:
+            await asyncio.wait((relaying, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            relaying.cancel()  # which does nothing if it is done
+            await asyncio.gather(relaying, leaving, return_exceptions=True)
+
+
+async def _relay(door: Upstream, scope: Scope, body: bytes, send: Send) -> None:
+    has_begun = False
+    try:
+        reply = await door.send(scope["method"], path_of(scope), headers_of(scope), body)
+        try:
+            headers = [header for header in reply.headers if header[0] not in OF_THE_CONNECTION]
+            headers += [header for header in reply.headers if header[0] == b"content-length"]
+            await send({"type": "http.response.start", "status": reply.status, "headers": [*headers, CLOSE]})
+            has_begun = True
+            while chunk := await reply.read():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            reply.close()
+    except UpstreamLost:
+        if not has_begun:  # else the connection ends, and the client sees that the answer is not whole
+            await answer(ShuttingDown("The gateway is restarting. Try again."))(scope, _no_receive, send)
+
+
+async def _until_left(receive: Receive) -> None:
+    """The server's `send` says nothing when a client has left, so somebody must listen."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _no_receive() -> dict[str, str]:
+    return {"type": "http.disconnect"}
 
 
 async def until_ready_next_door(fleet: Fleet, scope: Scope, uid: str) -> None:
