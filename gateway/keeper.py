@@ -7,9 +7,8 @@ folder of the life: `started.json`, `ended.json`. The gateway may die and anothe
 
 It listens to two signals: SIGTERM asks the engine to end, SIGUSR1 ends it now. It also ends it if no gateway has held
 the lock of the data folder for the orphan timeout, or if somebody has removed the folder of the life. Once the engine
-has ended, whatever it left behind is ended too: its process group, its descendants (which are given to us when their
-parents die), and who carries its mark. Should we be killed, the system kills the engine (Linux alone), and the gateway
-its rest.
+has ended, whatever it left behind is ended too: its descendants, which are given to us when their parents die, and who
+carries its mark. Should we be killed, the system kills the engine (Linux alone), and the gateway its rest.
 """
 
 from __future__ import annotations
@@ -239,10 +238,13 @@ def _started_without_proc(pid: int) -> str:
 
 
 def rest_of(engine: int, folder: str) -> set[int]:
-    """Who is left of an engine: its group, our descendants, and who carries its mark; the dead do not count."""
-    us = os.getpid()
-    groups: dict[int, int] = {}
-    parents: dict[int, int] = {}
+    """Who is left of an engine: our descendants, and who carries its mark; the dead do not count.
+
+    Without /proc it is the engine's group, by its number as `kill` takes it.
+    """
+    if not BOOT:
+        return {-engine} if signal_group(engine, 0) else set()
+    us, parents = os.getpid(), {}
     for pid in _pids():
         try:
             with open(f"/proc/{pid}/stat", "rb") as file:
@@ -250,14 +252,11 @@ def rest_of(engine: int, folder: str) -> set[int]:
         except OSError:
             continue
         if words[0] not in (b"Z", b"X"):
-            parents[pid], groups[pid] = int(words[1]), int(words[2])
-    if not parents:
-        return {-engine} if signal_group(engine, 0) else set()  # as `kill` calls a group
-    found = {pid for pid, group in groups.items() if group == engine}
+            parents[pid] = int(words[1])
     family = {us}
     while more := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= more
-    return (found | family | (set(marked(folder)) & parents.keys())) - {us}
+    return (family | (set(marked(folder)) & parents.keys())) - {us}
 
 
 def marked(folder: str) -> list[int]:

@@ -233,7 +233,7 @@ def _start_keeper(order: Mapping[str, Any], folder: Path, life: Life) -> Started
     if "errno" in answer:
         os.waitpid(pid, 0)
         number = answer["errno"]
-        is_final = number in (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
+        is_final = number in (errno.ENOENT, errno.EACCES, errno.ENOEXEC) and folder.exists()
         raise CannotStart(f"{life.argv[0]} cannot be started: {os.strerror(number)}", is_final=is_final)
     return msgspec.convert(answer, Started)
 

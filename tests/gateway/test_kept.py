@@ -170,6 +170,23 @@ async def test_a_grandchild_that_outlives_its_leader_is_ended(tmp_path: Path) ->
         await until(lambda: not is_alive(orphan), limit_s=5)  # by the keeper, whatever we do
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives the children of the dead to a keeper")
+@pytest.mark.parametrize("ending", ["left", "died"])
+async def test_a_grandchild_that_has_left_its_group_its_folder_and_its_environment_is_ended(
+    ending: str, tmp_path: Path
+) -> None:
+    pids = tmp_path / "pids"
+    script = f"cd /; setsid env -i sleep 600 & echo $! > {pids}.new; mv {pids}.new {pids}; wait"
+    async with engine_process(["sh", "-c", script], {}, tmp_path / "a.log", folder=tmp_path, grace_s=2) as process:
+        (grandchild,) = await pids_in(tmp_path)
+        await until(lambda: psutil.Process(grandchild).environ() == {})
+        if ending == "died":
+            os.kill(process.pid, signal.SIGKILL)
+            assert await asyncio.wait_for(process.wait(), LIMIT_S) == Exit(signal=9)
+            await until(lambda: not is_alive(grandchild), limit_s=5)
+    assert not is_alive(grandchild)
+
+
 async def test_the_grace_may_be_cut_short_before_the_end(tmp_path: Path) -> None:
     argv = ["sh", "-c", FAMILY_OF_A_DEAF_LEADER]
     async with asyncio.timeout(LIMIT_S):
@@ -195,6 +212,14 @@ async def test_a_dead_grandchild_does_not_use_up_the_grace(tmp_path: Path) -> No
     assert time.monotonic() - started < 10
 
 
+async def test_a_keeper_that_is_stopped_does_not_keep_an_engine_from_its_end(tmp_path: Path) -> None:
+    argv = ["sh", "-c", FAMILY]
+    async with engine_process(argv, {}, tmp_path / "a.log", folder=tmp_path, grace_s=0.5) as process:
+        pids = await pids_in(tmp_path)
+        os.kill(psutil.Process(process.pid).ppid(), signal.SIGSTOP)
+    assert not any(map(is_alive, pids))
+
+
 # --- how it ended
 
 
@@ -211,6 +236,15 @@ async def test_the_end_is_told(script: str, exit_: Exit, text: str, tmp_path: Pa
     ended, _ = await run_shell(script, tmp_path)
     assert ended == exit_
     assert str(ended) == text
+
+
+async def test_the_end_is_told_where_the_system_does_not_say_when(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    ended, process = await run_shell("sleep 0.3; exit 7", tmp_path)
+    assert ended == Exit(code=7)
+    assert not is_alive(process.pid)
 
 
 async def test_a_signal_without_a_name_can_be_told(tmp_path: Path) -> None:
