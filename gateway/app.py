@@ -21,6 +21,7 @@ from gateway.api.cluster import Cluster
 from gateway.api.history import History
 from gateway.api.inference import Inference
 from gateway.api.models import Models
+from gateway.api.next_door import NextDoor
 from gateway.api.registrations import Registrations
 from gateway.api.reload import Reloads
 from gateway.api.requests import Requests
@@ -73,6 +74,7 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/ready", system.ready),
         Route("/metrics", system.metrics),
         Route("/v1/cluster/auth", system.auth),
+        Route("/v1/restart", system.restart, methods=["POST"]),
         #
         *[Route(way.path, Inference(fleet, way), methods=[way.method]) for way in WAYS],
         Route("/v1/files/{name}", system.file),
@@ -160,6 +162,7 @@ def create_app(fleet: Fleet) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[
+            Middleware(NextDoor, fleet=fleet),
             Middleware(Trace, is_logging=settings.access_log),
             cross_origin,
             Middleware(Guard, settings=settings),
@@ -186,6 +189,6 @@ async def _starlettes(request: Request, exc: Exception) -> Response:
 
 async def _is_one_process(request: Request) -> Response:
     raise NotImplementedYet(
-        "This gateway is one process: restart it as it was started, by its service manager or by hand. Models that "
-        "were launched come back with it; `POST /v1/models/{uid}/reload` restarts the replicas of one."
+        "This gateway is one process: `POST /v1/restart`, or `hostler restart`, restarts it and leaves its engines "
+        "running; `POST /v1/models/{uid}/reload` restarts the replicas of one."
     )

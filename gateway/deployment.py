@@ -11,7 +11,7 @@ from typing import Any
 
 from engines.base import Engine, Launch
 from gateway.causes import Cause
-from gateway.errors import ModelCoolingDown, ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
+from gateway.errors import HandedOver, ModelCoolingDown, ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
 from gateway.replica import COMING, Replica, State
 
 logger = logging.getLogger("hostler.deployment")
@@ -50,6 +50,7 @@ class Deployment:
         self._stopping = False  # from the decision to stop until then
         self._is_forced = False
         self.is_closed = False
+        self.is_handed_over = False  # another gateway goes on with its engines
         self.stops = 0  # how often somebody has stopped it
         self._change = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -146,7 +147,9 @@ class Deployment:
             self.notify()  # an idle clock or a drain may wait for it
 
     def check_still_wanted(self, stops: int) -> None:
-        """Raises ModelStopped or ShuttingDown if it was stopped since there were so many `stops`."""
+        """Raises ModelStopped or ShuttingDown if it was stopped since there were so many `stops`, or handed over."""
+        if self.is_handed_over:
+            raise HandedOver(f"The gateway is restarting. Try again: {self.launch.uid} goes on.")
         if self.is_closed:
             raise ShuttingDown(f"{self.launch.uid} is being stopped for good.")
         if self.stops != stops:

@@ -23,6 +23,8 @@ HostlerError
     CannotKeep            503: a launch cannot be written to the data folder
     ShuttingDown          503: the gateway is ending
     NoMoreFiles           503: the system lets the gateway open no more connections
+      HandedOver            503: another gateway has taken over while the request waited
+    CannotRestart         503: no other gateway takes over; this one goes on
     NotImplementedYet     501: a route that is known, and has nothing behind it here
     EngineDied            502: the engine went away while it answered
     BadReply              502: the engine answered what cannot be understood
@@ -205,6 +207,16 @@ class ShuttingDown(CannotServe):
 
     code = "shutting_down"
     retry_after_s = 10
+
+
+class HandedOver(ShuttingDown):
+    """Another gateway has taken over while the request waited; where it can be asked again there, it is."""
+
+
+class CannotRestart(CannotServe):
+    """No other gateway takes over, so this one goes on."""
+
+    code = "cannot_restart"
 
 
 class EngineDied(CannotServe):

@@ -9,7 +9,7 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from gateway.errors import BadRequest, Busy, CannotKeep, ModelNotFound, Settings
 from gateway.experience import Experience
 from gateway.files import Files
 from gateway.gpus import cuda_version
+from gateway.handover import Predecessor
 from gateway.launch import (
     CODE_VARIABLES,
     OPTION_FIELDS,
@@ -38,11 +39,13 @@ from gateway.launch import (
     file_name,
     plan,
 )
+from gateway.lives import ForeignFolder, Found
 from gateway.nodes.local import LocalNode, open_node
 from gateway.placement import Device
 from gateway.reload import Reload
 from gateway.replica import Replica
 from gateway.store import Store
+from gateway.upstream import Upstream
 from registry.decode import did_you_mean
 from registry.hubs.choose import TRUE
 from registry.registry import Registry
@@ -101,12 +104,16 @@ class Fleet:
         self.node = node
         self.store = store
         self.is_closing = False
+        self.next_door: asyncio.Future[Upstream | None] | None = None  # the gateway that is taking over, once it has
+        self.relays = 0  # requests of ours that are answered there
+        self.restart: Callable[[], Awaitable[int]] | None = None  # hands over; the pid of the next gateway
         self.events = EventLog()
         self.files = Files(settings.home_path / "files")
         self.reloads: dict[str, Reload] = {}  # the last one of each uid
         self.observer = Observer(partial(look_here, node.list_gpus))
         self.experience = Experience(settings.home_path / "experience.json")
         self._deployments: dict[str, Deployment] = {}
+        self._left_behind: dict[tuple[str, int], Found] = {}  # at the start: engines by the copy that they serve
         self._tasks = tasks
         self.dispatcher = Dispatcher(self.deployments, lambda: self.settings, self.observe, self.events.add)
         self._dispatching = tasks.create_task(self.dispatcher.run(), name="dispatcher")
@@ -343,8 +350,24 @@ class Fleet:
         del self._deployments[uid]  # not before: until then the gateway's end must know of it
         deployment.end()
 
+    @contextlib.asynccontextmanager
+    async def relaying(self) -> AsyncIterator[Upstream | None]:
+        """The gateway next door, which is not to be left alone with a request for the length of the block; or None."""
+        self.relays += 1
+        try:
+            yield await asyncio.shield(self.next_door) if self.next_door else None
+        finally:
+            self.relays -= 1
+
+    async def hand_over(self) -> None:
+        """Leave everything to the gateway next door, each replica once its requests in flight have ended."""
+        self.is_closing = True
+        for deployment in self.deployments():
+            deployment.is_handed_over = True
+        await asyncio.gather(*(deployment.close(force=False) for deployment in self.deployments()))
+
     async def close(self) -> None:
-        """Stop everything now. Requests that are still in flight end with an error."""
+        """Stop everything now, or leave engines to the next gateway. Requests in flight end with an error."""
         self.is_closing = True
         await asyncio.gather(*(deployment.close(force=True) for deployment in self.deployments()))
 
@@ -370,7 +393,22 @@ class Fleet:
         return await self.observer.observe(held, limits_of(self.settings))
 
     def restore(self, declared: list[Launch]) -> None:
-        """Deploy what the settings declare and what was launched before."""
+        """Deploy what the settings declare and what was launched before; engines that run for it are gone on with."""
+        running, useless = self.node.survey()
+        running.sort(key=lambda found: found.life.started_at)
+        self._left_behind = {(found.life.uid, found.life.index): found for found in running}
+        self._deploy_all(declared)
+        self._left_behind = {}
+        replicas = [replica for deployment in self.deployments() for replica in deployment.replicas]
+        taken = {replica.left_behind.folder for replica in replicas if replica.left_behind}
+        useless |= {
+            found.folder: f"{found.life.uid} has no use for it" for found in running if found.folder not in taken
+        }
+        for folder, why in useless.items():
+            logger.info("What an earlier gateway left in %s is ended and removed: %s", folder, why)
+        self._tasks.create_task(self.node.end(list(useless)), name="end leftovers")
+
+    def _deploy_all(self, declared: list[Launch]) -> None:
         for launch in declared:
             self._deploy(launch)
         for launch in self.store.read_all():
@@ -410,6 +448,11 @@ class Fleet:
             changed=self.dispatcher.poke,
         )
         deployment.replicas = [self._replica(deployment, index) for index in range(launch.replica)]
+        for replica in deployment.replicas:
+            if found := self._left_behind.get((launch.uid, replica.index)):
+                replica.take_over(found)
+        if any(replica.left_behind for replica in deployment.replicas):
+            deployment.start()
         self._deployments[launch.uid] = deployment
         self.events.add(launch.uid, "INFO", "Launch model")
         deployment.begin(self._tasks)
@@ -517,19 +560,29 @@ def available_engines(settings: Settings) -> tuple[Engine, ...]:
 
 
 @contextlib.asynccontextmanager
-async def open_fleet(settings: Settings) -> AsyncIterator[Fleet]:
-    """The fleet for the length of the block; no engine of it is left behind.
+async def open_fleet(settings: Settings, before: Predecessor | None = None) -> AsyncIterator[Fleet]:
+    """The fleet for the length of the block; no engine of it is left behind, unless its node says so.
 
+    Args:
+        before: the gateway that hands over to this one, if one does.
     Raises:
+        HandoverFailed: it does not.
         SettingsError: the settings declare what cannot be served.
     """
     registry, known_engines = open_registry(settings), available_engines(settings)
     declared = plan_declared(settings, registry, known_engines)
-    try:
-        store = Store(settings.home_path / "launches")
-    except OSError as exc:
-        raise SettingsError(f"The data folder {settings.home_path} cannot be used: {exc}") from exc
-    async with open_node() as node, asyncio.TaskGroup() as tasks:
+    if before:
+        await before.prepared()
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            store = Store(settings.home_path / "launches")
+            node = await stack.enter_async_context(
+                open_node(settings.home_path, orphan_timeout_s=settings.orphan_timeout_s)
+            )
+        except (OSError, ForeignFolder) as exc:
+            raise SettingsError(f"The data folder {settings.home_path} cannot be used: {exc}") from exc
+        node.leaves_engines = before is not None  # should we fail: they are not ours yet
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
         fleet = Fleet(settings, registry, known_engines, store, node, tasks)
         learning = tasks.create_task(fleet.experience.run(partial(look_here, node.list_gpus)))
         try:

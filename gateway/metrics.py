@@ -42,6 +42,9 @@ RETRIES = Counter(
 )
 EVICTIONS = Counter("hostler_model_evictions", "Replicas that were ended to make room for another model.", ("model",))
 REFUSED = Counter("hostler_requests_refused", "Requests refused, as too many clients were connected.")
+ADOPTIONS = Counter(
+    "hostler_engine_adoptions", "Engines that an earlier gateway started, and that go on without a load.", ("model",)
+)
 ENGINE_RESTARTS = Counter(
     "hostler_engine_failures", "Lives of an engine that ended otherwise than by our wish, and why.", ("model", "cause")
 )

@@ -1,6 +1,6 @@
-"""One operating-system process group as a block: leaving it in any way ends the group.
+"""Our short-lived children, such as downloads and builds: each is a process group, and none outlives us.
 
-Knows nothing of models. Logs cost nothing: the child's stdout and stderr are the log file.
+Knows nothing of models. Engines, which may outlive us, are in `kept.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import errno
 import logging
 import os
-import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -21,14 +20,12 @@ import msgspec
 import psutil
 
 from engines.environments import child_environment, module_argv
-from gateway.limits import OUT_OF_DISK
-from gateway.watchdog import MARK_VARIABLE
+from gateway.keeper import MARK_VARIABLE
 
-LOG_LIMIT_BYTES = 16 * 2**20
-LOG_PAUSE_S = 30.0
 LINE_LIMIT_BYTES = 16 * 2**20  # of what a child says through a pipe; lists of files are long
 TAIL_LINES = 12
 TAIL_BLOCK_BYTES = 8192
+TAIL_LIMIT_BYTES = 16 * 2**20
 END_PAUSE_S = 0.02
 KILLED_LIMIT_S = 5.0  # a process that the kernel holds longer is not waited for
 WATCHDOG_PAUSE_S = 0.5
@@ -37,12 +34,14 @@ logger = logging.getLogger("hostler.process")
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):
-    """How a process ended: `code` from 0 up, or the number of a signal."""
+    """How a process ended: `code` from 0 up, or the number of a signal; neither if nobody saw it."""
 
     code: int | None = None
     signal: int | None = None
 
     def __str__(self) -> str:
+        if self.signal is None and self.code is None:
+            return "an end that nobody saw, as its keeper was killed"
         if self.signal is None:
             return f"exit code {self.code}"
         name = signal.Signals(self.signal).name if self.signal in set(signal.Signals) else "without a name"
@@ -57,7 +56,7 @@ class CannotStart(Exception):
         self.is_final = is_final
 
 
-class EngineProcess:
+class Child:
     """A running process group. Made by `start`; whoever made it calls `end`."""
 
     def __init__(self, process: asyncio.subprocess.Process, grace_s: float) -> None:
@@ -65,36 +64,12 @@ class EngineProcess:
         self.grace_s = grace_s  # from SIGTERM to SIGKILL; may be cut short while it runs
         self.stdout = process.stdout
         self.stderr = process.stderr
-        self.log: Path | None = None
-        self._log_start = 0
         self._process = process
 
     async def wait(self) -> Exit:
         """Until the process has ended, then how."""
         code = await self._process.wait()
         return Exit(code=code) if code >= 0 else Exit(signal=-code)
-
-    def log_to(self, log: Path, start: int) -> None:
-        """Say where its log is, and from which byte on."""
-        self.log, self._log_start = log, start
-
-    def log_tail(self, lines: int = TAIL_LINES) -> tuple[str, ...]:
-        """The last lines that this process wrote."""
-        return tail(self.log, lines, start=self._log_start) if self.log else ()
-
-    def cpu_s(self) -> float | None:
-        """The processor time that it and its descendants have used; None once it is gone."""
-        try:
-            process = psutil.Process(self.pid)
-            family = [process, *process.children(recursive=True)]
-            return sum(times.user + times.system for times in (member.cpu_times() for member in family))
-        except psutil.Error:
-            return None
-
-    def kill(self) -> None:
-        """End the group without grace."""
-        self.grace_s = 0
-        self._signal(signal.SIGKILL)
 
     async def end(self) -> None:
         """End the group and reap it, whatever happens to the caller meanwhile."""
@@ -169,7 +144,7 @@ async def start(
     grace_s: float,
     stdout: int | IO[bytes],
     stderr: int | IO[bytes],
-) -> EngineProcess:
+) -> Child:
     """Start a program in a process group of its own. A cancel meanwhile leaves nothing behind.
 
     Args:
@@ -195,61 +170,14 @@ async def start(
         )
     )
     try:
-        return EngineProcess(await asyncio.shield(creating), grace_s)
+        return Child(await asyncio.shield(creating), grace_s)
     except asyncio.CancelledError:  # it may come to life all the same
         with contextlib.suppress(OSError):
-            await EngineProcess(await creating, 0).end()
+            await Child(await creating, 0).end()
         raise
     except OSError as exc:
         is_final = exc.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC) and folder.exists()
         raise CannotStart(f"{argv[0]} cannot be started: {exc.strerror}", is_final=is_final) from exc
-
-
-@contextlib.asynccontextmanager
-async def engine_process(
-    argv: Sequence[str],
-    env: Mapping[str, str],
-    log: Path,
-    *,
-    folder: Path,
-    cwd: str | None = None,
-    grace_s: float = 10.0,
-) -> AsyncIterator[EngineProcess]:
-    """A program that writes to a log, for the length of the block; see `start`.
-
-    Raises:
-        CannotStart: with the reason.
-        OSError: the log cannot be written.
-    """
-    with _open_log(log, f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(argv)}\n") as file:
-        log_start = file.tell()
-        running = await start(argv, env, folder=folder, cwd=cwd, grace_s=grace_s, stdout=file, stderr=file)
-    running.log_to(log, log_start)
-    keeper = asyncio.create_task(_keep_small(log))
-    try:
-        yield running
-    finally:
-        keeper.cancel()
-        await running.end()
-        await asyncio.gather(keeper, return_exceptions=True)
-
-
-def _open_log(log: Path, first_line: str) -> IO[bytes]:
-    """The log to add to; on a full disk nothing, as a program that cannot write may end: a model is worth more."""
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        file = log.open("ab", buffering=0)
-        try:
-            file.write(first_line.encode())
-        except OSError:
-            file.close()
-            raise
-    except OSError as exc:
-        if exc.errno not in OUT_OF_DISK:
-            raise
-        logger.error("The disk is full, so what the engine says is not kept in %s. Make room, and start it again.", log)
-        return open(os.devnull, "ab", buffering=0)
-    return file
 
 
 def _is_alive_in(group: int, pid: int) -> bool:
@@ -257,21 +185,6 @@ def _is_alive_in(group: int, pid: int) -> bool:
         return os.getpgid(pid) == group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except (OSError, psutil.Error):
         return False
-
-
-async def _keep_small(log: Path) -> None:
-    """Put a full log aside from time to time, so that at most two are kept.
-
-    The process goes on writing to the same file, in append mode, so it is copied and emptied, not renamed.
-    """
-    while True:
-        try:
-            if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
-                await asyncio.to_thread(shutil.copyfile, log, log.with_suffix(".old.log"))
-                os.truncate(log, 0)
-        except OSError as exc:
-            logger.warning("The log %s cannot be put aside, so it goes on growing: %s", log, exc)
-        await asyncio.sleep(LOG_PAUSE_S)
 
 
 def tail(log: Path, lines: int, *, start: int = 0, end: int | None = None) -> tuple[str, ...]:
@@ -286,7 +199,7 @@ def tail(log: Path, lines: int, *, start: int = 0, end: int | None = None) -> tu
                 begin = max(start, size - block)
                 file.seek(begin)
                 text = file.read(size - begin)
-                if begin == start or text.count(b"\n") > lines or block >= LOG_LIMIT_BYTES:
+                if begin == start or text.count(b"\n") > lines or block >= TAIL_LIMIT_BYTES:
                     break
                 block *= 4
     except OSError:

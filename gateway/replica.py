@@ -14,21 +14,24 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import msgspec
 
-from engines.base import Command, Engine, Launch, Needs, Placement
+from engines.base import Command, Endpoint, Engine, Launch, Needs, Placement
 from gateway import causes, metrics
 from gateway.causes import Cause
 from gateway.downloads import DownloadFailed, Progress, fetch
 from gateway.environments import CannotBuild, Recipe, mark_used, prepare
 from gateway.experience import Experience
+from gateway.kept import EngineProcess
 from gateway.limits import NO_NEW_THREAD, is_disk_full, oom_kills
+from gateway.lives import Found, fingerprint, mark_ready, was_ready
 from gateway.nodes.local import LocalNode
 from gateway.placement import Device, fell_back
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
-from gateway.process import CannotStart, EngineProcess, Exit, NoProcess
+from gateway.process import CannotStart, Exit, NoProcess
 from gateway.sizing import needs_now
 from gateway.upstream import Upstream
 
@@ -40,6 +43,7 @@ STABLE_S = 60.0  # ready for so long, or one request served: earlier failures ar
 HURRY_GRACE_S = 1.0
 USUAL_LOAD_S = 10.0
 PLACE_RETRY_S = 10.0  # others may have given back what they hold
+SHARED_PAUSE_S = 0.2
 
 
 class State(enum.StrEnum):
@@ -73,6 +77,15 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         tail = f" Its last words: {' | '.join(self.log_tail[-4:])}." if self.log_tail else ""
         return f"{self.reason}.{tail} {self.advice}"
+
+
+class Begun(msgspec.Struct, frozen=True, kw_only=True):
+    """A life that is about to be entered: what runs, where it listens, its block, and when it has to be ready."""
+
+    command: Command
+    endpoint: Endpoint
+    process: AbstractAsyncContextManager[EngineProcess | NoProcess]
+    limit_s: float
 
 
 class ReplicaFailed(Exception):
@@ -136,6 +149,7 @@ class Replica:
         self.address: str | None = None
         self.upstream: Upstream | None = None
         self.placement: Placement | None = None  # what it holds; given by the dispatcher, given back here
+        self.left_behind: Found | None = None  # its engine, which an earlier gateway has started
         self.waits_for: str | None = None  # why it has no place yet
         self.load_s = experience.load_s(launch) or USUAL_LOAD_S  # what its last start took
         self.retry_s = engine.retry_s  # after how long it is tried again once it has failed
@@ -169,6 +183,10 @@ class Replica:
     def name(self) -> str:
         """The name of the copy, as Xinference's clients know it."""
         return f"{self.launch.uid}-rep{self.index}"
+
+    def take_over(self, found: Found) -> None:
+        """Begin its next life with an engine that an earlier gateway has left running; what that holds, it holds."""
+        self.left_behind, self.placement = found, found.life.placement
 
     async def run(self) -> None:
         """Start, wait until ready, serve until it exits, back off, start again, until cancelled.
@@ -221,55 +239,126 @@ class Replica:
         model_path = await self._fetch()
         python = await self._prepare()
         try:
-            await self._place(await self._needs(model_path))
-            await self._serve(model_path, python)
+            begun = await self._adopt(model_path, python) or await self._begin(model_path, python)
+            upstream = Upstream(begun.endpoint)
+            try:
+                async with begun.process as process:
+                    self.process = process
+                    try:
+                        await self._serve(process, upstream, begun)
+                    finally:
+                        if self.state is not State.BACKOFF:
+                            self._leave(State.STOPPING)
+                        await upstream.close()  # before SIGTERM, so that the engine has nothing left to finish
+            finally:
+                await upstream.close()
         finally:
-            self.placement = None
+            self.process = self.placement = None
             self._changed()
 
-    async def _serve(self, model_path: Path, python: str | None) -> None:
-        """Run the engine in the place that it has, until it ends."""
+    async def _serve(self, process: EngineProcess | NoProcess, upstream: Upstream, begun: Begun) -> None:
+        """Be ready from its first answer to its end."""
+        path = await self._until_ready(process, upstream, begun)
+        self.upstream, self.address = upstream, begun.endpoint.address
+        on_gpu = bool(self.placement and self.placement.gpu_uuids)
+        self._tell_ready(process, on_gpu=on_gpu)
+        self._enter(State.READY)
+        watches = (
+            asyncio.create_task(self._end_if_silent(process, upstream, path, begun.command)),
+            asyncio.create_task(self._count_others(process)),
+        )
+        try:
+            with self._experience.watch(self.tried, process.pid, on_gpu=on_gpu):
+                ended = await process.wait()
+            # No await between the exit and the state: nobody is sent to a dead engine.
+            self.failure = self._silence or self._exit_failure(ended, process, "while it was ready")
+            self._leave(State.BACKOFF)
+            raise ReplicaFailed(self.failure)
+        finally:
+            for watch in watches:
+                watch.cancel()
+            await asyncio.gather(*watches, return_exceptions=True)
+
+    async def _begin(self, model_path: Path, python: str | None) -> Begun:
+        """What is to be started, and where."""
+        await self._place(await self._needs(model_path))
         placement = self.placement
         assert placement is not None
         self._enter(State.STARTING)
         self.starts += 1
-        endpoint = self._node.new_endpoint(unix_socket=self._engine.listens_on_socket(self.tried))
+        folder, endpoint = self._node.new_endpoint(unix_socket=self._engine.listens_on_socket(self.tried))
         self._oom_kills = oom_kills()
         command = self._engine.command(self.tried, model_path, placement, endpoint, python)
-        endpoint = command.endpoint or endpoint
         if command.argv:
             mark_used(command.argv[0], self._environments)
-        upstream = Upstream(endpoint)
+        process = self._node.run(
+            command,
+            self.log,
+            folder=folder,
+            endpoint=endpoint,
+            uid=self.launch.uid,
+            index=self.index,
+            placement=placement,
+            engine=self._engine.name,
+        )
+        return Begun(
+            command=command,
+            endpoint=command.endpoint or endpoint,
+            process=process,
+            limit_s=self.launch.start_timeout_s,
+        )
+
+    async def _adopt(self, model_path: Path, python: str | None) -> Begun | None:
+        """What an earlier gateway has left running, if it is just what would be started now; what is not, is ended."""
+        found, self.left_behind = self.left_behind, None
+        if found is None:
+            return None
+        life, is_same = found.life, False
         try:
-            async with self._node.run(command, self.log) as process:
-                self.process = process
-                try:
-                    path = await self._until_ready(process, upstream, command)
-                    self.upstream, self.address = upstream, endpoint.address
-                    on_gpu = bool(placement.gpu_uuids)
-                    self.load_s = time.monotonic() - self.state_since
-                    metrics.LOAD_SECONDS.labels(self.launch.uid).observe(self.load_s)
-                    self._experience.note_load(self.tried, self.load_s, on_gpu=on_gpu)
-                    self._enter(State.READY)
-                    self._tell("INFO", f"{self.name} is ready")
-                    watch = asyncio.create_task(self._end_if_silent(process, upstream, path, command))
-                    try:
-                        with self._experience.watch(self.tried, process.pid, on_gpu=on_gpu):
-                            ended = await process.wait()
-                        # No await between the exit and the state: nobody is sent to a dead engine.
-                        self.failure = self._silence or self._exit_failure(ended, process, "while it was ready")
-                        self._leave(State.BACKOFF)
-                        raise ReplicaFailed(self.failure)
-                    finally:
-                        watch.cancel()
-                        await asyncio.gather(watch, return_exceptions=True)
-                finally:
-                    if self.state is not State.BACKOFF:
-                        self._leave(State.STOPPING)
-                    await upstream.close()  # before SIGTERM, so that the engine has nothing left to finish
+            command = self._engine.command(self.launch, model_path, life.placement, life.endpoint, python)
+            is_same = fingerprint(command, self._engine.name) == life.fingerprint
         finally:
-            self.process = None
-            await upstream.close()
+            if not is_same:
+                self._tell("INFO", f"{self.name}: what it runs has changed, so its engine is started anew")
+                await self._node.end([found.folder])
+        if not is_same:
+            self.placement = None
+            return None
+        self._enter(State.STARTING)
+        self.starts += 1
+        return Begun(
+            command=command,
+            endpoint=life.endpoint,
+            process=self._node.adopt(found),
+            limit_s=self._probe_interval_s * self._probe_failures
+            if was_ready(found.folder)
+            else max(1.0, life.started_at + self.launch.start_timeout_s - time.time()),
+        )
+
+    def _tell_ready(self, process: EngineProcess | NoProcess, *, on_gpu: bool) -> None:
+        if isinstance(process, EngineProcess):
+            mark_ready(process.folder)
+            if process.is_adopted:
+                metrics.ADOPTIONS.labels(self.launch.uid).inc()
+                self._tell("INFO", f"{self.name} is ready: its engine, process {process.pid}, ran on meanwhile")
+                return
+        self.load_s = time.monotonic() - self.state_since
+        metrics.LOAD_SECONDS.labels(self.launch.uid).observe(self.load_s)
+        self._experience.note_load(self.tried, self.load_s, on_gpu=on_gpu)
+        self._tell("INFO", f"{self.name} is ready")
+
+    async def _count_others(self, process: EngineProcess | NoProcess) -> None:
+        """While the gateway before us still answers by the same engine, that counts as one request in flight."""
+        if not isinstance(process, EngineProcess) or not process.hold.is_shared():
+            return
+        self.in_flight += 1
+        try:
+            while process.hold.is_shared():
+                await asyncio.sleep(SHARED_PAUSE_S)
+        finally:
+            self.in_flight -= 1
+            self.last_used = time.monotonic()
+            self._changed()
 
     async def _needs(self, model_path: Path) -> Needs:
         """What it asks of the machine."""
@@ -333,9 +422,9 @@ class Replica:
         finally:
             self.progress = None
 
-    async def _until_ready(self, process: EngineProcess | NoProcess, upstream: Upstream, command: Command) -> str:
+    async def _until_ready(self, process: EngineProcess | NoProcess, upstream: Upstream, begun: Begun) -> str:
         """A race of three: the probe answers, the process exits, the start's time ends. The path that answered."""
-        limit_s = self.launch.start_timeout_s
+        limit_s, command = begun.limit_s, begun.command
         exited = asyncio.ensure_future(process.wait())
         if command.endpoint:
             probing = asyncio.ensure_future(ask_once(upstream, command.ready_path))

@@ -5,26 +5,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import logging
-import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
+from engines.base import Endpoint
 from gateway import metrics
+from gateway.addresses import is_any_address
 from gateway.app import create_app
 from gateway.config import Settings
 from gateway.crowd import Crowd
-from gateway.errors import SettingsError
+from gateway.errors import Busy, CannotRestart, SettingsError
 from gateway.fleet import Fleet, open_fleet
+from gateway.handover import HandoverFailed, Predecessor, Successor, adopt_heirs, stand_in
+from gateway.home import only_one_in, sign
 from gateway.limits import raise_open_files
+from gateway.lives import lock_path
+from gateway.stand_in import pass_on
+from gateway.upstream import Upstream
 
 logger = logging.getLogger("hostler.server")
 
@@ -41,42 +46,113 @@ class Server(uvicorn.Server):
     Ctrl-C does not drain. A second signal ends the draining.
     """
 
-    def __init__(self, config: uvicorn.Config, fleet: Fleet) -> None:
+    def __init__(self, config: uvicorn.Config, fleet: Fleet, listener: socket.socket, lock: int) -> None:
         super().__init__(config)
+        self.successor: Successor | None = None  # it serves in our place
         self._fleet = fleet
+        self._listener = listener
+        self._lock = lock
         self._should_drain = True
+        self._is_restarting = False
+
+    async def restart(self) -> int:
+        """Have another gateway take over; its pid.
+
+        Raises:
+            Busy: it cannot be done now.
+            CannotRestart: it does not come up; nothing has changed.
+        """
+        if self.should_exit or self._is_restarting:
+            raise Busy("The gateway is being stopped or restarted already.")
+        if busy := [uid for uid, reload in self._fleet.reloads.items() if not reload.is_over]:
+            raise Busy(f"{', '.join(busy)} is being reloaded. Wait for its end, then restart.")
+        self._is_restarting = True
+        try:
+            self.successor = await self._hand_over()
+        except HandoverFailed as exc:
+            raise CannotRestart(f"The gateway goes on as it was: the new one does not come up. {exc}") from exc
+        finally:
+            self._is_restarting = False
+        logger.info("The gateway is process %d from now on; this one ends once it has answered.", self.successor.pid)
+        self.should_exit = True
+        return self.successor.pid
+
+    async def _hand_over(self) -> Successor:
+        """The gateway that serves in our place. Raises HandoverFailed; then everything is as before."""
+        fleet, node = self._fleet, self._fleet.node
+        successor = await Successor.start(self._listener.fileno(), self._lock)
+        door: asyncio.Future[Upstream | None] = asyncio.get_running_loop().create_future()
+        try:
+            await successor.until_prepared()
+            fleet.next_door = door  # new requests wait from now on
+            await node.pause()
+            await successor.go()
+        except BaseException:
+            await successor.give_up()
+            node.go_on()
+            fleet.next_door = None
+            door.set_result(None)
+            raise
+        adopt_heirs()
+        node.leaves_engines = True
+        door.set_result(Upstream(_endpoint_of(self._listener)))
+        return successor
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came."""
+        if self.successor:
+            pass_on(str(lock_path(self._fleet.settings.home_path)), sig)
         if self.should_exit or sig == signal.SIGINT:
             self._should_drain = False
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """The three steps; requests that outlast the drain get an error that says so."""
+        """The three steps; requests that outlast the drain get an error that says so.
+
+        What another gateway answers has its limits there.
+        """
         self._fleet.is_closing = True
         for server in self.servers:
             server.close()
+        handing_over = asyncio.create_task(self._fleet.hand_over()) if self.successor else None
         deadline = time.monotonic() + self._fleet.settings.drain_timeout_s
-        while self._is_busy() and self._should_drain and time.monotonic() < deadline:
+        while self._should_drain and (self._fleet.relays or (self._is_busy() and time.monotonic() < deadline)):
             await asyncio.sleep(0.05)
+        self._fleet.node.leaves_engines = self.successor is not None or keeps_engines(self._fleet.settings)
         await self._fleet.close()
+        if handing_over:
+            await handing_over
         await super().shutdown(sockets)
+        if self._fleet.next_door and (door := await self._fleet.next_door):
+            await door.close()
 
     def _is_busy(self) -> bool:
+        """Whether anything is to be answered; a client that keeps its connection may ask again by it."""
+        if self.successor and self.server_state.connections:
+            return True
         return any(deployment.in_flight or deployment.waiting for deployment in self._fleet.deployments())
 
 
-def run(settings: Settings, greeting: Greeting | None = None) -> None:
-    """Serve until a signal ends it.
+def keeps_engines(settings: Settings) -> bool:
+    """Whether engines go on when the gateway is stopped; where a terminal started it, they do not, unless told to."""
+    if settings.on_exit is None:
+        return not any(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+    return settings.on_exit == "keep"
+
+
+def run(settings: Settings, greeting: Greeting | None = None, before: Predecessor | None = None) -> None:
+    """Serve until a signal ends it, or another gateway has taken over.
 
     Args:
         greeting: called with the fleet and the address once the door is open.
+        before: the gateway that hands over to this one, if one does.
     Raises:
+        HandoverFailed: it does not.
         SettingsError: the address is taken, the data folder is in use, or a declared model cannot be served.
     """
     open_files = raise_open_files()
-    with _only_one_in(settings.home_path), _listening_socket(settings) as listener:
+    lock_lent, listener_lent = (before.lock, before.listener) if before else (None, None)
+    with only_one_in(settings.home_path, lock_lent) as lock, _listening_socket(settings, listener_lent) as listener:
         config = uvicorn.Config(
             None,  # type: ignore[arg-type]  # the app comes with the fleet, which needs a running loop
             log_config=None,
@@ -89,29 +165,46 @@ def run(settings: Settings, greeting: Greeting | None = None) -> None:
             timeout_graceful_shutdown=CLOSE_LIMIT_S,
         )
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_serve(settings, config, listener, greeting, open_files))
+            successor = runner.run(_serve(settings, config, listener, lock, greeting, before, open_files))
+    if successor:
+        stand_in(lock_path(settings.home_path), before)
 
 
 async def _serve(
-    settings: Settings, config: uvicorn.Config, listener: socket.socket, greeting: Greeting | None, open_files: int
-) -> None:
+    settings: Settings,
+    config: uvicorn.Config,
+    listener: socket.socket,
+    lock: int,
+    greeting: Greeting | None,
+    before: Predecessor | None,
+    open_files: int,
+) -> Successor | None:
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    async with open_fleet(settings) as fleet:
-        server = Server(config, fleet)
+    async with open_fleet(settings, before) as fleet:
+        server = Server(config, fleet, listener, lock)
         config.app = Crowd(create_app(fleet), server.server_state.connections, open_files)
+        fleet.restart = server.restart
         with metrics.watching(fleet.deployments):
-            greeter = asyncio.create_task(_greet(server, greeting, fleet, address))
+            greeter = asyncio.create_task(_greet(server, greeting, fleet, address, lock, before))
             try:
                 await server.serve(sockets=[listener])
             finally:
                 greeter.cancel()
                 await asyncio.gather(greeter, return_exceptions=True)
+    return server.successor
 
 
-async def _greet(server: Server, greeting: Greeting | None, fleet: Fleet, address: str) -> None:
+async def _greet(
+    server: Server, greeting: Greeting | None, fleet: Fleet, address: str, lock: int, before: Predecessor | None
+) -> None:
     while not server.started:
         await asyncio.sleep(0.01)
+    if before:
+        sign(lock)
+        fleet.node.leaves_engines = False
+        with contextlib.suppress(HandoverFailed):  # it is gone, and we are there
+            before.serving()
     logger.info("Listening on %s", address)
     if greeting is not None:
         try:
@@ -120,9 +213,21 @@ async def _greet(server: Server, greeting: Greeting | None, fleet: Fleet, addres
             logger.exception("The greeting failed; the gateway goes on.")
 
 
+def _endpoint_of(listener: socket.socket) -> Endpoint:
+    """Where this machine reaches what listens there."""
+    host, port = listener.getsockname()[:2]
+    if is_any_address(host):
+        host = "::1" if ":" in host else "127.0.0.1"
+    return Endpoint(host=f"[{host}]" if ":" in host else host, port=port)
+
+
 @contextlib.contextmanager
-def _listening_socket(settings: Settings) -> Iterator[socket.socket]:
-    """Bound before anything is started, so that a taken port costs nothing."""
+def _listening_socket(settings: Settings, lent: int | None) -> Iterator[socket.socket]:
+    """Bound before anything is started, so that a taken port costs nothing; or that of the gateway before us."""
+    if lent is not None:
+        with socket.socket(fileno=lent) as listener:
+            yield listener
+        return
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
@@ -133,26 +238,3 @@ def _listening_socket(settings: Settings) -> Iterator[socket.socket]:
         raise SettingsError(f"Cannot listen on {settings.host}:{settings.port}: {why}.") from exc
     with listener:
         yield listener
-
-
-@contextlib.contextmanager
-def _only_one_in(home: Path) -> Iterator[None]:
-    """The data folder has one writer."""
-    try:
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (home / "gateway.lock").open("a+")
-    except OSError as exc:
-        raise SettingsError(f"The data folder {home} cannot be used: {exc.strerror}. Choose another `home`.") from exc
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            lock.seek(0)
-            raise SettingsError(
-                f"Another gateway (pid {lock.read().strip() or 'unknown'}) uses the data folder {home}. Stop it, or "
-                "give this one another `home`."
-            ) from exc
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield

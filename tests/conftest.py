@@ -152,7 +152,8 @@ async def start_gateway(tmp_path: Path) -> AsyncIterator[StartGateway]:
         **settings: Any,
     ) -> Gateway:
         file = tmp_path / "fake.gguf"
-        file.write_bytes(b"GGUF")
+        if not file.exists():  # a model whose file has changed is loaded anew
+            file.write_bytes(b"GGUF")
         models = settings.pop("models", {})
         if fake is not None:
             models["fake"] = fake_model(file, fake) | (model or {})

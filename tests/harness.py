@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import resource
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
 import yaml
+
+from gateway.home import only_one_in
+from gateway.nodes.local import LocalNode, open_node
 
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
@@ -39,6 +43,10 @@ class Answer:
         return self.json["error"]
 
 
+# Engines end with their gateway, and soon after one that was killed; tests of the opposite say so.
+ENDINGS = {"HOSTLER_ON_EXIT": "stop", "HOSTLER_ORPHAN_TIMEOUT_S": "1"}
+
+
 class Gateway:
     """`hostler serve` as a process of its own, on a free port."""
 
@@ -53,6 +61,7 @@ class Gateway:
         home: Path,
         settings: dict[str, Any],
         env: dict[str, str] | None = None,
+        stdin: int | None = None,
         limits: dict[int, int] | None = None,
     ) -> Gateway:
         """`limits` are of the system (`resource.RLIMIT_...`), soft and hard."""
@@ -68,9 +77,10 @@ class Gateway:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "gateway.cli", "serve", "-c", str(file), "--port", "0"),
                 *("--home", str(home)),
+                stdin=asyncio.subprocess.DEVNULL if stdin is None else stdin,
                 stdout=output,
                 stderr=output,
-                env=clean | {"PATH": path} | (env or {}),
+                env=clean | ENDINGS | {"PATH": path} | (env or {}),
                 preexec_fn=lambda: [resource.setrlimit(kind, (value, value)) for kind, value in (limits or {}).items()],
             )
         gateway = cls(process, home, log)
@@ -150,3 +160,11 @@ def is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+@contextlib.asynccontextmanager
+async def a_node(home: Path, orphan_timeout_s: float = 1) -> AsyncIterator[LocalNode]:
+    """This machine, as a gateway with that data folder has it."""
+    with only_one_in(home):
+        async with open_node(home, orphan_timeout_s=orphan_timeout_s) as node:
+            yield node

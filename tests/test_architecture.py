@@ -34,12 +34,12 @@ PACKAGE_MAY_IMPORT = {
 
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
-    ("amounts", "limits"),
-    ("addresses", "errors", "files", "gpus", "metrics", "upstream", "watchdog", "launch"),
-    ("calls", "causes", "crowd"),
+    ("amounts", "limits", "keeper", "stand_in"),
+    ("addresses", "errors", "files", "gpus", "metrics", "upstream", "launch"),
+    ("calls", "causes", "crowd", "handover", "watchdog"),
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),
-    ("history",),
-    ("config", "sdk"),
+    ("history", "lives"),
+    ("config", "sdk", "kept", "home"),
     ("footprint",),
     ("devices",),
     ("experience",),

@@ -20,6 +20,7 @@ from gateway import metrics
 from gateway.api import alias
 from gateway.api.body import read_body
 from gateway.api.heads import FormHead, Head, is_form, read_form_head, read_head, read_query_head
+from gateway.api.next_door import headers_of, path_of
 from gateway.api.ways import Way, check_served, replaced, with_adapter
 from gateway.deployment import Deployment
 from gateway.errors import (
@@ -29,9 +30,11 @@ from gateway.errors import (
     CannotKeep,
     EngineDied,
     ErrorBody,
+    HandedOver,
     HostlerError,
     ModelLoading,
     NoMoreFiles,
+    ShuttingDown,
     answer,
     body_of,
     envelope,
@@ -77,7 +80,7 @@ class Inference:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read, find the model, relay."""
         way = self._way
-        body = await read_body(scope, receive, self._fleet.settings.max_body_bytes)
+        asked = body = await read_body(scope, receive, self._fleet.settings.max_body_bytes)
         head = self._read_head(scope, body)
         uid = self._choose(head) if self._choose else head.model or self._model_for(way.abilities)
         deployment = self._fleet.find(uid)
@@ -88,7 +91,7 @@ class Inference:
                 body = self._with_adapter(body, head.lora_name, deployment)
         if deployment.served_name != deployment.launch.uid:
             body = _named(body, head, scope, deployment.served_name)
-        await Exchange(self._fleet, deployment, way, head, scope, send, body).run(receive)
+        await Exchange(self._fleet, deployment, way, head, scope, send, body, asked).run(receive)
 
     def _with_adapter(self, body: bytes, lora_name: str, deployment: Deployment) -> bytes:
         try:
@@ -129,7 +132,9 @@ class Exchange:
         scope: Scope,
         send: Send,
         body: bytes,
+        asked: bytes,
     ) -> None:
+        """`body` is what the engine gets; `asked` is what the client sent."""
         self.fleet = fleet
         self.deployment = deployment
         self.way = way
@@ -137,6 +142,7 @@ class Exchange:
         self.scope = scope
         self.send = send
         self.body = body
+        self.asked = asked
         uid = deployment.launch.uid
         self.back = alias.Back(deployment.served_name, uid) if deployment.served_name != uid else None
         self.is_stream = bool(head.stream) and way.streams
@@ -174,7 +180,10 @@ class Exchange:
 
     async def _answer(self) -> None:
         try:
-            await self._relay_from_a_replica()
+            try:
+                await self._relay_from_a_replica()
+            except HandedOver:
+                await self._relay_from_next_door()
         except HostlerError as exc:
             if not self.status:
                 self.status = exc.status
@@ -216,6 +225,37 @@ class Exchange:
                 lost = replica
             finally:
                 self.deployment.release(replica, was_served=was_served)
+
+    async def _relay_from_next_door(self) -> None:
+        """Another gateway has taken over while the request waited: it answers, as it would have without us."""
+        async with self.fleet.relaying() as door:
+            if door is None or self.phase == "answering":
+                raise ShuttingDown("The gateway was restarted before the answer was complete. Try again.")
+            try:
+                reply = await door.send(self.way.method, path_of(self.scope), headers_of(self.scope), self.asked)
+                try:
+                    await self._pass_on(reply, await reply.read())
+                finally:
+                    reply.close()
+            except UpstreamLost as exc:
+                raise ShuttingDown("The gateway is restarting. Try again.") from exc
+
+    async def _pass_on(self, reply: Reply, chunk: bytes) -> None:
+        """What a gateway answers, which needs no change, but where comments have promised a stream."""
+        if self.status and reply.status >= 400:
+            await self._relay_error(reply, chunk)
+            return
+        if self.status and not reply.is_sse:
+            await self._relay_as_event(reply, chunk)
+            return
+        self.is_sse |= reply.is_sse
+        if not self.status:
+            await self._start(reply.status, [header for header in reply.headers if header[0] not in NOT_RETURNED])
+        self.phase = "answering"
+        while chunk:
+            await self._send_body(chunk)
+            chunk = await reply.read()
+        await self._finish(b"")
 
     def _has_nobody_but(self, replica: Replica, life: int) -> bool:
         """Whether the replica lives on in the same life and is alone: what it has dropped, it would drop again."""

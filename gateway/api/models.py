@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from gateway.api.body import read_object
+from gateway.api.next_door import until_ready_next_door
 from gateway.api.wire import (
     find_version,
     instance_card,
@@ -31,6 +32,7 @@ from gateway.api.wire import (
 from gateway.deployment import Deployment
 from gateway.errors import (
     BadRequest,
+    HandedOver,
     HostlerError,
     LaunchCancelled,
     ModelFailed,
@@ -99,7 +101,10 @@ class Models:
             hubs = (await asyncio.to_thread(choose_hub, None, os.environ),)
         deployment = self._fleet.launch(uid or self._free_uid(name_of(wish)), wish, hubs)
         if _is_waiting(request):
-            await self._until_ready(deployment)
+            try:
+                await self._until_ready(deployment)
+            except HandedOver:
+                await until_ready_next_door(self._fleet, request.scope, deployment.launch.uid)
         answer = json_answer({"model_uid": deployment.launch.uid})
         if forced := deployment.launch.forced_options:
             note_on(answer, f"Passed on to {deployment.launch.engine} unchecked: {', '.join(forced)}.")

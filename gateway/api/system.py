@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 
 from starlette.requests import Request
@@ -9,7 +10,7 @@ from starlette.responses import FileResponse, Response
 
 from gateway import metrics
 from gateway.api.wire import json_answer
-from gateway.errors import NotFound
+from gateway.errors import CannotRestart, NotFound
 from gateway.files import MEDIA_TYPES
 from gateway.fleet import Fleet
 
@@ -39,6 +40,12 @@ class System:
             "models_preloaded": len(deployments),
         }
         return json_answer(body, 200 if is_ready else 503)
+
+    async def restart(self, request: Request) -> Response:
+        """Another gateway, with the settings that are there now, takes over the door and the engines."""
+        if self._fleet.restart is None:
+            raise CannotRestart("This gateway was not started by `hostler serve`, so it cannot be restarted from here.")
+        return json_answer({"pid": await self._fleet.restart(), "pid_before": os.getpid()})
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus' text; reading it wakes no model."""

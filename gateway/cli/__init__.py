@@ -10,6 +10,7 @@ import click
 
 VERBS = {
     "serve": "Serve models until Ctrl-C.",
+    "restart": "Restart the gateway: its engines run on, and no request is lost.",
     "launch": "Serve a model from now on.",
     "terminate": "Stop a launched model and forget it.",
     "scale": "Have more or fewer copies of a launched model.",

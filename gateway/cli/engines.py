@@ -194,7 +194,7 @@ def _build(settings: Settings, environment: Environment, find_links: tuple[str, 
 
     from gateway.environments import CannotBuild, prepare
     from gateway.fleet import recipe_of
-    from gateway.nodes.local import open_node
+    from gateway.nodes.local import open_scratch
     from gateway.process import CannotStart
 
     recipe = recipe_of(settings)
@@ -205,12 +205,12 @@ def _build(settings: Settings, environment: Environment, find_links: tuple[str, 
     )
 
     async def build() -> str:
-        async with open_node() as node:
+        async with open_scratch() as folder:
             return await prepare(
                 environment,
                 settings.environments_path,
                 recipe=recipe,
-                run_folder=node.folder,
+                run_folder=folder,
                 report=_Progress(),
             )
 

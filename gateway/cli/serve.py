@@ -31,6 +31,9 @@ def command(file: str | None, insecure: bool, prompt: str | None, **flags: Any) 
     from gateway import server
     from gateway.config import check_exposure, load
     from gateway.errors import SettingsError
+    from gateway.handover import HandoverFailed, predecessor
+
+    before = predecessor()
 
     async def greet(fleet: Fleet, address: str) -> None:
         await _greet(fleet, address, prompt)
@@ -41,9 +44,11 @@ def command(file: str | None, insecure: bool, prompt: str | None, **flags: Any) 
         logging.basicConfig(
             level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
         )
-        server.run(settings, greet)
-    except SettingsError as exc:
+        server.run(settings, greet if before is None else None, before)
+    except (SettingsError, HandoverFailed) as exc:
         click.echo(f"hostler: {exc}", err=True)
+        if before and isinstance(exc, SettingsError):
+            before.failed(str(exc))
         sys.exit(2)
 
 

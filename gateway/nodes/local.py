@@ -1,67 +1,177 @@
-"""This machine: its run folder, its GPUs, and how a program is started on it."""
+"""This machine: its folders, its GPUs, and how a program is started on it."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
-from engines.base import Command, Endpoint
-from gateway import gpus
+from engines.base import Command, Endpoint, Placement
+from gateway import gpus, lives
 from gateway.gpus import Gpu
-from gateway.process import EngineProcess, NoProcess, engine_process, watchdog
+from gateway.kept import EngineProcess, end_life, kept, launch
+from gateway.lives import Found, Life, RunFolder
+from gateway.process import CannotStart, NoProcess, watchdog
 
-SOCKET_PATH_LIMIT = 100  # bytes; the system's own limit is 104 to 108
+START_PAUSE_S = 0.01
 
 
 class LocalNode:
-    """A place for processes, for as long as `open_node` is open."""
+    """A place for processes, for as long as `open_node` is open.
 
-    def __init__(self, folder: Path) -> None:
+    `folder` is for what ends with us; engines have folders of their own in the run folder.
+    """
+
+    def __init__(self, folder: Path, run_folder: RunFolder) -> None:
         self.folder = folder
+        self.run_folder = run_folder
+        self.leaves_engines = False  # to the next gateway, as we end
+        self._is_open = asyncio.Event()  # else no engine is started: another gateway is taking over
+        self._is_open.set()
+        self._starting = 0
 
     def list_gpus(self, *, with_processes: bool = False) -> list[Gpu]:
         """The GPUs as they are now."""
         return gpus.list_gpus(with_processes=with_processes)
 
-    def new_endpoint(self, *, unix_socket: bool) -> Endpoint:
-        """An address that nothing listens on yet, with a key of its own.
+    def new_endpoint(self, *, unix_socket: bool) -> tuple[Path, Endpoint]:
+        """The folder of one more life, not made yet, and an address in it that has a key of its own.
 
         A port can be taken by somebody else before the engine binds it; the engine then exits, and the
         replica's next start gets another one. A socket in our folder cannot.
         """
         key = secrets.token_urlsafe(24)
+        folder = self.run_folder.new()
         if unix_socket:
-            return Endpoint(socket=str(self.folder / f"{secrets.token_hex(4)}.sock"), api_key=key)
+            return folder, Endpoint(socket=str(folder / lives.SOCKET), api_key=key)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            return Endpoint(port=probe.getsockname()[1], api_key=key)
+            return folder, Endpoint(port=probe.getsockname()[1], api_key=key)
 
-    def run(self, command: Command, log: Path) -> AbstractAsyncContextManager[EngineProcess | NoProcess]:
-        """The command as a process group, for the length of a block."""
-        for name, text in command.files.items():
-            (self.folder / name).write_text(text)
+    @contextlib.asynccontextmanager
+    async def run(
+        self,
+        command: Command,
+        log: Path,
+        *,
+        folder: Path,
+        endpoint: Endpoint,
+        uid: str,
+        index: int,
+        placement: Placement,
+        engine: str,
+    ) -> AsyncIterator[EngineProcess | NoProcess]:
+        """The command as an engine with a keeper, for the length of a block.
+
+        Raises:
+            CannotStart: with the reason.
+            OSError: the folder of the life, or the log, cannot be written.
+        """
         if command.endpoint:
-            return nullcontext(NoProcess())
-        return engine_process(
-            command.argv, command.env, log, folder=self.folder, cwd=command.folder, grace_s=command.grace_s
-        )
+            yield NoProcess()
+            return
+        await self._is_open.wait()
+        folder.mkdir(mode=0o700)
+        try:
+            for name, text in command.files.items():
+                (folder / name).write_text(text)
+            life = Life(
+                uid=uid,
+                index=index,
+                endpoint=endpoint,
+                placement=placement,
+                fingerprint=lives.fingerprint(command, engine),
+                argv=command.argv,
+                grace_s=command.grace_s,
+                log=str(log),
+                log_start=_head(log, command),
+                started_at=time.time(),
+            )
+        except OSError:
+            lives.remove(folder)
+            raise
+        self._starting += 1
+        try:
+            process = await launch(self.run_folder, folder, life, command.env, cwd=command.folder)
+        finally:
+            self._starting -= 1
+        async with kept(process, lambda: self.leaves_engines):
+            yield process
+
+    @contextlib.asynccontextmanager
+    async def adopt(self, found: Found) -> AsyncIterator[EngineProcess]:
+        """An engine that another gateway started, as if it were ours from now on.
+
+        Raises:
+            CannotStart: its folder cannot be written.
+        """
+        try:
+            process = EngineProcess(found, is_adopted=True)
+        except OSError as exc:
+            raise CannotStart(f"{found.folder} cannot be written: {exc.strerror}", is_final=False) from exc
+        async with kept(process, lambda: self.leaves_engines):
+            yield process
+
+    async def pause(self) -> None:
+        """Start no engine from now on; returns once none is just being started."""
+        self._is_open.clear()
+        while self._starting:  # each has a limit
+            await asyncio.sleep(START_PAUSE_S)
+
+    def go_on(self) -> None:
+        """Start engines again."""
+        self._is_open.set()
+
+    def survey(self) -> tuple[list[Found], dict[Path, str]]:
+        """The engines that earlier gateways left running, and the other folders, each with why it is of no use."""
+        looked = {folder: lives.read(folder) for folder in self.run_folder.folders()}
+        running = [found for found in looked.values() if isinstance(found, Found)]
+        return running, {folder: why for folder, why in looked.items() if isinstance(why, str)}
+
+    async def end(self, folders: list[Path]) -> None:
+        """End what is there of these lives. Never raises."""
+        await asyncio.gather(*map(end_life, folders))
+
+
+def _head(log: Path, command: Command) -> int:
+    """Begin the log of a life by what is run; where the engine's own words will begin."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command.argv)}\n".encode())
+        file.flush()
+        return file.tell()
 
 
 @contextlib.asynccontextmanager
-async def open_node() -> AsyncIterator[LocalNode]:
-    """This machine, with a watchdog that ends what we started should we be killed."""
+async def open_scratch() -> AsyncIterator[Path]:
+    """A folder for children that end with us, with a watchdog that ends them should we be killed."""
     folder = Path(tempfile.mkdtemp(prefix="hostler-")).resolve()  # mode 0700
-    if len(str(folder)) > SOCKET_PATH_LIMIT - 16:
-        shutil.rmtree(folder)
-        folder = Path(tempfile.mkdtemp(prefix="hostler-", dir="/tmp")).resolve()
     try:
         async with watchdog(folder):
-            yield LocalNode(folder)
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def open_node(home: Path, *, orphan_timeout_s: float) -> AsyncIterator[LocalNode]:
+    """This machine. No engine is left behind, but by a gateway that says so.
+
+    Raises:
+        ForeignFolder: the run folder is not ours alone.
+        OSError: it cannot be written.
+    """
+    run_folder = RunFolder(home, orphan_timeout_s=orphan_timeout_s)
+    async with open_scratch() as folder:
+        node = LocalNode(folder, run_folder)
+        try:
+            yield node
+        finally:
+            if not node.leaves_engines:
+                await node.end(run_folder.folders())

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from harness import a_node
 
 from engines.base import EngineSettings, Launch
 from engines.llama_cpp import LlamaCpp
@@ -28,7 +29,6 @@ from gateway.dispatch import Dispatcher
 from gateway.environments import Recipe
 from gateway.errors import ModelFailed, ShuttingDown
 from gateway.experience import Experience
-from gateway.nodes.local import open_node
 from gateway.placement import Device
 from gateway.replica import Replica, State
 from registry.resolve import Artifact
@@ -64,7 +64,7 @@ async def deployed(
     }
     launch = Launch(uid="fake", artifact=artifact, engine="llama.cpp", replica=replica, envs=envs, **(fields or {}))
     engine = LlamaCpp(settings=EngineSettings(binary=str(FAKE_ENGINE)))
-    async with open_node() as node:
+    async with a_node(folder / "home") as node:
         dispatcher = Dispatcher(lambda: [deployment], Settings, no_devices, lambda uid, kind, text: None)
         deployment = Deployment(launch, engine, drain_timeout_s=drain_timeout_s, changed=dispatcher.poke)
         deployment.replicas = tuple(

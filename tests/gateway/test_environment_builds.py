@@ -248,13 +248,13 @@ import asyncio, msgspec
 from pathlib import Path
 from engines.environments import Environment
 from gateway.environments import Recipe, prepare
-from gateway.nodes.local import open_node
+from gateway.nodes.local import open_scratch
 environment = msgspec.json.decode({msgspec.json.encode(environment).decode()!r}, type=Environment)
 async def main():
-    async with open_node() as node:
+    async with open_scratch() as scratch:
         recipe = Recipe(builder="pip", offline=True, wheel_folders=(Path({str(wheels)!r}),))
         print(await prepare(
-            environment, Path({str(folder)!r}), recipe=recipe, run_folder=node.folder, report=lambda _: None
+            environment, Path({str(folder)!r}), recipe=recipe, run_folder=scratch, report=lambda _: None
         ))
 asyncio.run(main())
 """

@@ -1,4 +1,4 @@
-"""The last line against orphans: after SIGKILL on the gateway nothing of it is left."""
+"""The last line against orphans: after SIGKILL on the gateway none of its short-lived children is left."""
 
 from __future__ import annotations
 
@@ -16,32 +16,36 @@ from typing import Any
 import psutil
 import pytest
 
-from gateway.watchdog import MARK_VARIABLE, end_all, marked
+from gateway.keeper import MARK_VARIABLE, marked
+from gateway.watchdog import end_all
 
 FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine.py"
 LIMIT_S = 15.0
 
-# What a gateway does, and no more: opens the node, starts the programs of its argument, tells, waits.
-KEEPER = """
-import asyncio, contextlib, json, sys
+# What a gateway does, and no more: opens its folder, starts the programs of its argument, tells, waits.
+PARENT = """
+import asyncio, json, sys
 from pathlib import Path
 import psutil
-from engines.base import Command
-from gateway.nodes.local import open_node
+from gateway.nodes.local import open_scratch
+from gateway.process import start
 
 async def main():
     scratch, commands, has_end = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3] == "end"
-    async with open_node() as node, contextlib.AsyncExitStack() as stack:
+    async with open_scratch() as folder:
+        children = []
         for number, (argv, env) in enumerate(commands):
-            argv = [word.replace("NODE", str(node.folder)) for word in argv]
-            command = Command(argv=tuple(argv), env=env, grace_s=0.5)
-            await stack.enter_async_context(node.run(command, scratch / f"{number}.log"))
+            argv = [word.replace("FOLDER", str(folder)) for word in argv]
+            log = (scratch / f"{number}.log").open("ab")
+            children.append(await start(argv, env, folder=folder, grace_s=0.5, stdout=log, stderr=log))
         while len(list(scratch.glob("*.ready"))) < len(commands):
             await asyncio.sleep(0.02)
         pids = [child.pid for child in psutil.Process().children(recursive=True)]
-        print(json.dumps({"folder": str(node.folder), "pids": pids}), flush=True)
+        print(json.dumps({"folder": str(folder), "pids": pids}), flush=True)
         if not has_end:
             await asyncio.Event().wait()
+        for child in children:
+            await child.end()
 
 asyncio.run(main())
 """
@@ -62,8 +66,8 @@ def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
         time.sleep(0.02)
 
 
-class Keeper:
-    """A running KEEPER; `pids` are those of its watchdog and of all that it started."""
+class Parent:
+    """A running PARENT; `pids` are those of its watchdog and of all that it started."""
 
     def __init__(self, process: subprocess.Popen[str], folder: Path, pids: list[int]) -> None:
         self.process, self.folder, self.pids = process, folder, pids
@@ -77,17 +81,17 @@ class Keeper:
 
 
 @contextmanager
-def keeper(scratch: Path, *commands: tuple[list[str], dict[str, str]], then: str = "wait") -> Iterator[Keeper]:
+def parent(scratch: Path, *commands: tuple[list[str], dict[str, str]], then: str = "wait") -> Iterator[Parent]:
     """Each command makes a file *.ready in the scratch folder once it is up."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # fake engines ask `env` for Python
-    argv = [sys.executable, "-P", "-c", KEEPER, str(scratch), json.dumps(commands), then]
+    argv = [sys.executable, "-P", "-c", PARENT, str(scratch), json.dumps(commands), then]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=os.environ | {"PATH": path})
     pids: list[int] = []
     try:
         assert process.stdout is not None
         told = json.loads(process.stdout.readline())
         pids = told["pids"]
-        yield Keeper(process, Path(told["folder"]), pids)
+        yield Parent(process, Path(told["folder"]), pids)
     finally:
         process.kill()
         process.communicate(timeout=10)
@@ -100,7 +104,7 @@ def keeper(scratch: Path, *commands: tuple[list[str], dict[str, str]], then: str
 def a_fake_engine(scratch: Path, **behaviour: Any) -> tuple[list[str], dict[str, str]]:
     """A fake engine with two grandchildren, one of them deaf to SIGTERM."""
     behaviour |= {"grandchild": True, "grandchild_file": str(scratch / "fake.ready")}
-    argv = [str(FAKE_ENGINE), "--model", "m.gguf", "--host", "NODE/a.sock"]
+    argv = [str(FAKE_ENGINE), "--model", "m.gguf", "--host", "FOLDER/a.sock"]
     return argv, {"FAKE_ENGINE": json.dumps(behaviour)}
 
 
@@ -112,7 +116,7 @@ def a_shell(script: str, scratch: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def test_nothing_is_left_not_even_the_deaf_their_children_and_the_folder(tmp_path: Path) -> None:
-    with keeper(tmp_path, a_fake_engine(tmp_path, ignore_term=True)) as kept:
+    with parent(tmp_path, a_fake_engine(tmp_path, ignore_term=True)) as kept:
         assert len(kept.alive()) == 4  # the watchdog, the engine, and its two children
         assert kept.folder.is_dir()
         kept.process.kill()
@@ -121,7 +125,7 @@ def test_nothing_is_left_not_even_the_deaf_their_children_and_the_folder(tmp_pat
 
 def test_a_process_that_has_overwritten_its_environment_is_found_by_its_folder(tmp_path: Path) -> None:
     code = f"import os; open('{tmp_path}/a.ready', 'w'); os.execve('/bin/sleep', ['sleep', '600'], {{}})"
-    with keeper(tmp_path, ([sys.executable, "-c", code], {})) as kept:
+    with parent(tmp_path, ([sys.executable, "-c", code], {})) as kept:
         (engine,) = set(kept.pids) - {kept.watchdog()}
         until(lambda: psutil.Process(engine).environ() == {})
         kept.process.kill()
@@ -131,7 +135,7 @@ def test_a_process_that_has_overwritten_its_environment_is_found_by_its_folder(t
 @pytest.mark.skipif(sys.platform != "linux", reason="setsid is a program of Linux")
 def test_a_process_that_left_its_group_and_folder_is_found_by_its_environment(tmp_path: Path) -> None:
     script = "cd /; setsid sleep 600 & wait"
-    with keeper(tmp_path, a_shell(script, tmp_path)) as kept:
+    with parent(tmp_path, a_shell(script, tmp_path)) as kept:
         kept.process.kill()
         until(lambda: not kept.alive() and not kept.folder.exists())
 
@@ -141,8 +145,8 @@ def test_another_gateways_processes_are_left_alone(tmp_path: Path) -> None:
     one.mkdir()
     other.mkdir()
     with (
-        keeper(one, a_shell("exec sleep 600", one)) as killed,
-        keeper(other, a_shell("exec sleep 600", other)) as kept,
+        parent(one, a_shell("exec sleep 600", one)) as killed,
+        parent(other, a_shell("exec sleep 600", other)) as kept,
     ):
         killed.process.kill()
         until(lambda: not killed.alive() and not killed.folder.exists())
@@ -154,7 +158,7 @@ def test_another_gateways_processes_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_the_watchdog_outlives_the_signals_of_a_terminal_and_a_shutdown(tmp_path: Path) -> None:
-    with keeper(tmp_path, a_shell("exec sleep 600", tmp_path)) as kept:
+    with parent(tmp_path, a_shell("exec sleep 600", tmp_path)) as kept:
         watchdog = kept.watchdog()
         until(lambda: _ignores(watchdog, signal.SIGTERM))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -170,7 +174,7 @@ def _ignores(pid: int, number: int) -> bool:
 
 
 def test_a_gateway_that_ends_by_itself_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
-    with keeper(tmp_path, a_fake_engine(tmp_path), then="end") as kept:
+    with parent(tmp_path, a_fake_engine(tmp_path), then="end") as kept:
         assert kept.process.wait(timeout=30) == 0
         assert not kept.folder.exists()
         until(lambda: not kept.alive())
@@ -180,7 +184,7 @@ def test_the_watchdog_is_in_a_session_of_its_own_and_has_none_of_our_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOSTLER_API_KEYS", "sk-secret")
-    with keeper(tmp_path) as kept:
+    with parent(tmp_path) as kept:
         watchdog = kept.watchdog()
         assert os.getsid(watchdog) == watchdog
         assert "HOSTLER_API_KEYS" not in psutil.Process(watchdog).environ()

@@ -1,21 +1,27 @@
-"""A process is a block: leaving it in any way ends the whole group."""
+"""An engine is a block: leaving it in any way ends all of it, however it was started."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from gateway.process import LOG_LIMIT_BYTES, CannotStart, EngineProcess, Exit, engine_process, memory_bytes, tail
-from gateway.watchdog import marked
+from engines.base import Command, Endpoint, Placement
+from gateway.home import only_one_in
+from gateway.keeper import LOG_LIMIT_BYTES, marked
+from gateway.kept import EngineProcess
+from gateway.nodes.local import open_node
+from gateway.process import CannotStart, Exit, memory_bytes, tail
 
 LIMIT_S = 20.0
 
@@ -23,6 +29,24 @@ LIMIT_S = 20.0
 FAMILY = "sleep 600 & echo $$ $! > pids.new; mv pids.new pids; wait"
 FAMILY_OF_A_DEAF_LEADER = "trap '' TERM; sleep 600 & echo $$ $! > pids.new; mv pids.new pids; while :; do wait; done"
 DEAF_CHILD = "(trap '' TERM; exec sleep 600) & echo $$ $! > pids.new; mv pids.new pids; wait"
+
+
+@contextlib.asynccontextmanager
+async def engine_process(
+    argv: list[str], env: dict[str, str], log: Path, *, folder: Path, grace_s: float = 10.0
+) -> AsyncIterator[EngineProcess]:
+    """A program as a gateway runs it, that works in the folder; the data folder is below it."""
+    home = folder / "home" / log.stem
+    with only_one_in(home):
+        async with open_node(home, orphan_timeout_s=60) as node:
+            command = Command(argv=tuple(argv), env=env, grace_s=grace_s, folder=str(folder))
+            life, placement = node.run_folder.new(), Placement()
+            async with node.run(
+                command, log, folder=life, endpoint=Endpoint(), uid="m", index=0, placement=placement, engine="test"
+            ) as process:
+                assert isinstance(process, EngineProcess)
+                yield process
+            assert not life.exists()
 
 
 def is_alive(pid: int) -> bool:
@@ -143,8 +167,24 @@ async def test_a_grandchild_that_outlives_its_leader_is_ended(tmp_path: Path) ->
     async with engine_process(["sh", "-c", script], {}, tmp_path / "a.log", folder=tmp_path, grace_s=0.5) as process:
         assert await asyncio.wait_for(process.wait(), LIMIT_S) == Exit(code=0)
         (orphan,) = await pids_in(tmp_path)
-        assert is_alive(orphan)
-    assert not is_alive(orphan)
+        await until(lambda: not is_alive(orphan), limit_s=5)  # by the keeper, whatever we do
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives the children of the dead to a keeper")
+@pytest.mark.parametrize("ending", ["left", "died"])
+async def test_a_grandchild_that_has_left_its_group_its_folder_and_its_environment_is_ended(
+    ending: str, tmp_path: Path
+) -> None:
+    pids = tmp_path / "pids"
+    script = f"cd /; setsid env -i sleep 600 & echo $! > {pids}.new; mv {pids}.new {pids}; wait"
+    async with engine_process(["sh", "-c", script], {}, tmp_path / "a.log", folder=tmp_path, grace_s=2) as process:
+        (grandchild,) = await pids_in(tmp_path)
+        await until(lambda: psutil.Process(grandchild).environ() == {})
+        if ending == "died":
+            os.kill(process.pid, signal.SIGKILL)
+            assert await asyncio.wait_for(process.wait(), LIMIT_S) == Exit(signal=9)
+            await until(lambda: not is_alive(grandchild), limit_s=5)
+    assert not is_alive(grandchild)
 
 
 async def test_the_grace_may_be_cut_short_before_the_end(tmp_path: Path) -> None:
@@ -164,32 +204,20 @@ async def test_who_heeds_term_may_tidy_up(tmp_path: Path) -> None:
     assert await process.wait() == Exit(code=5)
 
 
-PARENT_OF_ORPHANS = """
-import asyncio, ctypes, sys, time
-from pathlib import Path
-from gateway.process import CannotStart, engine_process
-
-ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: as in a container whose first process we are
-
-async def main():
-    folder = Path(sys.argv[1])
-    argv = ["sh", "-c", "sleep 600 & echo started; exec sleep 601"]
-    async with engine_process(argv, {}, folder / "a.log", folder=folder, grace_s=4) as process:
-        while not process.log_tail():
-            await asyncio.sleep(0.01)
+async def test_a_dead_grandchild_does_not_use_up_the_grace(tmp_path: Path) -> None:
+    script = "sleep 600 & echo started; exec sleep 601"
+    async with engine_process(["sh", "-c", script], {}, tmp_path / "a.log", folder=tmp_path, grace_s=20) as process:
+        await until(process.log_tail)
         started = time.monotonic()
-    print(time.monotonic() - started)
-
-asyncio.run(main())
-"""
+    assert time.monotonic() - started < 10
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has subreapers")
-def test_a_dead_grandchild_that_nobody_reaps_does_not_use_up_the_grace(tmp_path: Path) -> None:
-    argv = [sys.executable, "-P", "-c", PARENT_OF_ORPHANS, str(tmp_path)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 3  # of a grace of 4
+async def test_a_keeper_that_is_stopped_does_not_keep_an_engine_from_its_end(tmp_path: Path) -> None:
+    argv = ["sh", "-c", FAMILY]
+    async with engine_process(argv, {}, tmp_path / "a.log", folder=tmp_path, grace_s=0.5) as process:
+        pids = await pids_in(tmp_path)
+        os.kill(psutil.Process(process.pid).ppid(), signal.SIGSTOP)
+    assert not any(map(is_alive, pids))
 
 
 # --- how it ended
@@ -208,6 +236,15 @@ async def test_the_end_is_told(script: str, exit_: Exit, text: str, tmp_path: Pa
     ended, _ = await run_shell(script, tmp_path)
     assert ended == exit_
     assert str(ended) == text
+
+
+async def test_the_end_is_told_where_the_system_does_not_say_when(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    ended, process = await run_shell("sleep 0.3; exit 7", tmp_path)
+    assert ended == Exit(code=7)
+    assert not is_alive(process.pid)
 
 
 async def test_a_signal_without_a_name_can_be_told(tmp_path: Path) -> None:
@@ -252,7 +289,7 @@ async def test_it_runs_in_a_session_and_folder_of_its_own_marked_and_without_our
     seen = json.loads((tmp_path / "seen").read_text())
     assert seen["sid"] == seen["pid"] == process.pid
     assert (seen["cwd"], seen["stdin"]) == (str(tmp_path), "")
-    assert (seen["env"]["ADDED"], seen["env"]["HOSTLER_RUN"]) == ("1", str(tmp_path))
+    assert (seen["env"]["ADDED"], seen["env"]["HOSTLER_RUN"]) == ("1", str(process.folder))
     assert "HOSTLER_API_KEYS" not in seen["env"]
 
 
@@ -327,7 +364,7 @@ async def test_a_log_that_is_not_full_is_added_to(tmp_path: Path) -> None:
     (tmp_path / "a.log").write_text("earlier\n")
     await run_shell("echo later", tmp_path)
     assert tail(tmp_path / "a.log", 3)[0::2] == ("earlier", "later")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.log"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.log", "home"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,279 @@
+"""`hostler restart`: another gateway takes over, with the same door; no request fails and no engine is loaded anew."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import pytest
+import yaml
+from harness import Answer, Gateway, StartGateway, events_in, fake_model, is_running, until
+
+# Long enough that a stream lasts over a restart.
+SLOW = {"tokens": 120, "token_delay_s": 0.05}
+
+
+async def restart(gateway: Gateway) -> int:
+    answer = await gateway.post("/v1/restart")
+    assert answer.status == 200, answer.body
+    pid: int = answer.json["pid"]
+    return pid
+
+
+async def engine_of(gateway: Gateway) -> int:
+    pid: int = (await gateway.until(state="ready"))["pid"]
+    return pid
+
+
+def is_stand_in(pid: int) -> bool:
+    return any(word.endswith("stand_in.py") for word in psutil.Process(pid).cmdline())
+
+
+async def test_a_restart_keeps_door_engines_and_streams(start_gateway: StartGateway, tmp_path: Path) -> None:
+    events = tmp_path / "events"
+    gateway = await start_gateway(fake=SLOW | {"events_file": str(events)}, model={"preload": True}, drain_timeout_s=15)
+    engine = await engine_of(gateway)
+    before = gateway.process.pid
+    streams = [asyncio.create_task(gateway.stream()) for _ in range(16)]
+    await gateway.until(in_flight=16)
+    after = await restart(gateway)
+    assert after != before
+    assert (await gateway.complete()).status == 200
+    assert await engine_of(gateway) == engine
+    for lines in await asyncio.gather(*streams):
+        assert lines[-1] == "data: [DONE]"
+        assert not any("error" in line for line in lines)
+    assert len(events_in(events, "start")) == 1
+    assert (gateway.home / "gateway.lock").read_text() == str(after)
+    # The old process is small now, and stands in: its end is that of the new one.
+    await until(lambda: is_stand_in(before))
+    assert psutil.Process(before).memory_info().rss < 16 * 2**20
+    assert await gateway.end(signal.SIGTERM) == 0
+    assert not is_running(after)
+    assert not is_running(engine)
+
+
+async def ask_on(gateway: Gateway, answers: list[int], until_set: asyncio.Event) -> None:
+    """One request after the other, each by the connection that is kept."""
+    async with aiohttp.ClientSession() as session:
+        while not until_set.is_set():
+            body = {"model": "fake", "prompt": "x"}
+            async with session.post(f"{gateway.address}/v1/completions", json=body) as response:
+                assert "text" in await response.text(), await response.text()
+                answers.append(response.status)
+
+
+async def test_no_request_is_lost_over_three_restarts_under_load(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={"tokens": 4, "token_delay_s": 0.01}, model={"preload": True}, drain_timeout_s=3)
+    engine = await engine_of(gateway)
+    answers: list[int] = []
+    over = asyncio.Event()
+    clients = [asyncio.create_task(ask_on(gateway, answers, over)) for _ in range(8)]
+    pids = [gateway.process.pid]
+    for _ in range(3):
+        pids.append(await restart(gateway))
+        await asyncio.sleep(0.5)
+    over.set()
+    await asyncio.gather(*clients)
+    assert set(answers) == {200}
+    assert len(answers) > 50
+    assert len(set(pids)) == 4
+    assert await engine_of(gateway) == engine
+    # Those in between are gone; the first stands in for the last.
+    await until(lambda: not any(map(is_running, pids[1:-1])), limit_s=40)
+    assert is_stand_in(pids[0])
+    assert psutil.Process(pids[-1]).ppid() == pids[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_requests_that_wait_for_a_load_are_answered_by_the_next_gateway(
+    start_gateway: StartGateway, tmp_path: Path, stream: bool
+) -> None:
+    events = tmp_path / "events"
+    fake = {"ready_after_s": 6, "events_file": str(events)}
+    gateway = await start_gateway(fake=fake, keepalive_interval_s=0.5, drain_timeout_s=1)  # shorter than the load
+
+    async def ask() -> Any:
+        return await gateway.stream() if stream else await gateway.complete()
+
+    asked = [asyncio.create_task(ask()) for _ in range(4)]
+    await until(lambda: events_in(events, "start"))
+    await asyncio.sleep(0.7)
+    await restart(gateway)
+    for answer in await asyncio.gather(*asked):
+        if stream:
+            assert answer[0].startswith(": fake is loading")
+            assert answer[-1] == "data: [DONE]"
+            assert not any("error" in line for line in answer)
+        else:
+            assert isinstance(answer, Answer)
+            assert answer.status == 200
+    assert len(events_in(events, "start")) == 1
+
+
+async def test_requests_that_wait_for_a_model_that_is_not_started_yet_are_answered_by_the_next_gateway(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    """Here: it crashes at its start, and the old gateway is in the pause before the next try."""
+    fake = {"exit_before_ready_times": 3, "counter_file": str(tmp_path / "starts")}
+    gateway = await start_gateway(fake=fake, restart_limit=10)
+    asked = asyncio.create_task(gateway.complete())
+    await gateway.until(state="backoff")
+    await restart(gateway)
+    assert (await asked).status == 200
+
+
+async def test_a_launch_that_its_client_waits_for_is_answered_once_it_is_ready_there(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    gateway = await start_gateway()
+    wish = {"model_uid": "mine", "model_engine": "llama.cpp"} | fake_model(tmp_path / "m.gguf", {"ready_after_s": 4})
+    launching = asyncio.create_task(gateway.post("/v1/models", wish))
+    await until(lambda: list((gateway.home / "launches").glob("*.json")))
+    await gateway.until("mine", state="starting")
+    await restart(gateway)
+    answer = await launching
+    assert (answer.status, answer.json) == (200, {"model_uid": "mine"})
+    replica = await gateway.until("mine", state="ready")
+    assert replica["starts"] == 1
+
+
+async def test_the_new_gateway_does_not_unload_what_the_old_one_still_answers_by(
+    start_gateway: StartGateway,
+) -> None:
+    gateway = await start_gateway(fake=SLOW, model={"preload": True, "idle_timeout_s": 0.3})
+    stream = asyncio.create_task(gateway.stream())
+    await gateway.until(in_flight=1)
+    engine = await engine_of(gateway)
+    await restart(gateway)
+    replica = await gateway.until(state="ready", in_flight=1)
+    assert replica["pid"] == engine
+    lines = await stream
+    assert lines[-1] == "data: [DONE]"
+    assert not any("error" in line for line in lines)
+    await gateway.until(state="stopped")  # idle at last
+    assert not is_running(engine)
+
+
+async def test_settings_are_read_anew_and_only_what_they_change_is_loaded_anew(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={}, model={"preload": True})
+    file = gateway.home / "settings.yaml"
+    settings = yaml.safe_load(file.read_text())
+    settings["models"]["other"] = settings["models"]["fake"]
+    file.write_text(yaml.safe_dump(settings))
+    engine = await engine_of(gateway)
+    await restart(gateway)
+    other = await gateway.until("other", state="ready")
+    assert await engine_of(gateway) == engine
+    settings["models"]["other"] = settings["models"]["other"] | {"envs": {"FAKE_ENGINE": '{"tokens": 3}'}}
+    file.write_text(yaml.safe_dump(settings))
+    await restart(gateway)
+    await until(lambda: not is_running(other["pid"]))
+    await gateway.until("other", state="ready")
+    assert await engine_of(gateway) == engine
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("log_level: loud", "log_level"),
+        ("modles: {}", "Did you mean 'models'"),
+        ("models: {m: {model_name: no-such-model}}", "no-such-model"),
+    ],
+)
+async def test_settings_that_are_wrong_are_told_and_nothing_changes(
+    start_gateway: StartGateway, wrong: str, told: str
+) -> None:
+    gateway = await start_gateway(fake=SLOW, model={"preload": True})
+    engine = await engine_of(gateway)
+    stream = asyncio.create_task(gateway.stream())
+    await gateway.until(in_flight=1)
+    (gateway.home / "settings.yaml").write_text(wrong)
+    answer = await gateway.post("/v1/restart")
+    assert (answer.status, answer.error["code"]) == (503, "cannot_restart")
+    assert "goes on as it was" in answer.error["message"]
+    assert told in answer.error["message"]
+    assert (await gateway.complete()).status == 200
+    assert await engine_of(gateway) == engine
+    assert (await stream)[-1] == "data: [DONE]"
+    assert (gateway.home / "gateway.lock").read_text() == str(gateway.process.pid)
+    assert psutil.Process(gateway.process.pid).status() != psutil.STATUS_ZOMBIE
+
+
+async def test_a_new_gateway_that_fails_in_the_midst_of_taking_over_leaves_all_to_the_old_one(
+    start_gateway: StartGateway,
+) -> None:
+    gateway = await start_gateway(fake=SLOW, model={"preload": True})
+    engine = await engine_of(gateway)
+    stream = asyncio.create_task(gateway.stream())
+    await gateway.until(in_flight=1)
+    (gateway.home / "run").chmod(0o755)
+    answer = await gateway.post("/v1/restart")
+    assert (answer.status, answer.error["code"]) == (503, "cannot_restart")
+    assert "is open to others" in answer.error["message"]
+    (gateway.home / "run").chmod(0o700)
+    assert (await gateway.complete(max_tokens=1)).status == 200
+    assert (await stream)[-1] == "data: [DONE]"
+    assert await engine_of(gateway) == engine
+    os.kill(engine, signal.SIGKILL)
+    await gateway.until(state="ready", starts=2)  # it starts engines again
+
+
+async def test_the_verb_says_what_it_did_and_why_it_did_not(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={})
+
+    async def say(*words: str) -> tuple[int | None, str]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "gateway.cli", "restart", "-e", gateway.address, *words),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await process.communicate()
+        return process.returncode, output.decode()
+
+    code, said = await say("--json")
+    assert code == 0, said
+    assert json.loads(said)["pid_before"] == gateway.process.pid
+    (gateway.home / "settings.yaml").write_text("prot: 1\n")
+    code, said = await say()
+    assert code == 1
+    assert "Unknown key 'prot'" in said
+
+
+async def test_a_restart_needs_the_key(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={}, api_keys=["sk-right"])
+    assert (await gateway.post("/v1/restart")).status == 401
+    headers = {"authorization": "Bearer sk-right"}
+    assert (await gateway.post("/v1/restart", headers=headers)).status == 200
+    assert (await gateway.complete()).status == 401
+    assert (await gateway.get("/v1/models", headers=headers)).status == 200
+
+
+async def test_a_signal_to_the_old_process_reaches_the_new_one(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake=SLOW, model={"preload": True})
+    engine = await engine_of(gateway)
+    stream = asyncio.create_task(gateway.stream())
+    await gateway.until(in_flight=1)
+    after = await restart(gateway)
+    os.kill(gateway.process.pid, signal.SIGINT)  # while it drains
+    await asyncio.gather(stream, return_exceptions=True)
+    assert await gateway.process.wait() == 0
+    await until(lambda: not is_running(after) and not is_running(engine))
+
+
+async def test_a_new_gateway_that_is_killed_ends_the_old_process_in_the_same_way(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={}, model={"preload": True})
+    await engine_of(gateway)
+    after = await restart(gateway)
+    await gateway.session.close()
+    await until(lambda: is_stand_in(gateway.process.pid))
+    os.kill(after, signal.SIGKILL)
+    assert await gateway.process.wait() == -signal.SIGKILL
