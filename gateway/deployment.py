@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from engines.base import Engine, Launch
+from gateway.config import Settings
 from gateway.errors import ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
 from gateway.replica import COMING, Replica, State
 
@@ -19,15 +20,15 @@ class Deployment:
     """A Launch and its Replicas. `run` drives it; requests come through `acquire` and `release`."""
 
     def __init__(
-        self, launch: Launch, engine: Engine, *, drain_timeout_s: float, should_start: bool | None = None
+        self, launch: Launch, engine: Engine, *, settings: Callable[[], Settings], should_start: bool | None = None
     ) -> None:
-        """`should_start` says whether it is loaded at once; else the launch does."""
+        """`settings` gives those in effect; `should_start` says whether it is loaded at once; else the launch does."""
         self.launch = launch
         self.engine = engine
         self.replicas: Sequence[Replica] = ()
-        self._leaving: dict[Replica, float] = {}  # those that are to end, and how long their requests may go on
+        self._leaving: dict[Replica, float | None] = {}  # those that are to end, and how long their requests may go on
         self.waiting = 0  # requests that wait for a replica
-        self._drain_timeout_s = drain_timeout_s
+        self._settings = settings
         self._start_wanted = launch.preload if should_start is None else should_start
         self._is_running = False  # from the decision to start until all replicas have stopped
         self._stopping = False  # from the decision to stop until then
@@ -232,7 +233,7 @@ class Deployment:
             drain_timeout_s: how long those in flight may go on, if not as long as the settings say.
         """
         if replica in self.replicas:
-            self._leaving[replica] = self._drain_timeout_s if drain_timeout_s is None else drain_timeout_s
+            self._leaving[replica] = drain_timeout_s
         if not self._is_running:
             self._forget_leaving([replica])
         self.notify()
@@ -314,7 +315,8 @@ class Deployment:
 
     async def _drain(self, replica: Replica) -> None:
         """Let the replica's requests in flight end, for as long as the settings allow."""
-        deadline = time.monotonic() + self._leaving.get(replica, self._drain_timeout_s)
+        limit_s = self._leaving.get(replica)
+        deadline = time.monotonic() + (self._settings().drain_timeout_s if limit_s is None else limit_s)
         while replica.in_flight and not self._is_forced and (rest_s := deadline - time.monotonic()) > 0:
             await self.changed(limit_s=rest_s)
 

@@ -21,8 +21,9 @@ import msgspec
 
 from engines.base import Command, Engine, Launch, Placement
 from gateway import metrics
+from gateway.config import Settings
 from gateway.downloads import DownloadFailed, Progress, fetch
-from gateway.environments import CannotBuild, Recipe, mark_used, prepare
+from gateway.environments import CannotBuild, mark_used, prepare, recipe_of
 from gateway.nodes.local import LocalNode
 from gateway.placement import needs_of, place
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
@@ -87,18 +88,13 @@ class Replica:
         engine: Engine,
         node: LocalNode,
         *,
-        cache: Path,
         log: Path,
-        restart_limit: int,
-        download_stall_s: float,
-        probe_interval_s: float,
-        probe_failures: int,
-        environments: Path,
-        recipe: Recipe,
+        settings: Callable[[], Settings],
         changed: Callable[[], None],
         placements: Callable[[], list[Placement]],
         tell: Callable[[str, str], None],
     ) -> None:
+        """`settings` gives those in effect; they may be others each time."""
         self.launch = launch
         self.index = index
         self.log = log
@@ -116,16 +112,10 @@ class Replica:
         self.address: str | None = None
         self.upstream: Upstream | None = None
         self.placement: Placement | None = None  # what it holds
-        self._engine = engine
+        self.engine = engine
         self._node = node
-        self._cache = cache
-        self._restart_limit = restart_limit
-        self._download_stall_s = download_stall_s
-        self._probe_interval_s = probe_interval_s
-        self._probe_failures = probe_failures
+        self._settings = settings
         self._silence: Failure | None = None  # of this life
-        self._environments = environments
-        self._recipe = recipe
         self._changed = changed
         self._placements = placements
         self._tell = tell
@@ -169,7 +159,7 @@ class Replica:
     async def _until_retry(self) -> None:
         """Until somebody gives it another chance, or what is served elsewhere may be back."""
         try:
-            async with asyncio.timeout(self._engine.retry_s):
+            async with asyncio.timeout(self.engine.retry_s):
                 await self._retry.wait()
         except TimeoutError:
             return
@@ -182,11 +172,11 @@ class Replica:
         placement = await self._place()
         self._enter(State.STARTING)
         self.starts += 1
-        endpoint = self._node.new_endpoint(unix_socket=self._engine.listens_on_socket(self.launch))
-        command = self._engine.command(self.launch, model_path, placement, endpoint, python)
+        endpoint = self._node.new_endpoint(unix_socket=self.engine.listens_on_socket(self.launch))
+        command = self.engine.command(self.launch, model_path, placement, endpoint, python)
         endpoint = command.endpoint or endpoint
         if command.argv:
-            mark_used(command.argv[0], self._environments)
+            mark_used(command.argv[0], self._settings().environments_path)
         upstream = Upstream(endpoint)
         try:
             async with self._node.run(command, self.log) as process:
@@ -217,7 +207,7 @@ class Replica:
 
     async def _place(self) -> Placement:
         """The GPUs for this life; no await between looking at what is taken and taking."""
-        needs = needs_of(self.launch, self._engine.needs(self.launch), self.index)
+        needs = needs_of(self.launch, self.engine.needs(self.launch), self.index)
         gpus = await asyncio.to_thread(self._node.list_gpus) if needs.gpu_idx or needs.n_gpu else []
         placement = place(needs, gpus, self._placements())
         if isinstance(placement, str):
@@ -234,9 +224,9 @@ class Replica:
         try:
             return await fetch(
                 self.launch.artifact.source,
-                self._cache,
+                self._settings().cache_path,
                 folder=self._node.folder,
-                stall_s=self._download_stall_s,
+                stall_s=self._settings().download_stall_s,
                 report=report,
             )
         except DownloadFailed as exc:
@@ -259,7 +249,11 @@ class Replica:
 
         try:
             return await prepare(
-                environment, self._environments, recipe=self._recipe, run_folder=self._node.folder, report=report
+                environment,
+                self._settings().environments_path,
+                recipe=recipe_of(self._settings()),
+                run_folder=self._node.folder,
+                report=report,
             )
         except CannotBuild as exc:
             advice = "Correct the model's packages." if exc.permanent else "It is tried again."
@@ -304,8 +298,8 @@ class Replica:
         said = await until_silent(
             upstream,
             path,
-            interval_s=command.probe_interval_s or self._probe_interval_s,
-            failures=self._probe_failures,
+            interval_s=command.probe_interval_s or self._settings().probe_interval_s,
+            failures=self._settings().probe_failures,
             cpu_s=process.cpu_s,
         )
         advice = "It is tried again." if command.endpoint else "It hung, so it was killed; `hostler logs` shows more."
@@ -345,7 +339,7 @@ class Replica:
         self.failures_in_row = 1 if was_fine else self.failures_in_row + 1
         self.failure = failure
         metrics.ENGINE_RESTARTS.labels(self.launch.uid).inc()
-        is_final = failure.permanent or self.failures_in_row >= self._restart_limit
+        is_final = failure.permanent or self.failures_in_row >= self._settings().restart_limit
         logger.log(logging.ERROR if is_final else logging.WARNING, "%s: %s", self, failure)
         self._enter(State.FAILED if is_final else State.BACKOFF)
         self._tell("ERROR" if is_final else "WARNING", f"{self.name}: {failure}")

@@ -12,6 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,9 +21,10 @@ import uvicorn
 
 from gateway import metrics
 from gateway.app import create_app
-from gateway.config import Settings
+from gateway.config import NOWHERE, Settings, Source
 from gateway.errors import SettingsError
 from gateway.fleet import Fleet, open_fleet
+from gateway.watch import Watch
 
 logger = logging.getLogger("hostler.server")
 
@@ -65,11 +67,12 @@ class Server(uvicorn.Server):
         return any(deployment.in_flight or deployment.waiting for deployment in self._fleet.deployments())
 
 
-def run(settings: Settings, greeting: Greeting | None = None) -> None:
+def run(settings: Settings, greeting: Greeting | None = None, source: Source = NOWHERE) -> None:
     """Serve until a signal ends it.
 
     Args:
         greeting: called with the fleet and the address once the door is open.
+        source: where the settings came from; SIGHUP has them read again.
     Raises:
         SettingsError: the address is taken, the data folder is in use, or a declared model cannot be served.
     """
@@ -86,24 +89,27 @@ def run(settings: Settings, greeting: Greeting | None = None) -> None:
             timeout_graceful_shutdown=CLOSE_LIMIT_S,
         )
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_serve(settings, config, listener, greeting))
+            runner.run(_serve(settings, config, listener, greeting, source))
 
 
 async def _serve(
-    settings: Settings, config: uvicorn.Config, listener: socket.socket, greeting: Greeting | None
+    settings: Settings, config: uvicorn.Config, listener: socket.socket, greeting: Greeting | None, source: Source
 ) -> None:
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    async with open_fleet(settings) as fleet:
+    async with open_fleet(settings, source) as fleet:
         config.app = create_app(fleet)
         server = Server(config, fleet)
         with metrics.watching(fleet.deployments):
             greeter = asyncio.create_task(_greet(server, greeting, fleet, address))
+            watch = Watch(fleet, end=partial(server.handle_exit, signal.SIGTERM, None))
+            watcher = asyncio.create_task(watch.run())
             try:
                 await server.serve(sockets=[listener])
             finally:
                 greeter.cancel()
-                await asyncio.gather(greeter, return_exceptions=True)
+                watcher.cancel()
+                await asyncio.gather(greeter, watcher, return_exceptions=True)
 
 
 async def _greet(server: Server, greeting: Greeting | None, fleet: Fleet, address: str) -> None:

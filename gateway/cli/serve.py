@@ -29,19 +29,19 @@ PROGRESS_PAUSE_S = 2.0
 def command(file: str | None, insecure: bool, prompt: str | None, **flags: Any) -> None:
     """Serve models until Ctrl-C, which ends at once; SIGTERM lets requests in flight end first."""
     from gateway import server
-    from gateway.config import check_exposure, load
+    from gateway.config import Source
     from gateway.errors import SettingsError
 
     async def greet(fleet: Fleet, address: str) -> None:
         await _greet(fleet, address, prompt)
 
     try:
-        settings = load(file, flags)
-        check_exposure(settings, insecure=insecure)
+        source = Source.of(file, flags, insecure=insecure)
+        settings = source.read()
         logging.basicConfig(
             level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
         )
-        server.run(settings, greet)
+        server.run(settings, greet, source)
     except SettingsError as exc:
         click.echo(f"hostler: {exc}", err=True)
         sys.exit(2)

@@ -19,8 +19,8 @@ import pytest
 
 from engines.base import EngineSettings, Launch
 from engines.llama_cpp import LlamaCpp
+from gateway.config import Settings
 from gateway.deployment import Deployment
-from gateway.environments import Recipe
 from gateway.errors import ModelFailed, ShuttingDown
 from gateway.nodes.local import open_node
 from gateway.replica import Replica, State
@@ -57,24 +57,19 @@ async def deployed(
     }
     launch = Launch(uid="fake", artifact=artifact, engine="llama.cpp", replica=replica, envs=envs, **(fields or {}))
     engine = LlamaCpp(settings=EngineSettings(binary=str(FAKE_ENGINE)))
+    settings = Settings(home=str(folder), drain_timeout_s=drain_timeout_s, restart_limit=restart_limit)
     async with open_node() as node:
-        deployment = Deployment(launch, engine, drain_timeout_s=drain_timeout_s)
+        deployment = Deployment(launch, engine, settings=lambda: settings)
         deployment.replicas = tuple(
             Replica(
                 launch,
                 index,
                 engine,
                 node,
-                cache=folder / "cache",
                 log=folder / f"{index}.log",
-                restart_limit=restart_limit,
+                settings=lambda: settings,
                 placements=list,
                 tell=lambda kind, text: None,
-                download_stall_s=60,
-                probe_interval_s=10,
-                probe_failures=3,
-                environments=folder / "environments",
-                recipe=Recipe(),
                 changed=deployment.notify,
             )
             for index in range(replica)
