@@ -24,7 +24,8 @@ class Reload(msgspec.Struct, kw_only=True):
     """One such change and how far it is. Times in seconds since the epoch.
 
     `stage` is draining, loading, ready or error; after an error the model is what it was before, unless it did not
-    serve then either, or something newer was wished for meanwhile. `only_stale` leaves copies be that need no new start.
+    serve then either, or something newer was wished for meanwhile. `only_stale` leaves copies be that need no new
+    start.
     """
 
     model_uid: str

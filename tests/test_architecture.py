@@ -34,16 +34,20 @@ PACKAGE_MAY_IMPORT = {
 
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
-    ("addresses", "amounts", "errors", "files", "gpus", "metrics", "upstream", "watchdog", "launch"),
+    ("addresses", "amounts", "errors", "files", "gpus", "metrics", "upstream", "watchdog"),
+    ("launch",),
     ("calls",),
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),
     ("history",),
     ("config", "sdk"),
+    ("apply",),
+    ("export",),
     ("downloads", "environments", "nodes"),
     ("replica",),
     ("deployment",),
     ("reload",),
     ("fleet",),
+    ("watch",),
     ("sizing",),
     ("room",),
     ("check",),
@@ -58,7 +62,9 @@ LEAF_MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "gpus": set(),
     "metrics": set(),
-    "config": {"addresses", "client", "errors", "launch"},
+    "config": {"addresses", "amounts", "client", "errors", "launch"},
+    "apply": {"config"},
+    "export": {"apply", "config", "launch"},
 }
 
 HEAVY = ("torch", "transformers", "vllm", "diffusers", "numpy", "xllamacpp", "huggingface_hub", "pynvml", "llama_cpp")
