@@ -125,7 +125,9 @@ def by_hostler(options: argparse.Namespace, trace: list[list[Ask]], load_s: dict
     outcome = Outcome("hostler")
     with virtual_time() as loop:
         settings = Settings(
-            min_residency_s=options.min_residency_s * options.scale, max_wait_s=options.max_wait_s * options.scale
+            drain_timeout_s=60,
+            min_residency_s=options.min_residency_s * options.scale,
+            max_wait_s=options.max_wait_s * options.scale,
         )
         world = World(settings, {RAM: options.room * GB})
 

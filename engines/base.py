@@ -16,7 +16,7 @@ from msgspec import Meta
 from engines.environments import Environment, absolute_program, worker_argv
 from registry.decode import decode
 from registry.memory import Attention, Cache
-from registry.resolve import Artifact
+from registry.resolve import Artifact, Selection
 
 NUMBERED = re.compile(r"cuda:(\d+)")  # torch's name of a device
 
@@ -27,7 +27,11 @@ LOAD_TIMEOUT_S = 300.0
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The desired state of one uid. Written to disk before anything is done about it."""
+    """The desired state of one uid. Written to disk before anything is done about it.
+
+    `selection` and the fields of virtual environments are what was asked for, of which `artifact` and `environment`
+    were chosen; None in launches that older releases kept. `is_applied` says that it came with `hostler apply`.
+    """
 
     uid: str
     artifact: Artifact
@@ -50,6 +54,11 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     start_timeout_s: float = START_TIMEOUT_S
     load_timeout_s: float = LOAD_TIMEOUT_S
     environment: Environment | None = None
+    selection: Selection | None = None
+    enable_virtual_env: bool | None = None
+    virtual_env_packages: tuple[str, ...] = ()
+    virtual_env_find_links: tuple[str, ...] = ()
+    is_applied: bool = False
 
     def gpus_of(self, index: int) -> tuple[int, ...] | None:
         """Which of the GPUs that were named are for that replica: `n_gpu` of them each, or else all for all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,6 +18,7 @@ from gateway.api.autostart import Autostart
 from gateway.api.cached import CachedFiles
 from gateway.api.check import Check
 from gateway.api.cluster import Cluster
+from gateway.api.config import Config
 from gateway.api.history import History
 from gateway.api.inference import Inference
 from gateway.api.models import Models
@@ -29,6 +30,7 @@ from gateway.api.system import System
 from gateway.api.trace import HEADER, Trace
 from gateway.api.ways import WAYS, WEBUI_WAYS
 from gateway.api.webui import WebUi
+from gateway.config import Settings
 from gateway.errors import BadRequest, HostlerError, NotFound, NotImplementedYet, answer
 from gateway.fleet import Fleet
 
@@ -52,14 +54,30 @@ LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 class CrossOrigin:
     """CORS for the requests that have an origin; the others take no detour."""
 
-    def __init__(self, app: ASGIApp, /, **options: Any) -> None:
+    def __init__(self, app: ASGIApp, settings: Callable[[], Settings]) -> None:
+        """`settings` gives those in effect."""
         self._app = app
-        self._cors = CORSMiddleware(app, **options)
+        self._settings = settings
+        self._cors: CORSMiddleware | None = None
+        self._origins: tuple[str, ...] = ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, one way or the other."""
         has_origin = scope["type"] == "http" and any(name == b"origin" for name, _ in scope["headers"])
-        await (self._cors if has_origin else self._app)(scope, receive, send)
+        await (self._of(self._settings().allowed_origins) if has_origin else self._app)(scope, receive, send)
+
+    def _of(self, origins: tuple[str, ...]) -> CORSMiddleware:
+        if self._cors is None or origins != self._origins:
+            self._origins = origins
+            self._cors = CORSMiddleware(
+                self._app,
+                allow_origins=origins,
+                allow_origin_regex=LOOPBACK_ORIGIN,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=[HEADER.decode(), "x-hostler-notes"],
+            )
+        return self._cors
 
 
 def create_app(fleet: Fleet) -> Starlette:
@@ -67,7 +85,7 @@ def create_app(fleet: Fleet) -> Starlette:
     system, cluster, models = System(fleet), Cluster(fleet), Models(fleet)
     registrations, cached = Registrations(fleet), CachedFiles(fleet)
     autostart, history, reloads = Autostart(fleet), History(fleet), Reloads(fleet)
-    requests, webui = Requests(fleet), WebUi(fleet)
+    requests, webui, config = Requests(fleet), WebUi(fleet), Config(fleet)
     routes = [
         Route("/", system.root),
         Route("/health", system.health),
@@ -110,6 +128,10 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/virtualenvs", cached.list_virtualenvs),
         Route("/v1/virtualenvs", cached.remove_virtualenv, methods=["DELETE"]),
         #
+        Route("/v1/config", config.get),
+        Route("/v1/config/apply", config.apply, methods=["POST"]),
+        Route("/v1/config/export", config.export),
+        #
         Route("/v1/launch_history", history.list_all),
         Route("/v1/launch_history", history.add, methods=["POST"]),
         Route("/v1/launch_history/{model_name}", history.remove, methods=["DELETE"]),
@@ -150,22 +172,13 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/models/{uid:path}", models.terminate, methods=["DELETE"]),
     ]
     routes += [Route(path, _is_one_process, methods=["GET", "POST"]) for path in RELAUNCHES]
-    settings = fleet.settings
-    cross_origin = Middleware(
-        CrossOrigin,
-        allow_origins=settings.allowed_origins,
-        allow_origin_regex=LOOPBACK_ORIGIN,
-        allow_methods=["*"],
-        allow_headers=["*"],
-        expose_headers=[HEADER.decode(), "x-hostler-notes"],
-    )
     return Starlette(
         routes=routes,
         middleware=[
             Middleware(NextDoor, fleet=fleet),
-            Middleware(Trace, is_logging=settings.access_log),
-            cross_origin,
-            Middleware(Guard, settings=settings),
+            Middleware(Trace, settings=fleet.in_effect),
+            Middleware(CrossOrigin, settings=fleet.in_effect),
+            Middleware(Guard, settings=fleet.in_effect),
         ],
         exception_handlers={HostlerError: _ours, HTTPException: _starlettes},
     )

@@ -120,6 +120,12 @@ def reload(uid: str, changes: Mapping[str, Any], drain_timeout_s: float) -> Call
     return Call("POST", model_path(uid, "/reload"), body=body)
 
 
+def apply(settings: Mapping[str, Any] | None, dry_run: bool) -> Call:
+    """Take up settings: of a file, or those that the gateway was started with."""
+    body: dict[str, Any] = {"dry_run": dry_run} | ({} if settings is None else {"settings": dict(settings)})
+    return Call("POST", "/v1/config/apply", {}, body, limit_s=CHECK_LIMIT_S)
+
+
 def logs(uid: str, lines: int, replica: int, follow: bool) -> Call:
     """What an engine wrote."""
     query = {"lines": lines, "replica": replica, "follow": follow}

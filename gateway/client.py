@@ -132,6 +132,26 @@ class Client:
         """How far the last reload is: its `status` is reloading, ready or error, and `error` says why."""
         return self._read(Call("GET", model_path(uid, "/reload")), dict)
 
+    def config(self) -> Json:
+        """Which settings file the gateway was started with, and what came of reading it again."""
+        return self._read(Call("GET", "/v1/config"), dict)
+
+    def apply(self, settings: Mapping[str, Any] | None = None, *, dry_run: bool = False) -> Json:
+        """Serve the models of a settings file, whose data is given with nothing left in it to refer to.
+
+        Args:
+            settings: None stands for the gateway's own, which are read again.
+            dry_run: only say what would be done.
+        Returns:
+            `models` and `settings`, and what becomes of each.
+        """
+        return self._read(calls.apply(settings, dry_run), dict)
+
+    def export(self, *, with_secrets: bool = False) -> Json:
+        """All that is served as the `settings` of a file, and `notes` for people."""
+        call = Call("GET", "/v1/config/export", {"with_secrets": with_secrets}, limit_s=calls.CHECK_LIMIT_S)
+        return self._read(call, dict)
+
     def start(self, uid: str) -> Json:
         """Load a model now; one that has failed is tried again."""
         return self._read(Call("POST", model_path(uid, "/start")), dict)

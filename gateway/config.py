@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -174,11 +175,11 @@ def load(file: str | None, flags: Mapping[str, Any], environment: Mapping[str, s
     Raises:
         SettingsError: naming the key's path, or the file, and what to do.
     """
-    data = read_file(Path(file)) if file else {}
+    data = parse(Path(file)) if file else {}
     data |= _from_environment(environment)
     data |= {name: value for name, value in flags.items() if value is not None}
     try:
-        settings = decode(_resolve(data, "$", environment), Settings, strict=False)
+        settings = decode(resolve(data, environment), Settings, strict=False)
     except DecodeError as exc:
         raise SettingsError(f"{file or 'The settings'}: {exc}") from exc
     except RecursionError as exc:
@@ -210,6 +211,46 @@ def load(file: str | None, flags: Mapping[str, Any], environment: Mapping[str, s
     return settings
 
 
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the settings of a gateway came from at its start, so that they can be read again."""
+
+    file: Path | None = None
+    flags: Mapping[str, Any] = {}
+    insecure: bool = False
+    digest_at_start: str | None = None
+
+    @classmethod
+    def of(cls, file: str | None, flags: Mapping[str, Any], *, insecure: bool) -> Source:
+        """Before they are read, so that a later change of the file is seen as one."""
+        path = None if file is None else Path(file).absolute()
+        return cls(file=path, flags=flags, insecure=insecure, digest_at_start=digest_of(path) if path else None)
+
+    def read(self) -> Settings:
+        """The settings as they are now.
+
+        Raises:
+            SettingsError: they are wrong, or would let strangers in.
+        """
+        settings = load(None if self.file is None else str(self.file), self.flags)
+        check_exposure(settings, insecure=self.insecure)
+        return settings
+
+    def digest(self) -> str | None:
+        """Of the file as it is now; None if there is none, or it cannot be read."""
+        return None if self.file is None else digest_of(self.file)
+
+
+NOWHERE = Source()
+
+
+def digest_of(file: Path) -> str | None:
+    """By which two files are known to say the same; None if it cannot be read."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
 def check_exposure(settings: Settings, *, insecure: bool) -> None:
     """Raises SettingsError if strangers could reach the gateway and no key stops them."""
     if settings.api_keys or insecure or is_loopback(settings.host):
@@ -220,11 +261,11 @@ def check_exposure(settings: Settings, *, insecure: bool) -> None:
     )
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """The keys of a YAML, TOML or JSON file.
+def parse(path: Path) -> dict[str, Any]:
+    """What a settings file says, its references as they stand there.
 
     Raises:
-        SettingsError: it cannot be read, or is not one.
+        SettingsError: it cannot be read, or is not what its ending says.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -314,12 +355,16 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     return data
 
 
-def _resolve(data: Any, path: str, environment: Mapping[str, str]) -> Any:
-    """Put in what ${...} refers to, everywhere."""
+def resolve(data: Any, environment: Mapping[str, str] = os.environ, path: str = "$") -> Any:
+    """Put in what ${...} refers to, everywhere.
+
+    Raises:
+        SettingsError: a reference is wrong, or there is nothing where it points.
+    """
     if isinstance(data, dict):
-        return {key: _resolve(value, f"{path}.{key}", environment) for key, value in data.items()}
+        return {key: resolve(value, environment, f"{path}.{key}") for key, value in data.items()}
     if isinstance(data, list):
-        return [_resolve(value, f"{path}[{index}]", environment) for index, value in enumerate(data)]
+        return [resolve(value, environment, f"{path}[{index}]") for index, value in enumerate(data)]
     if not isinstance(data, str):
         return data
 
@@ -346,6 +391,15 @@ def _resolve(data: Any, path: str, environment: Mapping[str, str]) -> Any:
         return value
 
     return REFERENCE.sub(put_in, data)
+
+
+def escaped(data: Any) -> Any:
+    """Data that `resolve` gives back as it was."""
+    if isinstance(data, dict):
+        return {key: escaped(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [escaped(value) for value in data]
+    return data.replace("${", "$${") if isinstance(data, str) else data
 
 
 def _text_of(path: str, what: str) -> str:

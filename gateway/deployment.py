@@ -11,6 +11,7 @@ from typing import Any
 
 from engines.base import Engine, Launch
 from gateway.causes import Cause
+from gateway.config import Settings
 from gateway.errors import HandedOver, ModelCoolingDown, ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
 from gateway.replica import COMING, Replica, State
 
@@ -27,24 +28,25 @@ class Deployment:
         launch: Launch,
         engine: Engine,
         *,
-        drain_timeout_s: float,
+        settings: Callable[[], Settings],
         should_start: bool | None = None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
+            settings: gives those in effect.
             should_start: whether it is loaded at once; else the launch says so.
             changed: called whenever something about it is no longer what it was.
         """
         self.launch = launch
         self.engine = engine
         self.replicas: Sequence[Replica] = ()
-        self._leaving: dict[Replica, float] = {}  # those that are to end, and how long their requests may go on
+        self._leaving: dict[Replica, float | None] = {}  # those that are to end, and how long their requests may go on
         self._giving_way: set[Replica] = set()  # those that end to make room, and may start again later
         self.is_held = False  # no request is begun, so that it can make room for a model that has waited too long
         self.waiting = 0  # requests that wait for a replica
         self._tell_change = changed
-        self._drain_timeout_s = drain_timeout_s
+        self._settings = settings
         self._start_wanted = launch.preload if should_start is None else should_start
         self._is_running = False  # from the decision to start until all replicas have stopped
         self._stopping = False  # from the decision to stop until then
@@ -302,7 +304,7 @@ class Deployment:
             drain_timeout_s: how long those in flight may go on, if not as long as the settings say.
         """
         if replica in self.replicas:
-            self._leaving[replica] = self._drain_timeout_s if drain_timeout_s is None else drain_timeout_s
+            self._leaving[replica] = drain_timeout_s
         if not self._is_running:
             self._forget_leaving([replica])
         self.notify()
@@ -408,7 +410,8 @@ class Deployment:
 
     async def _drain(self, replica: Replica) -> None:
         """Let the replica's requests in flight end, for as long as the settings allow and its engine lives."""
-        deadline = time.monotonic() + self._leaving.get(replica, self._drain_timeout_s)
+        limit_s = self._leaving.get(replica)
+        deadline = time.monotonic() + (self._settings().drain_timeout_s if limit_s is None else limit_s)
         while replica.in_flight and replica.state is State.READY and not self._is_forced:
             if (rest_s := deadline - time.monotonic()) <= 0:
                 return

@@ -40,6 +40,7 @@ from engines.environments import (
     site_folders,
 )
 from engines.requirements import is_satisfied
+from gateway.config import Settings
 from gateway.process import Exit, start, tail
 from registry.hubs.choose import TRUE
 
@@ -72,6 +73,15 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     builder: Builder = "auto"
     offline: bool = False
     wheel_folders: tuple[Path, ...] = ()
+
+
+def recipe_of(settings: Settings) -> Recipe:
+    """How the site builds environments."""
+    return Recipe(
+        builder=settings.environment_builder,
+        offline=is_offline_build(os.environ),
+        wheel_folders=settings.wheel_paths,
+    )
 
 
 class Listed(msgspec.Struct, frozen=True, kw_only=True):

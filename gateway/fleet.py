@@ -11,38 +11,39 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 
 import engines
 from engines.base import Engine, EngineSettings, Launch, Placement
+from gateway.apply import Difference, Effect, SettingStep, Way, effective, setting_steps, steps
 from gateway.choice import engine_answers, why_this_engine
-from gateway.config import Settings
+from gateway.config import NOWHERE, Settings, Source
 from gateway.deployment import Deployment
 from gateway.devices import Held, Observer, limits_of, look_here
 from gateway.dispatch import Dispatcher
-from gateway.environments import Recipe, is_offline_build
 from gateway.errors import BadRequest, Busy, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
 from gateway.experience import Experience
+from gateway.export import Exported, differs, export
 from gateway.files import Files
 from gateway.gpus import cuda_version
 from gateway.handover import Predecessor
 from gateway.launch import (
     CODE_VARIABLES,
-    OPTION_FIELDS,
-    RELOADABLE,
     REPLICA_LIMIT,
     LaunchRequest,
     Site,
     changed,
     file_name,
     plan,
+    request_of,
 )
 from gateway.lives import ForeignFolder, Found
 from gateway.nodes.local import LocalNode, open_node
 from gateway.placement import Device
-from gateway.reload import Reload
+from gateway.reload import Reload, is_current
 from gateway.replica import Replica
 from gateway.store import Store
 from gateway.upstream import Upstream
@@ -57,6 +58,7 @@ SKIP_INSTALLED_VARIABLE = "XINFERENCE_VIRTUAL_ENV_SKIP_INSTALLED"
 EVENTS_PER_MODEL = 100
 MODELS_WITH_EVENTS = 1000
 CATALOGUES_FOLDER = "catalogues"
+OF_GATEWAY = ""  # the uid of events that are of no model
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +88,15 @@ class EventLog:
         return list(self._events.get(uid, ()))
 
 
+class Wanted(NamedTuple):
+    """What the settings say, read and planned; `catalogues` None: they stay."""
+
+    settings: Settings
+    engines: tuple[Engine, ...]
+    declared: list[Launch]
+    catalogues: list[Path] | None
+
+
 class Fleet:
     """What is served. Made by `open_fleet`, which also ends it."""
 
@@ -97,8 +108,11 @@ class Fleet:
         store: Store,
         node: LocalNode,
         tasks: asyncio.TaskGroup,
+        source: Source = NOWHERE,
     ) -> None:
         self.settings = settings
+        self.source = source
+        self.taken_up: dict[str, Any] | None = None  # when the source was read again, and what came of it
         self.registry = registry
         self.engines = known_engines
         self.node = node
@@ -114,9 +128,16 @@ class Fleet:
         self.experience = Experience(settings.home_path / "experience.json")
         self._deployments: dict[str, Deployment] = {}
         self._left_behind: dict[tuple[str, int], Found] = {}  # at the start: engines by the copy that they serve
+        self._coming: dict[str, Launch] = {}  # once the one of that uid that is ending has ended
+        self._changing: dict[str, asyncio.Task[None]] = {}  # the last reload of each uid
+        self._applying = asyncio.Lock()
         self._tasks = tasks
         self.dispatcher = Dispatcher(self.deployments, lambda: self.settings, self.observe, self.events.add)
         self._dispatching = tasks.create_task(self.dispatcher.run(), name="dispatcher")
+
+    def in_effect(self) -> Settings:
+        """The settings as they are now, for those who would else keep old ones."""
+        return self.settings
 
     def find(self, uid: str) -> Deployment:
         """The deployment of that uid.
@@ -136,6 +157,12 @@ class Fleet:
     def deployments(self) -> list[Deployment]:
         """All deployments, in the order in which they came."""
         return list(self._deployments.values())
+
+    def origin_of(self, launch: Launch) -> str:
+        """Where a model is from: `settings`, `api`, or `apply` for a file that is not the gateway's own."""
+        if launch.uid in self.settings.models:
+            return "settings"
+        return "apply" if launch.is_applied else "api"
 
     def launch(self, uid: str, request: LaunchRequest, hubs: Sequence[str] = ()) -> Deployment:
         """Plan, keep on disk, and deploy a model that a user asks for.
@@ -208,6 +235,8 @@ class Fleet:
             hubs = hubs or self.settings.preferred_hubs
             launch = plan(uid, request, self.registry, self.engines, hubs, site_of(self.settings))
             self._check_allowed(launch)
+            if launch.group is not None and launch.group not in self.settings.groups:
+                raise ValueError(f"There is no group {launch.group!r}: the setting `groups` of the gateway says which.")
         except ValueError as exc:
             raise BadRequest(str(exc)) from exc
         path = launch.artifact.local_path
@@ -218,11 +247,16 @@ class Fleet:
         return launch
 
     def _keep(self, launch: Launch) -> None:
+        self._keep_all([launch], [])
+
+    def _keep_all(self, launches: Sequence[Launch], forgotten: Sequence[str]) -> None:
+        """Keep and forget launches on disk, all or none."""
         try:
-            self.store.write(launch)
+            self.store.change(launches, forgotten)
         except OSError as exc:
+            what = "launch" if len(launches) == 1 else "launches"
             raise CannotKeep(
-                f"The launch cannot be kept in {self.store.folder}: {exc.strerror}. Mend that first."
+                f"The {what} cannot be kept in {self.store.folder}: {exc.strerror}. Mend that first."
             ) from exc
 
     def add_replicas(self, uid: str, count: int = 1) -> list[Replica]:
@@ -238,14 +272,15 @@ class Fleet:
         if wished > REPLICA_LIMIT:
             raise BadRequest(f"{uid} would have {wished} replicas; {REPLICA_LIMIT} are the most.", param="replica")
         self._wish(deployment, replica=wished)
-        added = []
-        for _ in range(count):
-            taken = {replica.index for replica in deployment.replicas}
-            index = next(index for index in range(len(taken) + 1) if index not in taken)
-            added.append(self._replica(deployment, index))
-            deployment.add(added[-1])
+        added = [self._add_replica(deployment) for _ in range(count)]
         self.events.add(uid, "INFO", f"Add {', '.join(replica.name for replica in added)}")
         return added
+
+    def _add_replica(self, deployment: Deployment) -> Replica:
+        taken = {replica.index for replica in deployment.replicas}
+        replica = self._replica(deployment, next(index for index in range(len(taken) + 1) if index not in taken))
+        deployment.add(replica)
+        return replica
 
     async def remove_replica(self, uid: str, index: int) -> int:
         """End one copy of a model after its requests in flight; the last one's end is the model's.
@@ -290,25 +325,62 @@ class Fleet:
         except ValueError as exc:
             raise BadRequest(str(exc), param="model_config") from exc
         before = deployment.launch
+        self._keep(after)
+        deployment.launch = after
+        return self._renew(deployment, before, deployment.engine, drain_timeout_s)
+
+    def _renew(
+        self,
+        deployment: Deployment,
+        before: Launch,
+        engine: Engine,
+        drain_timeout_s: float,
+        *,
+        only_stale: bool = False,
+        may_return: bool = True,
+    ) -> Reload:
+        """Start copies anew for the launch that the deployment has now, after whatever reload of it still runs.
+
+        Args:
+            before, engine: what is gone back to if a copy does not start and it `may_return`.
+        """
+        uid = deployment.launch.uid
+        last = self.reloads.get(uid)
+        if last is not None and not last.is_over:
+            last.is_superseded = True
+            before, engine, may_return = last.before, last.engine_before, may_return or last.may_return
         reload = Reload(
             model_uid=uid,
             operation_id=secrets.token_hex(8),
             before=before,
-            after=after,
+            engine_before=engine,
+            after=deployment.launch,
             replicas=len(deployment.staying),
             drain_timeout_s=drain_timeout_s,
+            only_stale=only_stale,
+            may_return=may_return,
         )
-        self._keep(after)
-        deployment.launch = after
         self.reloads[uid] = reload
         self.events.add(uid, "INFO", "Reload model")
 
         def take_back() -> None:
             self.events.add(uid, "ERROR", f"Reload model: {reload.error}")
-            changed_fields = (*RELOADABLE, *OPTION_FIELDS)
-            self._wish(deployment, **{name: getattr(before, name) for name in changed_fields})
+            now = deployment.launch
+            launch = msgspec.structs.replace(
+                before, replica=now.replica, preload=now.preload, is_applied=now.is_applied
+            )
+            if uid not in self.settings.models:
+                self._keep(launch)
+            deployment.launch, deployment.engine = launch, engine
 
-        self._tasks.create_task(reload.run(deployment, self._replica, take_back), name=f"reload {uid}")
+        async def run(after: asyncio.Task[None] | None) -> None:
+            if after is not None:
+                await asyncio.wait([after])
+            await reload.run(deployment, self._replica, take_back)
+            if reload.error and not reload.may_return:
+                self.events.add(uid, "ERROR", f"Reload model: {reload.error}")
+
+        self._changing[uid] = self._tasks.create_task(run(self._changing.get(uid)), name=f"reload {uid}")
         return reload
 
     def _changeable(self, uid: str, field: str) -> Deployment:
@@ -317,7 +389,7 @@ class Fleet:
         if uid in self.settings.models:
             raise BadRequest(
                 f"{uid!r} is declared in the settings, so a change would be undone by the next start. Change {field} "
-                "there and restart the gateway."
+                "there: it is taken up as the file is saved, or by `hostler apply`."
             )
         return deployment
 
@@ -345,10 +417,211 @@ class Fleet:
         except OSError as exc:
             raise CannotKeep(f"The launch cannot be deleted in {self.store.folder}: {exc.strerror}.") from exc
         self.events.add(uid, "INFO", "Terminate model")
+        await self._forget(deployment, force=force)
+
+    async def _forget(self, deployment: Deployment, *, force: bool = False) -> None:
+        """End a deployment whose wish is gone, and begin what is wished for under its uid meanwhile."""
+        uid = deployment.launch.uid
         await deployment.close(force=force)
         self.reloads.pop(uid, None)
+        self._changing.pop(uid, None)
         del self._deployments[uid]  # not before: until then the gateway's end must know of it
         deployment.end()
+        if (launch := self._coming.pop(uid, None)) is not None and not self.is_closing:
+            self._deploy(launch)
+
+    # --- all at once
+
+    async def reread(self, *, is_trial: bool = False) -> Difference:
+        """Read the settings again from where they came at the start, and make what is served be as they say.
+
+        Only models that are other than before are touched; what was launched over the API stays.
+
+        Args:
+            is_trial: only say what would be done.
+        Raises:
+            SettingsError: they are wrong; nothing was changed.
+        """
+        async with self._applying:
+            try:
+                wanted = await asyncio.to_thread(self._read_source)
+                settings = effective(self.settings, wanted.settings)
+                self._check_groups(settings)
+                if not is_trial and wanted.catalogues is not None:
+                    await asyncio.to_thread(self.registry.replace_catalogue, wanted.catalogues)
+            except (SettingsError, ValueError) as exc:
+                if not is_trial:
+                    self._note(str(exc), "ERROR")
+                raise SettingsError(str(exc)) from exc
+            self._check_running()
+            now = self._wishes()
+            wished = {uid: launch for uid, launch in now.items() if uid not in self.settings.models}
+            if dropped := self.settings.models.keys() - settings.models.keys():
+                wished |= {launch.uid: launch for launch in self.store.read_all() if launch.uid in dropped}
+            wished |= {launch.uid: launch for launch in wanted.declared}
+            difference = self._difference(now, wished, wanted.settings, wanted.engines)
+            if not is_trial:
+                self.settings, self.engines = settings, wanted.engines
+                logging.getLogger().setLevel(settings.log_level.upper())
+                self._carry_out(difference)
+                self._note(str(difference), "INFO")
+            return difference
+
+    async def apply(self, given: Settings, *, names: Sequence[str], is_trial: bool = False) -> Difference:
+        """Serve the models of a settings file that is not the gateway's own, beside those that are.
+
+        They are kept as launches; of those that came with an earlier file, the ones that are not in this one end.
+        Settings of the site do not change.
+
+        Args:
+            given: what the file says.
+            names: of the settings that stand in it.
+            is_trial: only say what would be done.
+        Raises:
+            BadRequest: it is wrong, or says otherwise than the gateway's own settings; nothing was changed.
+            CannotKeep: the data folder cannot be written; nothing was changed.
+        """
+        async with self._applying:
+            planned = await asyncio.to_thread(self._plan_applied, given)
+            self._check_running()
+            now, stored = self._wishes(), {launch.uid: launch for launch in self.store.read_all()}
+            ended = [launch.uid for launch in stored.values() if launch.is_applied and launch.uid not in given.models]
+            wished = {uid: launch for uid, launch in now.items() if uid not in ended} | planned
+            ignored = [name for name in names if getattr(given, name) != getattr(self.settings, name)]
+            difference = msgspec.structs.replace(
+                self._difference(now, wished, self.settings, self.engines),
+                settings=tuple(SettingStep(name=name, effect=Effect.NEVER) for name in ignored if name != "models"),
+            )
+            if not is_trial:
+                self._keep_all([launch for uid, launch in planned.items() if launch != stored.get(uid)], ended)
+                self._carry_out(difference)
+                logger.info("Applied: %s", difference)
+            return difference
+
+    def export(self, *, with_secrets: bool) -> Exported:
+        """All that is served as one settings file. Plans every launch anew: not for the event loop."""
+        launches = list(self._wishes().values())
+        exported = export(self.settings, launches, with_secrets=with_secrets)
+        notes = list(exported.notes)
+        for launch in launches:
+            if launch.uid in self.settings.models:
+                continue
+            try:
+                other = differs(launch, self._plan(launch.uid, request_of(launch)))
+            except BadRequest as exc:
+                notes.append(f"{launch.uid} could not be launched anew as it is written: {exc.message}")
+            else:
+                notes += [f"{launch.uid} would be launched with other values of {other}."] if other else []
+        return msgspec.structs.replace(exported, notes=tuple(notes))
+
+    def _read_source(self) -> Wanted:
+        settings = self.source.read()
+        catalogues, registry = None, self.registry
+        if settings.catalogue_files != self.settings.catalogue_files:
+            catalogues = catalogues_of(settings)
+            registry = open_registry(settings)
+        known = available_engines(settings)
+        return Wanted(settings, known, plan_declared(settings, registry, known), catalogues)
+
+    def _plan_applied(self, given: Settings) -> dict[str, Launch]:
+        planned = {}
+        for uid, request in given.models.items():
+            if (own := self.settings.models.get(uid)) is not None:
+                if request == own:
+                    continue
+                raise BadRequest(
+                    f"$.models.{uid}: the gateway's own settings declare {uid!r} otherwise, and they would win at its "
+                    f"next start. Change it in {self.source.file or 'them'}, or leave it out here."
+                )
+            try:
+                planned[uid] = msgspec.structs.replace(self._plan(uid, request), is_applied=True)
+            except BadRequest as exc:
+                raise BadRequest(f"The model {uid!r} of the settings cannot be served: {exc.message}") from exc
+        return planned
+
+    def _wishes(self) -> dict[str, Launch]:
+        """What is wished for now, by uid."""
+        served = [deployment.launch for deployment in self.deployments() if not deployment.is_closed]
+        return {launch.uid: launch for launch in served} | self._coming
+
+    def _difference(
+        self, now: dict[str, Launch], wished: dict[str, Launch], settings: Settings, known: tuple[Engine, ...]
+    ) -> Difference:
+        newly_configured = {
+            uid
+            for uid, deployment in self._deployments.items()
+            if uid in wished
+            and wished[uid].engine == deployment.launch.engine
+            and engines.find(wished[uid].engine, known) != deployment.engine
+        }
+        return Difference(
+            models=tuple(steps(now, wished, newly_configured)),
+            settings=tuple(setting_steps(self.settings, settings)),
+        )
+
+    def _carry_out(self, difference: Difference) -> None:
+        """Begin every step. What takes time goes on by itself: requests in flight end, copies start."""
+        for step in difference.models:
+            deployment = self._deployments.get(step.uid)
+            if step.after is None:
+                self._coming.pop(step.uid, None)
+                if deployment is not None and not deployment.is_closed:
+                    self.events.add(step.uid, "INFO", "Terminate model")
+                    deployment.is_closed = True
+                    self._tasks.create_task(self._forget(deployment), name=f"end {step.uid}")
+            elif deployment is None:
+                self._deploy(step.after)
+            elif deployment.is_closed:
+                self._coming[step.uid] = step.after
+            else:
+                self._change(deployment, step.after, step.way)
+
+    def _change(self, deployment: Deployment, after: Launch, way: Way) -> None:
+        before, engine = deployment.launch, deployment.engine
+        was_served = bool(deployment.ready()) or not deployment.is_loaded
+        deployment.launch, deployment.engine = after, engines.find(after.engine, self.engines)
+        for replica in deployment.staying:
+            if is_current(replica, deployment):
+                replica.launch = after
+        self._scale(deployment, after.replica - before.replica)
+        if way in (Way.RENEWED, Way.REPLACED):
+            self._renew(
+                deployment,
+                msgspec.structs.replace(before, replica=after.replica),
+                engine,
+                self.settings.drain_timeout_s,
+                only_stale=True,
+                may_return=was_served,
+            )
+        if after.preload and not before.preload:
+            deployment.start()
+        if way is not Way.UNTOUCHED:
+            deployment.notify()
+
+    def _scale(self, deployment: Deployment, more: int) -> None:
+        for _ in range(more):
+            self._add_replica(deployment)
+        for replica in deployment.staying[more:] if more < 0 else ():
+            self.events.add(deployment.launch.uid, "INFO", f"Remove {replica.name}")
+            self._tasks.create_task(deployment.remove(replica), name=f"end {replica.name}")
+
+    def _check_groups(self, settings: Settings) -> None:
+        """Raises SettingsError if a launch that is not of the settings belongs to a group that they no longer have."""
+        for uid, launch in self._wishes().items():
+            if launch.group is not None and uid not in settings.models and launch.group not in settings.groups:
+                raise SettingsError(f"$.groups: {uid} was launched into the group {launch.group!r}, which is gone.")
+
+    def _check_running(self) -> None:
+        if self.is_closing:
+            raise ShuttingDown("The gateway is shutting down.")
+
+    def _note(self, text: str, event_type: str) -> None:
+        """What came of reading the settings again, for people, logs and programs."""
+        is_bad = event_type == "ERROR"
+        self.taken_up = {"at": time.time(), "error": text if is_bad else None, "steps": None if is_bad else text}
+        sentence = f"The settings stay as they were. {text}" if is_bad else f"The settings are taken up: {text}"
+        logger.log(logging.ERROR if is_bad else logging.INFO, "%s", sentence)
+        self.events.add(OF_GATEWAY, event_type, sentence)
 
     @contextlib.asynccontextmanager
     async def relaying(self) -> AsyncIterator[Upstream | None]:
@@ -443,7 +716,7 @@ class Fleet:
         deployment = Deployment(
             launch,
             engine,
-            drain_timeout_s=self.settings.drain_timeout_s,
+            settings=self.in_effect,
             should_start=launch.preload and is_wanted,
             changed=self.dispatcher.poke,
         )
@@ -465,14 +738,8 @@ class Fleet:
             index,
             deployment.engine,
             self.node,
-            cache=self.settings.cache_path,
             log=self.settings.home_path / "logs" / file_name(launch.uid) / f"{index}.log",
-            restart_limit=self.settings.restart_limit,
-            download_stall_s=self.settings.download_stall_s,
-            probe_interval_s=self.settings.probe_interval_s,
-            probe_failures=self.settings.probe_failures,
-            environments=self.settings.environments_path,
-            recipe=recipe_of(self.settings),
+            settings=self.in_effect,
             changed=deployment.notify,
             place=partial(self.dispatcher.place, deployment),
             observe=self.observe,
@@ -508,13 +775,16 @@ def site_of(settings: Settings) -> Site:
     )
 
 
-def recipe_of(settings: Settings) -> Recipe:
-    """How the site builds environments."""
-    return Recipe(
-        builder=settings.environment_builder,
-        offline=is_offline_build(os.environ),
-        wheel_folders=settings.wheel_paths,
-    )
+def catalogues_of(settings: Settings) -> list[Path]:
+    """The files of the site's catalogues, fetched if need be.
+
+    Raises:
+        SettingsError: one of them cannot be had.
+    """
+    try:
+        return list(catalogue_files(settings.catalogue_files, settings.home_path / CATALOGUES_FOLDER))
+    except (OSError, ValueError) as exc:
+        raise SettingsError(f"$.catalogue_files: {exc}") from exc
 
 
 def open_registry(settings: Settings) -> Registry:
@@ -523,8 +793,8 @@ def open_registry(settings: Settings) -> Registry:
     Raises:
         SettingsError: one of the site's catalogues is wrong.
     """
+    files = catalogues_of(settings)
     try:
-        files = catalogue_files(settings.catalogue_files, settings.home_path / CATALOGUES_FOLDER)
         return Registry.open(settings.home_path / "registrations", extra_files=files)
     except (OSError, ValueError) as exc:
         raise SettingsError(f"$.catalogue_files: {exc}") from exc
@@ -560,10 +830,13 @@ def available_engines(settings: Settings) -> tuple[Engine, ...]:
 
 
 @contextlib.asynccontextmanager
-async def open_fleet(settings: Settings, before: Predecessor | None = None) -> AsyncIterator[Fleet]:
+async def open_fleet(
+    settings: Settings, before: Predecessor | None = None, source: Source = NOWHERE
+) -> AsyncIterator[Fleet]:
     """The fleet for the length of the block; no engine of it is left behind, unless its node says so.
 
     Args:
+        source: where the settings came from.
         before: the gateway that hands over to this one, if one does.
     Raises:
         HandoverFailed: it does not.
@@ -583,7 +856,7 @@ async def open_fleet(settings: Settings, before: Predecessor | None = None) -> A
             raise SettingsError(f"The data folder {settings.home_path} cannot be used: {exc}") from exc
         node.leaves_engines = before is not None  # should we fail: they are not ours yet
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        fleet = Fleet(settings, registry, known_engines, store, node, tasks)
+        fleet = Fleet(settings, registry, known_engines, store, node, tasks, source)
         learning = tasks.create_task(fleet.experience.run(partial(look_here, node.list_gpus)))
         try:
             fleet.restore(declared)

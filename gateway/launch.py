@@ -197,6 +197,10 @@ def plan(
         start_timeout_s=request.start_timeout_s,
         load_timeout_s=request.load_timeout_s,
         environment=environment_for(artifact, engine),
+        selection=Selection(**{field: getattr(request, field) for field in Selection.__struct_fields__}),
+        enable_virtual_env=request.enable_virtual_env,
+        virtual_env_packages=request.virtual_env_packages,
+        virtual_env_find_links=request.virtual_env_find_links,
     )
 
 
@@ -237,6 +241,49 @@ def _artifacts(
     if engine and not engine.wants_files(request.options) and not (request.model_path or request.model_id):
         return (without_files(registry, request, uid),)
     return candidates(registry, request, hubs)
+
+
+def request_of(launch: Launch) -> LaunchRequest:
+    """A request that gives the launch again: what was asked for, with the choices that were made of it."""
+    selection = launch.selection or _selection_of(launch.artifact)
+    spec = launch.artifact.spec
+    pinned: dict[str, Any] = {}
+    if launch.artifact.has_files and not (selection.model_path or selection.model_id):
+        pinned = {
+            "model_format": spec.model_format,
+            "model_size_in_billions": spec.model_size_in_billions,
+            "quantization": spec.quantization,
+        }
+        if spec.model_uri is None:
+            pinned["model_hub"] = launch.artifact.source.model_hub
+    same = set(LaunchRequest.__struct_fields__) & set(Launch.__struct_fields__)
+    fields = {field: getattr(selection, field) for field in Selection.__struct_fields__}
+    fields |= {field: getattr(launch, field) for field in same} | pinned
+    return LaunchRequest(
+        **fields
+        | {
+            "model_engine": launch.engine,
+            "options": launch.options | launch.forced_options,
+            "force_options": bool(launch.forced_options),
+            "memory": launch.memory_bytes,
+        }
+    )
+
+
+def _selection_of(artifact: Artifact) -> Selection:
+    """For launches that older releases kept: the family by its name, or the files where they are."""
+    family, path = artifact.family, artifact.local_path
+    named = Selection(model_name=family.model_name, model_type=family.model_type)
+    if path is None:
+        return named
+    return msgspec.structs.replace(
+        named,
+        model_path=str(path),
+        model_format=artifact.spec.model_format,
+        quantization=artifact.spec.quantization,
+        model_size_in_billions=artifact.spec.model_size_in_billions,
+        multimodal_projector=artifact.projector,
+    )
 
 
 def changed(launch: Launch, changes: Mapping[str, Any], engine: Engine) -> Launch:

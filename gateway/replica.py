@@ -22,8 +22,9 @@ import msgspec
 from engines.base import Command, Endpoint, Engine, Launch, Needs, Placement
 from gateway import causes, metrics
 from gateway.causes import Cause
+from gateway.config import Settings
 from gateway.downloads import DownloadFailed, Progress, fetch
-from gateway.environments import CannotBuild, Recipe, mark_used, prepare
+from gateway.environments import CannotBuild, mark_used, prepare, recipe_of
 from gateway.experience import Experience
 from gateway.kept import EngineProcess
 from gateway.limits import NO_NEW_THREAD, is_disk_full, oom_kills
@@ -115,20 +116,15 @@ class Replica:
         engine: Engine,
         node: LocalNode,
         *,
-        cache: Path,
         log: Path,
-        restart_limit: int,
-        download_stall_s: float,
-        probe_interval_s: float,
-        probe_failures: int,
-        environments: Path,
-        recipe: Recipe,
+        settings: Callable[[], Settings],
         changed: Callable[[], None],
         place: Callable[[Replica, Needs], Awaitable[Placement]],
         observe: Callable[[], Awaitable[Sequence[Device]]],
         experience: Experience,
         tell: Callable[[str, str], None],
     ) -> None:
+        """`settings` gives those in effect; they may be others each time."""
         self.launch = launch
         self.tried: Launch = launch  # what is run: the wish, or what needs less memory
         self.degraded: str | None = None  # how that differs from the wish
@@ -153,16 +149,10 @@ class Replica:
         self.waits_for: str | None = None  # why it has no place yet
         self.load_s = experience.load_s(launch) or USUAL_LOAD_S  # what its last start took
         self.retry_s = engine.retry_s  # after how long it is tried again once it has failed
-        self._engine = engine
+        self.engine = engine
         self._node = node
-        self._cache = cache
-        self._restart_limit = restart_limit
-        self._download_stall_s = download_stall_s
-        self._probe_interval_s = probe_interval_s
-        self._probe_failures = probe_failures
+        self._settings = settings
         self._silence: Failure | None = None  # of this life
-        self._environments = environments
-        self._recipe = recipe
         self._changed = changed
         self._ask_for_place = place
         self._observe = observe
@@ -197,7 +187,7 @@ class Replica:
         try:
             while True:
                 self._retry.clear()
-                self.retry_s = self._engine.retry_s
+                self.retry_s = self.engine.retry_s
                 self._enter(State.WAITING)
                 try:
                     await self._live()
@@ -239,22 +229,26 @@ class Replica:
         model_path = await self._fetch()
         python = await self._prepare()
         try:
-            begun = await self._adopt(model_path, python) or await self._begin(model_path, python)
-            upstream = Upstream(begun.endpoint)
-            try:
-                async with begun.process as process:
-                    self.process = process
-                    try:
-                        await self._serve(process, upstream, begun)
-                    finally:
-                        if self.state is not State.BACKOFF:
-                            self._leave(State.STOPPING)
-                        await upstream.close()  # before SIGTERM, so that the engine has nothing left to finish
-            finally:
-                await upstream.close()
+            await self._run(model_path, python)
         finally:
             self.process = self.placement = None
             self._changed()
+
+    async def _run(self, model_path: Path, python: str | None) -> None:
+        """Take over an engine, or start one where there is room, until it ends."""
+        begun = await self._adopt(model_path, python) or await self._begin(model_path, python)
+        upstream = Upstream(begun.endpoint)
+        try:
+            async with begun.process as process:
+                self.process = process
+                try:
+                    await self._serve(process, upstream, begun)
+                finally:
+                    if self.state is not State.BACKOFF:
+                        self._leave(State.STOPPING)
+                    await upstream.close()  # before SIGTERM, so that the engine has nothing left to finish
+        finally:
+            await upstream.close()
 
     async def _serve(self, process: EngineProcess | NoProcess, upstream: Upstream, begun: Begun) -> None:
         """Be ready from its first answer to its end."""
@@ -286,11 +280,11 @@ class Replica:
         assert placement is not None
         self._enter(State.STARTING)
         self.starts += 1
-        folder, endpoint = self._node.new_endpoint(unix_socket=self._engine.listens_on_socket(self.tried))
+        folder, endpoint = self._node.new_endpoint(unix_socket=self.engine.listens_on_socket(self.tried))
         self._oom_kills = oom_kills()
-        command = self._engine.command(self.tried, model_path, placement, endpoint, python)
+        command = self.engine.command(self.tried, model_path, placement, endpoint, python)
         if command.argv:
-            mark_used(command.argv[0], self._environments)
+            mark_used(command.argv[0], self._settings().environments_path)
         process = self._node.run(
             command,
             self.log,
@@ -299,7 +293,7 @@ class Replica:
             uid=self.launch.uid,
             index=self.index,
             placement=placement,
-            engine=self._engine.name,
+            engine=self.engine.name,
         )
         return Begun(
             command=command,
@@ -315,8 +309,8 @@ class Replica:
             return None
         life, is_same = found.life, False
         try:
-            command = self._engine.command(self.launch, model_path, life.placement, life.endpoint, python)
-            is_same = fingerprint(command, self._engine.name) == life.fingerprint
+            command = self.engine.command(self.launch, model_path, life.placement, life.endpoint, python)
+            is_same = fingerprint(command, self.engine.name) == life.fingerprint
         finally:
             if not is_same:
                 self._tell("INFO", f"{self.name}: what it runs has changed, so its engine is started anew")
@@ -330,7 +324,7 @@ class Replica:
             command=command,
             endpoint=life.endpoint,
             process=self._node.adopt(found),
-            limit_s=self._probe_interval_s * self._probe_failures
+            limit_s=self._settings().probe_interval_s * self._settings().probe_failures
             if was_ready(found.folder)
             else max(1.0, life.started_at + self.launch.start_timeout_s - time.time()),
         )
@@ -363,7 +357,7 @@ class Replica:
     async def _needs(self, model_path: Path) -> Needs:
         """What it asks of the machine."""
         has_gpus = any(device.gpu for device in await self._observe())
-        return await needs_now(self.tried, self._engine, self.index, model_path, self._experience, has_gpus=has_gpus)
+        return await needs_now(self.tried, self.engine, self.index, model_path, self._experience, has_gpus=has_gpus)
 
     async def _place(self, needs: Needs) -> None:
         """Wait for room; `placement` is what it then has, until this life ends."""
@@ -386,9 +380,9 @@ class Replica:
         try:
             return await fetch(
                 self.launch.artifact.source,
-                self._cache,
+                self._settings().cache_path,
                 folder=self._node.folder,
-                stall_s=self._download_stall_s,
+                stall_s=self._settings().download_stall_s,
                 report=report,
             )
         except DownloadFailed as exc:
@@ -414,7 +408,11 @@ class Replica:
 
         try:
             return await prepare(
-                environment, self._environments, recipe=self._recipe, run_folder=self._node.folder, report=report
+                environment,
+                self._settings().environments_path,
+                recipe=recipe_of(self._settings()),
+                run_folder=self._node.folder,
+                report=report,
             )
         except CannotBuild as exc:
             advice = "Correct the model's packages." if exc.permanent else "It is tried again."
@@ -460,8 +458,8 @@ class Replica:
         said = await until_silent(
             upstream,
             path,
-            interval_s=command.probe_interval_s or self._probe_interval_s,
-            failures=self._probe_failures,
+            interval_s=command.probe_interval_s or self._settings().probe_interval_s,
+            failures=self._settings().probe_failures,
             cpu_s=process.cpu_s,
         )
         advice = "It is tried again." if command.endpoint else "It hung, so it was killed; `hostler logs` shows more."
@@ -505,7 +503,7 @@ class Replica:
         self.failure = failure
         metrics.ENGINE_RESTARTS.labels(self.launch.uid, failure.cause).inc()
         is_safer = self._try_safer(failure)
-        is_over = self.failures_in_row >= self._restart_limit and failure.cause not in causes.OF_MACHINE
+        is_over = self.failures_in_row >= self._settings().restart_limit and failure.cause not in causes.OF_MACHINE
         is_final = failure.permanent or (is_over and not is_safer)
         logger.log(logging.ERROR if is_final else logging.WARNING, "%s: %s", self, failure)
         self.retry_at = 0.0 if is_final else time.monotonic() + self._backoff_s()
@@ -522,7 +520,7 @@ class Replica:
         if self._is_safer_tried or self.served or not is_of_engine or failure.cause not in causes.OF_MEMORY:
             return False
         self._is_safer_tried = True
-        safer = self._engine.safer(self.launch, self._said)
+        safer = self.engine.safer(self.launch, self._said)
         if safer is None:
             return False
         self.tried = safer[0]
@@ -533,7 +531,7 @@ class Replica:
         self._said = process.log_tail(causes.LINES_READ)
         kills = oom_kills()
         finding = causes.find(
-            self._engine,
+            self.engine,
             self._said,
             signal_number=ended.signal,
             was_ready=self.ready_since is not None,

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -20,7 +21,7 @@ from engines.base import Endpoint
 from gateway import metrics
 from gateway.addresses import is_any_address
 from gateway.app import create_app
-from gateway.config import Settings
+from gateway.config import NOWHERE, Settings, Source
 from gateway.crowd import Crowd
 from gateway.errors import Busy, CannotRestart, SettingsError
 from gateway.fleet import Fleet, open_fleet
@@ -30,6 +31,7 @@ from gateway.limits import raise_open_files
 from gateway.lives import lock_path
 from gateway.stand_in import pass_on
 from gateway.upstream import Upstream
+from gateway.watch import Watch
 
 logger = logging.getLogger("hostler.server")
 
@@ -140,12 +142,18 @@ def keeps_engines(settings: Settings) -> bool:
     return settings.on_exit == "keep"
 
 
-def run(settings: Settings, greeting: Greeting | None = None, before: Predecessor | None = None) -> None:
+def run(
+    settings: Settings,
+    greeting: Greeting | None = None,
+    before: Predecessor | None = None,
+    source: Source = NOWHERE,
+) -> None:
     """Serve until a signal ends it, or another gateway has taken over.
 
     Args:
         greeting: called with the fleet and the address once the door is open.
         before: the gateway that hands over to this one, if one does.
+        source: where the settings came from; SIGHUP has them read again.
     Raises:
         HandoverFailed: it does not.
         SettingsError: the address is taken, the data folder is in use, or a declared model cannot be served.
@@ -165,7 +173,7 @@ def run(settings: Settings, greeting: Greeting | None = None, before: Predecesso
             timeout_graceful_shutdown=CLOSE_LIMIT_S,
         )
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            successor = runner.run(_serve(settings, config, listener, lock, greeting, before, open_files))
+            successor = runner.run(_serve(settings, config, listener, lock, greeting, before, source, open_files))
     if successor:
         stand_in(lock_path(settings.home_path), before)
 
@@ -177,21 +185,25 @@ async def _serve(
     lock: int,
     greeting: Greeting | None,
     before: Predecessor | None,
+    source: Source,
     open_files: int,
 ) -> Successor | None:
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    async with open_fleet(settings, before) as fleet:
+    async with open_fleet(settings, before, source) as fleet:
         server = Server(config, fleet, listener, lock)
         config.app = Crowd(create_app(fleet), server.server_state.connections, open_files)
         fleet.restart = server.restart
         with metrics.watching(fleet.deployments):
             greeter = asyncio.create_task(_greet(server, greeting, fleet, address, lock, before))
+            watch = Watch(fleet, end=partial(server.handle_exit, signal.SIGTERM, None))
+            watcher = asyncio.create_task(watch.run())
             try:
                 await server.serve(sockets=[listener])
             finally:
                 greeter.cancel()
-                await asyncio.gather(greeter, return_exceptions=True)
+                watcher.cancel()
+                await asyncio.gather(greeter, watcher, return_exceptions=True)
     return server.successor
 
 

@@ -17,13 +17,12 @@ from typing import Any
 import msgspec
 
 from engines.base import Engine, Launch, Needs
+from gateway.causes import Cause
 from gateway.config import Settings
 from gateway.deployment import Deployment
 from gateway.dispatch import Dispatcher
-from gateway.environments import Recipe
 from gateway.errors import HostlerError
 from gateway.experience import Experience
-from gateway.nodes.local import LocalNode
 from gateway.placement import Device
 from gateway.replica import Replica, ReplicaFailed, State, _failure
 from registry.resolve import Artifact
@@ -72,10 +71,8 @@ class SimulatedReplica(Replica):
     async def _prepare(self) -> str | None:
         return None
 
-    async def _needs(self, model_path: Path) -> Needs:
-        return self._engine.needs(self.launch)
-
-    async def _serve(self, model_path: Path, python: str | None) -> None:
+    async def _run(self, model_path: Path, python: str | None) -> None:
+        await self._place(self.engine.needs(self.launch))
         self._enter(State.STARTING)
         self.starts += 1
         self.crash, self.broken = asyncio.Event(), asyncio.Event()
@@ -84,7 +81,7 @@ class SimulatedReplica(Replica):
             await self._or_crash(self.model.load_s)
             if self.model.fails:
                 self.model.fails -= 1
-                raise ReplicaFailed(_failure("it does not load", "Try again."))
+                raise ReplicaFailed(_failure("it does not load", "Try again.", Cause.UNKNOWN))
             self.load_s = self.model.load_s
             self._enter(State.READY)
             await self._or_crash(None)
@@ -106,7 +103,7 @@ class SimulatedReplica(Replica):
             return
         self.broken.set()
         self._leave(State.BACKOFF)
-        raise ReplicaFailed(_failure("it crashed", "Try again."))
+        raise ReplicaFailed(_failure("it crashed", "Try again.", Cause.UNKNOWN))
 
     async def _end(self) -> None:
         self.world.stops(self)
@@ -165,7 +162,7 @@ class World:
             memory_bytes=model.memory,
             **model.fields,
         )
-        deployment = Deployment(launch, SimulatedEngine(), drain_timeout_s=60, changed=self.dispatcher.poke)
+        deployment = Deployment(launch, SimulatedEngine(), settings=lambda: self.settings, changed=self.dispatcher.poke)
         self.models[model.uid] = model
         deployment.replicas = [self.replica(deployment, index) for index in range(model.replica)]
         self.deployments[model.uid] = deployment
@@ -178,15 +175,9 @@ class World:
             deployment.launch,
             index,
             deployment.engine,
-            LocalNode(Path("/")),
-            cache=Path("/"),
+            None,  # type: ignore[arg-type]  # it runs nothing
             log=Path("/"),
-            restart_limit=3,
-            download_stall_s=60,
-            probe_interval_s=10,
-            probe_failures=3,
-            environments=Path("/"),
-            recipe=Recipe(),
+            settings=lambda: self.settings,
             changed=deployment.notify,
             observe=self._observe,
             experience=Experience(),

@@ -40,6 +40,8 @@ GATEWAY_LAYERS = (
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),
     ("history", "lives"),
     ("config", "sdk", "kept", "home"),
+    ("apply",),
+    ("export",),
     ("footprint",),
     ("devices",),
     ("experience",),
@@ -51,6 +53,7 @@ GATEWAY_LAYERS = (
     ("dispatch",),
     ("reload",),
     ("fleet",),
+    ("watch",),
     ("room",),
     ("check",),
     ("api",),
@@ -65,6 +68,8 @@ LEAF_MAY_IMPORT: dict[str, set[str]] = {
     "gpus": set(),
     "metrics": set(),
     "config": {"addresses", "amounts", "client", "errors", "launch"},
+    "apply": {"config"},
+    "export": {"apply", "config", "launch"},
 }
 
 HEAVY = ("torch", "transformers", "vllm", "diffusers", "numpy", "xllamacpp", "huggingface_hub", "pynvml", "llama_cpp")

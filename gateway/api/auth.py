@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -21,8 +21,14 @@ HOSTS_REMEMBERED = 64
 class Guard:
     """Lets a request through to the app, or answers 401 or 403."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Callable[[], Settings]) -> None:
+        """`settings` gives those in effect."""
         self._app = app
+        self._settings = settings
+        self._read(settings())
+
+    def _read(self, settings: Settings) -> None:
+        self._known = settings
         self._digests = tuple(_digest(key.encode()) for key in settings.api_keys)
         self._origins = frozenset(settings.allowed_origins)
         self._names = frozenset(name.lower() for name in (settings.host, *settings.allowed_hosts))
@@ -41,6 +47,8 @@ class Guard:
 
     def check(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Raises BadKey or Forbidden if the request may not pass."""
+        if (settings := self._settings()) is not self._known:
+            self._read(settings)
         if path in PUBLIC_PATHS or path.startswith(PUBLIC_FILES):
             return
         key = origin = None

@@ -64,12 +64,12 @@ class Models:
         """All that can be named as `model`, loaded or not; with running=true only what is loaded."""
         is_running = request.query_params.get("running", "").lower() in ("true", "1", "yes")
         deployments = [d for d in self._fleet.deployments() if d.is_loaded or not is_running]
-        cards = [model_card(deployment) for deployment in deployments]
+        cards = [self._card(deployment) for deployment in deployments]
         return json_answer({"object": "list", "data": cards})
 
     async def get_model(self, request: Request) -> Response:
         """One of them. An unknown one is a 400, as Xinference's clients expect."""
-        return json_answer(model_card(self._known(request)))
+        return json_answer(self._card(self._known(request)))
 
     async def launch(self, request: Request) -> Response:
         """Serve a model from now on, over restarts too; answers once it is ready, unless wait_ready=false.
@@ -215,14 +215,14 @@ class Models:
         deployment = self._deployment(request)
         deployment.start()
         await deployment.changed(limit_s=START_LOOK_S)  # so that the answer says what came of it
-        return json_answer(model_card(deployment), 202)
+        return json_answer(self._card(deployment), 202)
 
     async def stop(self, request: Request) -> Response:
         """Unload, after the requests in flight unless force=true. The next request loads again."""
         deployment = self._deployment(request)
         deployment.stop(force=request.query_params.get("force", "").lower() in ("1", "true", "yes"))
         await deployment.stopped()
-        return json_answer(model_card(deployment))
+        return json_answer(self._card(deployment))
 
     async def list_replicas(self, request: Request) -> Response:
         """Every replica, as operators see it."""
@@ -265,6 +265,9 @@ class Models:
                 if os.fstat(file.fileno()).st_size < file.tell():  # it was emptied
                     file.seek(0)
                 await asyncio.sleep(FOLLOW_PAUSE_S)
+
+    def _card(self, deployment: Deployment) -> dict[str, Any]:
+        return model_card(deployment, self._fleet.origin_of(deployment.launch))
 
     def _known(self, request: Request) -> Deployment:
         """As `_deployment`, with the status that Xinference's clients expect of an unknown uid."""

@@ -82,7 +82,7 @@ class Reloads:
 
 def _card(reload: Reload) -> dict[str, Any]:
     status = reload.stage if reload.is_over else "reloading"
-    hidden = ("before", "after", "drain_timeout_s")
+    hidden = ("before", "engine_before", "after", "drain_timeout_s", "only_stale", "may_return", "is_superseded")
     facts = {name: value for name, value in msgspec.structs.asdict(reload).items() if name not in hidden}
     return facts | {"status": status, "model_config": shown_options(reload.after)}
 

@@ -6,9 +6,11 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.config import Settings
 from gateway.errors import HostlerError, answer
 
 logger = logging.getLogger("hostler.access")
@@ -21,9 +23,10 @@ ACCEPTED = re.compile(rb"[\x21-\x7e]{1,128}")
 class Trace:
     """Names the request, and writes its line in the access log."""
 
-    def __init__(self, app: ASGIApp, is_logging: bool) -> None:
+    def __init__(self, app: ASGIApp, settings: Callable[[], Settings]) -> None:
+        """`settings` gives those in effect."""
         self._app = app
-        self._is_logging = is_logging
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, with `request_id` (bytes) in the scope."""
@@ -51,7 +54,7 @@ class Trace:
             message = "The gateway failed; its log has the details under this request's id."
             await answer(HostlerError(message))(scope, receive, send_traced)
         finally:
-            if self._is_logging:
+            if self._settings().access_log:
                 logger.info(
                     "%s %s %s %s %.0f ms id=%s",
                     scope["method"],

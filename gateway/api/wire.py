@@ -12,6 +12,7 @@ from starlette.responses import Response
 from engines.base import Launch
 from gateway.deployment import Deployment
 from gateway.errors import BadRequest
+from gateway.export import SECRET_OPTIONS
 from gateway.launch import LaunchRequest
 from gateway.process import memory_bytes
 from gateway.replica import Failure, Replica, State
@@ -31,7 +32,6 @@ DESCRIBED: dict[str, tuple[str, ...]] = {
 }
 LOCAL_WORKER = "127.0.0.1"
 MASK = "******"
-SECRET_OPTIONS = ("api_key", "headers", "env")  # of engines; their values are not shown
 
 # Launch fields that mean something elsewhere, and why they are refused here.
 REFUSED = {
@@ -75,8 +75,8 @@ def note_on(answer: Response, notes: str) -> None:
     answer.headers["x-hostler-notes"] = quote(notes, safe=" ,.;:'()/")
 
 
-def model_card(deployment: Deployment) -> dict[str, Any]:
-    """A model for both worlds: OpenAI's fields, Xinference's description, and its state."""
+def model_card(deployment: Deployment, origin: str) -> dict[str, Any]:
+    """A model for both worlds: OpenAI's fields, Xinference's description, its state, and where it is from."""
     launch = deployment.launch
     return {
         "id": launch.uid,
@@ -87,6 +87,7 @@ def model_card(deployment: Deployment) -> dict[str, Any]:
         "failure_cause": deployment.failure_cause,
         **description(deployment),
         "replica": launch.replica,
+        "origin": origin,
     }
 
 

@@ -15,6 +15,8 @@ VERBS = {
     "terminate": "Stop a launched model and forget it.",
     "scale": "Have more or fewer copies of a launched model.",
     "reload": "Change options of a model that is served.",
+    "apply": "Serve what a settings file says; touch only what is other than before.",
+    "export": "Write all that is served as one settings file.",
     "list": "List the models that can be asked for.",
     "ps": "Show what runs: state, process, memory, requests, failures.",
     "start": "Load a model now.",

@@ -192,8 +192,7 @@ def _build(settings: Settings, environment: Environment, find_links: tuple[str, 
 
     import msgspec
 
-    from gateway.environments import CannotBuild, prepare
-    from gateway.fleet import recipe_of
+    from gateway.environments import CannotBuild, prepare, recipe_of
     from gateway.nodes.local import open_scratch
     from gateway.process import CannotStart
 

@@ -17,7 +17,7 @@ def command(client: Client, as_json: bool) -> None:
     if as_json:
         print_json(models)
         return
-    columns = dict.fromkeys(("UID", "STATE", "TYPE", "MODEL", "ENGINE", "FORMAT", "ABILITIES"), "left")
+    columns = dict.fromkeys(("UID", "STATE", "TYPE", "MODEL", "ENGINE", "FORMAT", "FROM", "ABILITIES"), "left")
     print_table(
         columns | {"CONTEXT": "right"},
         [
@@ -28,6 +28,7 @@ def command(client: Client, as_json: bool) -> None:
                 text(model.get("model_name")),
                 text(model.get("model_engine")),
                 f"{model.get('model_format') or '-'} {model.get('quantization') or ''}".strip(),
+                text(model.get("origin")),
                 text(model.get("model_ability")),
                 text(model.get("context_length") or model.get("max_tokens")),
             ]

@@ -59,14 +59,14 @@ def _machine(machine_file: str | None, gpus: str | None) -> SimulatedMachine | N
     """The made-up one; None: this."""
     from pathlib import Path
 
-    from gateway.config import read_file
+    from gateway.config import parse
     from gateway.devices import SimulatedMachine, machine_of
     from gateway.errors import SettingsError
     from registry.decode import DecodeError, decode
 
     try:
         if machine_file:
-            return decode(read_file(Path(machine_file)), SimulatedMachine, "$")
+            return decode(parse(Path(machine_file)), SimulatedMachine, "$")
         return machine_of(gpus) if gpus else None
     except (DecodeError, ValueError) as exc:
         raise SettingsError(f"{machine_file or '--gpus'}: {exc}") from exc

@@ -29,7 +29,7 @@ PROGRESS_PAUSE_S = 2.0
 def command(file: str | None, insecure: bool, prompt: str | None, **flags: Any) -> None:
     """Serve models until Ctrl-C, which ends at once; SIGTERM lets requests in flight end first."""
     from gateway import server
-    from gateway.config import check_exposure, load
+    from gateway.config import Source
     from gateway.errors import SettingsError
     from gateway.handover import HandoverFailed, predecessor
 
@@ -39,12 +39,12 @@ def command(file: str | None, insecure: bool, prompt: str | None, **flags: Any) 
         await _greet(fleet, address, prompt)
 
     try:
-        settings = load(file, flags)
-        check_exposure(settings, insecure=insecure)
+        source = Source.of(file, flags, insecure=insecure)
+        settings = source.read()
         logging.basicConfig(
             level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
         )
-        server.run(settings, greet if before is None else None, before)
+        server.run(settings, greet if before is None else None, before, source)
     except (SettingsError, HandoverFailed) as exc:
         click.echo(f"hostler: {exc}", err=True)
         if before and isinstance(exc, SettingsError):

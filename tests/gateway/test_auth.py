@@ -41,7 +41,7 @@ async def call(settings: Settings, headers: Headers | None = None, path: str = "
         sent.append(message)
 
     scope = {"type": "http", "method": "GET", "path": path, "headers": pairs}
-    await Guard(echo, settings)(scope, nothing_comes, send)
+    await Guard(echo, lambda: settings)(scope, nothing_comes, send)
     return sent
 
 
@@ -243,7 +243,7 @@ async def test_without_keys_only_names_of_this_gateway_are_answered(
 
 
 async def test_every_host_of_a_request_is_looked_at_and_what_passed_says_nothing_of_others() -> None:
-    guard = Guard(echo, NO_KEYS)
+    guard = Guard(echo, lambda: NO_KEYS)
     guard.check("/v1/models", [(b"host", b"localhost")])
     for headers in ([(b"host", b"localhost"), (b"host", b"evil.example")], [(b"host", b"evil.example")]):
         with pytest.raises(StrangeHost):
@@ -274,5 +274,5 @@ async def test_what_is_no_request_passes(kind: str) -> None:
     async def send(message: Message) -> None:
         raise AssertionError("nothing is sent")
 
-    await Guard(app, KEYS)({"type": kind}, nothing_comes, send)
+    await Guard(app, lambda: KEYS)({"type": kind}, nothing_comes, send)
     assert seen == [{"type": kind}]

@@ -26,7 +26,6 @@ from gateway.config import Settings
 from gateway.deployment import Deployment
 from gateway.devices import Limits, Observer, SimulatedMachine
 from gateway.dispatch import Dispatcher
-from gateway.environments import Recipe
 from gateway.errors import ModelFailed, ShuttingDown
 from gateway.experience import Experience
 from gateway.placement import Device
@@ -65,26 +64,21 @@ async def deployed(
     launch = Launch(uid="fake", artifact=artifact, engine="llama.cpp", replica=replica, envs=envs, **(fields or {}))
     engine = LlamaCpp(settings=EngineSettings(binary=str(FAKE_ENGINE)))
     async with a_node(folder / "home") as node:
-        dispatcher = Dispatcher(lambda: [deployment], Settings, no_devices, lambda uid, kind, text: None)
-        deployment = Deployment(launch, engine, drain_timeout_s=drain_timeout_s, changed=dispatcher.poke)
+        settings = Settings(home=str(folder), drain_timeout_s=drain_timeout_s, restart_limit=restart_limit)
+        dispatcher = Dispatcher(lambda: [deployment], lambda: settings, no_devices, lambda uid, kind, text: None)
+        deployment = Deployment(launch, engine, settings=lambda: settings, changed=dispatcher.poke)
         deployment.replicas = tuple(
             Replica(
                 launch,
                 index,
                 engine,
                 node,
-                cache=folder / "cache",
                 log=folder / f"{index}.log",
-                restart_limit=restart_limit,
+                settings=lambda: settings,
                 place=partial(dispatcher.place, deployment),
                 observe=partial(Observer(SimulatedMachine().look).observe, (), Limits()),
                 experience=Experience(),
                 tell=lambda kind, text: None,
-                download_stall_s=60,
-                probe_interval_s=10,
-                probe_failures=3,
-                environments=folder / "environments",
-                recipe=Recipe(),
                 changed=deployment.notify,
             )
             for index in range(replica)

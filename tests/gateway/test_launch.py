@@ -16,7 +16,7 @@ from gateway.api.wire import read_launch
 from gateway.launch import RESERVED_UIDS, LaunchRequest, Site, check_uid, file_name, plan
 from gateway.placement import needs_of
 from registry.registry import Registry
-from registry.resolve import Artifact
+from registry.resolve import Artifact, Selection
 from registry.schema import LLMFamily, ModelSpec, Virtualenv
 
 
@@ -104,6 +104,7 @@ def test_a_plan_holds_all_that_was_wished_for() -> None:
         idle_timeout_s=1.5,
         start_timeout_s=2.5,
         load_timeout_s=3.5,
+        selection=Selection(model_name="qwen", quantization="Q8_0"),
     )
     assert (launch.artifact.spec.quantization, launch.artifact.source.model_id) == ("q8_0", "org/a")
 

@@ -67,6 +67,8 @@ class Yard(RuleBasedStateMachine):
     )
     def begin(self, total: int, max_loaded: int | None, min_residency_s: float, max_wait_s: float, wishes: Any) -> None:
         settings = Settings(
+            drain_timeout_s=60,
+            restart_limit=3,
             max_loaded=max_loaded,
             min_residency_s=min_residency_s,
             max_wait_s=max_wait_s,
@@ -170,4 +172,4 @@ class Yard(RuleBasedStateMachine):
 
 
 TestYard = Yard.TestCase
-TestYard.settings = hypothesis_settings(max_examples=1500, stateful_step_count=50, deadline=None)
+TestYard.settings = hypothesis_settings(max_examples=100, stateful_step_count=50, deadline=None)
