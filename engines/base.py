@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from engines.environments import Environment, absolute_program, worker_argv
+from registry.additions import Role
 from registry.decode import decode
 from registry.memory import Cache
 from registry.resolve import Artifact
@@ -166,6 +167,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """After how long a replica that has failed is tried again by itself; None: not before somebody says so."""
     options: ClassVar[type[msgspec.Struct]] = NoOptions
     """The Struct that a launch's options decode to; its fields are the options there are."""
+    additions: ClassVar[tuple[Role, ...]] = ()
+    """What it can load beside a model's own files. Its launches' artifacts have them, as paths of this machine."""
     takes_flags: ClassVar[bool] = False
     """Whether its program gets a launch's `forced_options` as flags."""
     routes: ClassVar[Mapping[str, str]] = {}

@@ -14,20 +14,21 @@ import logging
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from engines.base import Command, Engine, Launch, Placement
 from gateway import metrics
-from gateway.downloads import DownloadFailed, Progress, fetch
+from gateway.downloads import DownloadFailed, Progress, fetch_all
 from gateway.environments import CannotBuild, Recipe, mark_used, prepare
 from gateway.nodes.local import LocalNode
 from gateway.placement import needs_of, place
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
 from gateway.process import CannotStart, EngineProcess, Exit, NoProcess
 from gateway.upstream import Upstream
+from registry.schema import Source
 
 logger = logging.getLogger("hostler.replica")
 
@@ -177,13 +178,13 @@ class Replica:
     async def _live(self) -> None:
         """One life, from files to exit. Always ends with ReplicaFailed or cancelled."""
         self.served, self.ready_since, self._silence = 0, None, None
-        model_path = await self._fetch()
+        model_path, launch = await self._fetch()
         python = await self._prepare()
         placement = await self._place()
         self._enter(State.STARTING)
         self.starts += 1
         endpoint = self._node.new_endpoint(unix_socket=self._engine.listens_on_socket(self.launch))
-        command = self._engine.command(self.launch, model_path, placement, endpoint, python)
+        command = self._engine.command(launch, model_path, placement, endpoint, python)
         endpoint = command.endpoint or endpoint
         if command.argv:
             mark_used(command.argv[0], self._environments)
@@ -225,20 +226,23 @@ class Replica:
         self.placement = placement
         return placement
 
-    async def _fetch(self) -> Path:
+    async def _fetch(self) -> tuple[Path, Launch]:
+        """Where the model's files are, and the launch with paths of this machine for what it is loaded with besides."""
+
         def report(progress: Progress) -> None:
             if self.state is not State.DOWNLOADING:
                 self._enter(State.DOWNLOADING)
             self.progress = progress
 
         try:
-            return await fetch(
-                self.launch.artifact.source,
+            path, *others = await fetch_all(
+                self.launch.artifact.sources,
                 self._cache,
                 folder=self._node.folder,
                 stall_s=self._download_stall_s,
                 report=report,
             )
+            return path, _with_paths(self.launch, others)
         except DownloadFailed as exc:
             advice = "Correct the model's source." if exc.permanent else "It is tried again."
             raise ReplicaFailed(
@@ -369,6 +373,17 @@ class Replica:
 
     def __str__(self) -> str:
         return f"{self.launch.uid}/{self.index}"
+
+
+def _with_paths(launch: Launch, paths: Sequence[Path]) -> Launch:
+    """The launch with its additions at these paths."""
+    if not paths:
+        return launch
+    additions = tuple(
+        msgspec.structs.replace(addition, source=Source(model_hub="local", model_id=str(path)))
+        for addition, path in zip(launch.artifact.additions, paths, strict=True)
+    )
+    return msgspec.structs.replace(launch, artifact=msgspec.structs.replace(launch.artifact, additions=additions))
 
 
 def _failure(reason: str, advice: str, *, tail: tuple[str, ...] = (), final: bool = False) -> Failure:

@@ -47,12 +47,14 @@ def size_up(
     unknown: list[str],
     *,
     is_on_gpu: bool,
+    added_bytes: int = 0,
 ) -> Sizing | None:
     """What one copy takes; None, which is added to `unknown`, if nobody knows.
 
     Args:
         sizes: the bytes of each file that is to be loaded; None if they are not known.
         facts: what the files say, if they are here.
+        added_bytes: of what is loaded beside the model's own files.
     """
     spec = launch.artifact.spec
     billions = billions_of(spec.model_size_in_billions) if spec.model_size_in_billions is not None else None
@@ -72,6 +74,7 @@ def size_up(
     cache = needs.cache or Cache(tokens=_tokens(launch, facts))
     if launch.artifact.projector:
         weight_bytes += sum(size for name, size in (sizes or {}).items() if "mmproj" in name.lower())
+    weight_bytes += added_bytes
     sized = estimate(weight_bytes, attention, width, cache, on_gpu=is_on_gpu)
     return Sizing(sized, attention, cache, basis)
 
