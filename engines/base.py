@@ -175,6 +175,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """Public path -> upstream path, only where they differ."""
     chat_words: ClassVar[tuple[tuple[bytes, bytes], ...]] = ()
     """What is replaced in replies to chats, whole and streamed, where the engine's word is not that of clients."""
+    refusals: ClassVar[Mapping[str, str]] = {}
+    """How its errors begin that are the request's fault though it blames itself -> what users are told of the model."""
 
     settings: EngineSettings = EngineSettings()
     environments: Path | None = None

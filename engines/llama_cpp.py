@@ -135,6 +135,13 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
     model_types = ("LLM", "embedding", "rerank")
     takes_flags = True
     options = LlamaCppOptions
+    refusals = {
+        f"{what} input is not supported": (
+            f"takes no {what}: it was launched without a projector that can. Launch it with `multimodal_projector`, "
+            "the name of such a file (mmproj) beside the model's own."
+        )
+        for what in ("image", "audio", "video")
+    }
 
     def listens_on_socket(self, launch: Launch) -> bool:
         """All but llama-cpp-python's server can."""

@@ -124,6 +124,11 @@ def lora_gguf(torch_python: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mmproj_gguf(torch_python: str) -> Path:
+    return models.made_by(torch_python, "mmproj-gguf") / "mmproj-tiny.gguf"
+
+
+@pytest.fixture(scope="session")
 def lora_hf(torch_python: str) -> Path:
     return models.made_by(torch_python, "lora-hf")
 

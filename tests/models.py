@@ -387,6 +387,50 @@ def make_tiny_clip(folder: str, sd: str) -> None:
 # SmolLM2's layers, and the shapes of two of each layer's weights: out, in.
 SMOLLM2_LAYERS, ADAPTED = 30, {"q": (576, 576), "v": (192, 576)}
 ADAPTER_RANK = 4
+SMOLLM2_WIDTH = 576
+
+
+def make_mmproj_gguf(folder: str) -> None:
+    """Eyes for SmolLM2, of llava's kind: a vision tower and a projector of random weights, in mmproj-tiny.gguf."""
+    import gguf
+    import numpy
+
+    random = numpy.random.default_rng(0)
+    width, patch, size, layers, text_width = 32, 8, 32, 2, SMOLLM2_WIDTH
+    writer = gguf.GGUFWriter(Path(folder) / "mmproj-tiny.gguf", "clip")
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_string("clip.projector_type", "mlp")
+    writer.add_bool("clip.use_gelu", True)
+    numbers = {"image_size": size, "patch_size": patch, "embedding_length": width, "feed_forward_length": 64}
+    numbers |= {"projection_dim": text_width, "block_count": layers, "attention.head_count": 2}
+    for name, number in numbers.items():
+        writer.add_uint32(f"clip.vision.{name}", number)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
+    for name in ("image_mean", "image_std"):
+        writer.add_array(f"clip.vision.{name}", [0.5, 0.5, 0.5])
+    shapes: dict[str, tuple[int, ...]] = {
+        "v.patch_embd.weight": (width, 3, patch, patch),
+        "v.position_embd.weight": ((size // patch) ** 2, width),
+        "mm.0.weight": (text_width, width),
+        "mm.0.bias": (text_width,),
+        "mm.2.weight": (text_width, text_width),
+        "mm.2.bias": (text_width,),
+    }
+    for layer in range(layers):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            shapes[f"v.blk.{layer}.{name}.weight"] = (width, width)
+            shapes[f"v.blk.{layer}.{name}.bias"] = (width,)
+        for name in ("ln1", "ln2"):
+            shapes |= {f"v.blk.{layer}.{name}.{part}": (width,) for part in ("weight", "bias")}
+        for name, (n_out, n_in) in {"ffn_up": (64, width), "ffn_down": (width, 64)}.items():
+            shapes[f"v.blk.{layer}.{name}.weight"] = (n_out, n_in)
+            shapes[f"v.blk.{layer}.{name}.bias"] = (n_out,)
+    for name, shape in shapes.items():
+        writer.add_tensor(name, (random.standard_normal(shape) * 0.05).astype(numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def make_lora_gguf(folder: str) -> None:
@@ -606,6 +650,7 @@ MAKERS: dict[str, Callable[..., None]] = {
     "tiny-ocr": make_tiny_ocr,
     "tiny-clip": make_tiny_clip,
     "lora-gguf": make_lora_gguf,
+    "mmproj-gguf": make_mmproj_gguf,
     "lora-hf": make_lora_hf,
     "tiny-reranker": make_tiny_reranker,
 }
