@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from engines.environments import Environment, absolute_program, worker_argv
+from registry.additions import Role
 from registry.decode import decode
 from registry.memory import Attention, Cache
 from registry.resolve import Artifact, Selection
@@ -218,6 +219,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """After how long a replica that has failed is tried again by itself; None: not before somebody says so."""
     options: ClassVar[type[msgspec.Struct]] = NoOptions
     """The Struct that a launch's options decode to; its fields are the options there are."""
+    additions: ClassVar[tuple[Role, ...]] = ()
+    """What it can load beside a model's own files. Its launches' artifacts have them, as paths of this machine."""
     takes_flags: ClassVar[bool] = False
     """Whether its program gets a launch's `forced_options` as flags."""
     overhead_bytes: ClassVar[int] = 0
@@ -228,6 +231,9 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """What is replaced in replies to chats, whole and streamed, where the engine's word is not that of clients."""
     less_memory: ClassVar[str] = ""
     """Which options make it need less memory; users read the sentence when it had too little."""
+
+    refusals: ClassVar[Mapping[str, str]] = {}
+    """How its errors begin that are the request's fault though it blames itself -> what users are told of the model."""
 
     settings: EngineSettings = EngineSettings()
     environments: Path | None = None

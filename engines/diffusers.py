@@ -22,8 +22,8 @@ from engines.base import (
     worker_command,
 )
 from engines.environments import find_python, why_no_python
+from registry.additions import Role
 from registry.resolve import Artifact
-from registry.schema import ModelSpec
 
 MODULES = ("diffusers", "torch", "transformers")
 FORMATS = ("pytorch", "diffusers")
@@ -55,28 +55,13 @@ class DiffusersOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         None
     )
     default_generate_config: Annotated[dict[str, Any], Meta(description="what requests get that do not say it")] = {}
-    controlnet: (
-        Annotated[
-            str | tuple[str, ...],
-            Meta(description="folders of controlnets, or names of the family's that have a model_uri"),
-        ]
-        | None
-    ) = None
     lora_list: Annotated[tuple[Adapter, ...], Meta(description="LoRAs to load and fuse, as folders or files")] = ()
     image_lora_load_kwargs: Annotated[dict[str, Any], Meta(description="of diffusers, to load them")] | None = None
     image_lora_fuse_kwargs: Annotated[dict[str, Any], Meta(description="of diffusers, to fuse them")] | None = None
-    gguf_quantization: Annotated[str, Meta(description="which GGUF file of the gguf_model_path's folder")] | None = None
-    gguf_model_path: Annotated[str, Meta(description="GGUF file of the transformer, or its folder")] | None = None
-    lightning_version: Annotated[str, Meta(description="which file of the lightning_model_path's folder")] | None = None
-    lightning_model_path: Annotated[str, Meta(description="weights for few steps: a file, or its folder")] | None = None
     max_pixels: Annotated[int, Meta(ge=64, description="width times height that requests may ask for")] = MOST_PIXELS
     n_threads: Annotated[int, Meta(ge=1, description="of the CPU")] | None = None
 
     def __post_init__(self) -> None:
-        if self.gguf_quantization and not self.gguf_model_path:
-            raise ValueError("gguf_quantization needs gguf_model_path: the folder that the GGUF files are in")
-        if self.lightning_version and not self.lightning_model_path:
-            raise ValueError("lightning_version needs lightning_model_path: the folder that the weights are in")
         if self.cpu_offload and self.sequential_cpu_offload:
             raise ValueError("cpu_offload and sequential_cpu_offload exclude each other")
 
@@ -87,6 +72,7 @@ class Diffusers(Engine, frozen=True, kw_only=True):
     name = "diffusers"
     model_types = ("image", "video")
     overhead_bytes = TORCH_BYTES
+    additions = ("gguf", "lightning", "controlnet")
     options = DiffusersOptions
     less_memory = "Say vae_tiling and cpu_offload (or sequential_cpu_offload), or lower max_pixels."
 
@@ -140,7 +126,7 @@ def _of_family(launch: Launch) -> dict[str, Any]:
 
 def _worker_options(options: DiffusersOptions, launch: Launch, placement: Placement) -> Mapping[str, Any]:
     """As the workers read them; what is not set is left out."""
-    family, spec = launch.artifact.family, launch.artifact.spec
+    family = launch.artifact.family
     has_no_gpu = launch.n_gpu == 0 or placement.gpu_uuids == ()
     of_family = getattr(family, "default_generate_config", None) or {}
     values = {
@@ -155,38 +141,18 @@ def _worker_options(options: DiffusersOptions, launch: Launch, placement: Placem
         "attention_slicing": options.attention_slicing,
         "scheduler": options.scheduler,
         "generate_config": {**of_family, **options.default_generate_config},
-        "controlnet": _controlnets(options.controlnet, family),
+        "controlnet": _paths(launch, "controlnet"),
         "lora_list": msgspec.to_builtins(options.lora_list),
         "image_lora_load_kwargs": options.image_lora_load_kwargs,
         "image_lora_fuse_kwargs": options.image_lora_fuse_kwargs,
-        "gguf_file": _file(
-            options.gguf_model_path, "gguf_model_file_name_template", "quantization", options.gguf_quantization, spec
-        ),
-        "lightning_file": _file(
-            options.lightning_model_path,
-            "lightning_model_file_name_template",
-            "lightning_version",
-            options.lightning_version,
-            spec,
-        ),
+        "gguf_file": next(iter(_paths(launch, "gguf")), None),
+        "lightning_file": next(iter(_paths(launch, "lightning")), None),
         "max_pixels": options.max_pixels,
         "n_threads": options.n_threads,
     }
     return {name: value for name, value in values.items() if value not in (None, False, {}, [], ())}
 
 
-def _controlnets(wanted: str | tuple[str, ...] | None, family: Any) -> list[str]:
-    """Folders: of a path as it is, of a name the `model_uri` that the family says."""
-    if not wanted:
-        return []
-    names = (wanted,) if isinstance(wanted, str) else wanted
-    known = {str(one.get("model_name")): one.get("model_uri") for one in getattr(family, "controlnet", None) or ()}
-    return [str(known.get(name) or name).removeprefix("file://") for name in names]
-
-
-def _file(path: str | None, template_field: str, placeholder: str, choice: str | None, spec: ModelSpec) -> str | None:
-    """The file of that choice in the folder, by the template of the family; a file as it is."""
-    template = getattr(spec, template_field)
-    if path is None or choice is None or template is None or Path(path).suffix in (".gguf", ".safetensors"):
-        return path
-    return str(Path(path) / template.replace("{" + placeholder + "}", choice))
+def _paths(launch: Launch, role: Role) -> list[str]:
+    """Where what the launch wishes for beside the model is."""
+    return [addition.source.model_id for addition in launch.artifact.additions if addition.role == role]

@@ -152,6 +152,13 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
     takes_flags = True
     options = LlamaCppOptions
     less_memory = "Lower context_length, n_parallel or n_gpu_layers, or say cache_type_k: q8_0 and cache_type_v: q8_0."
+    refusals = {
+        f"{what} input is not supported": (
+            f"takes no {what}: it was launched without a projector that can. Launch it with `multimodal_projector`, "
+            "the name of such a file (mmproj) beside the model's own."
+        )
+        for what in ("image", "audio", "video")
+    }
 
     def listens_on_socket(self, launch: Launch) -> bool:
         """All but llama-cpp-python's server can."""

@@ -31,6 +31,7 @@ from registry.hubs.base import HubError
 from registry.hubs.cache import digest, marker_path, read_marker
 from registry.inspection import contradictions
 from registry.resolve import Artifact, NotResolved, candidates
+from registry.schema import Source
 from registry.weights import Facts
 
 ANY_UID = "a-model-that-is-checked"
@@ -39,8 +40,12 @@ SHOWN = 10
 
 
 class Files(msgspec.Struct, frozen=True, kw_only=True):
-    """What would be loaded, and the bytes of each; `are_here` None: not known. `free_bytes` is room on that disk."""
+    """What would be loaded, and the bytes of each. `free_bytes` is room on that disk.
 
+    `what` is empty for the model's own, else what is loaded beside it.
+    """
+
+    what: str = ""
     are_here: bool
     place: str
     files: dict[str, int] | None
@@ -67,6 +72,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     engine_reason: str = ""
     engines: dict[str, str | None] = {}
     files: Files | None = None
+    additions: tuple[Files, ...] = ()
     facts: Facts | None = None
     contradictions: tuple[str, ...] = ()
     memory: Memory | None = None
@@ -91,10 +97,12 @@ async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[s
     spec_reason, passed_over = await asyncio.to_thread(_about_specs, fleet, request, artifact, hubs)
     problems: list[str] = []
     unknown: list[str] = []
-    files = await _files(fleet, artifact, problems, unknown)
+    files = await _files(fleet, artifact.source, "", problems, unknown)
+    additions = [await _files(fleet, one.source, str(one), problems, unknown) for one in artifact.additions]
     facts = await asyncio.to_thread(_facts, files, unknown)
     needs = engines.find(launch.engine, fleet.engines).needs(launch)
     has_gpus = any(device.gpu for device in devices)
+    added_bytes = sum(addition.total_bytes or 0 for addition in additions)
     family = fleet.registry.find(artifact.family.model_name, artifact.family.model_type)
     specs = family.specs if family and not request.model_path else ()
     sizing = size_up(
@@ -106,12 +114,12 @@ async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[s
         fleet.experience,
         has_gpus=has_gpus,
         specs=specs,
-        beside_bytes=await asyncio.to_thread(bytes_beside, launch, None),
+        beside_bytes=await asyncio.to_thread(bytes_beside, launch, None) + added_bytes,
     )
     room = find_room(launch, sizing.needs, devices, given)
     if room.refusal and not room.is_there:
         problems.append(f"It cannot be placed: {room.refusal.text}")
-    _check_disk(files, sizing, problems)
+    _check_disk([files, *additions], sizing, problems)
     gpus = await asyncio.to_thread(observe_gpus, devices, owners, room)
     return Report(
         verdict=verdict(problems, room, sizing.needs, launch.replica),
@@ -129,6 +137,7 @@ async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[s
         engine_reason="the launch names it." if request.model_engine else why_this_engine(launch.engine, answers),
         engines=answers,
         files=files,
+        additions=tuple(additions),
         facts=facts,
         contradictions=tuple(_contradictions(launch, needs, facts)) if facts else (),
         memory=told(sizing, launch.replica),
@@ -152,15 +161,21 @@ def _refused(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[str]
     )
 
 
-def _check_disk(files: Files, sizing: Sizing, problems: list[str]) -> None:
+def _check_disk(all_files: Sequence[Files], sizing: Sizing, problems: list[str]) -> None:
     """Whether what is to be fetched has room; where the hub does not tell how much it is, its weights at least."""
-    needed_bytes = files.total_bytes or (sizing.estimate.weights if sizing.estimate else 0)
-    if files.free_bytes is not None and files.free_bytes < needed_bytes:
-        about = "" if files.total_bytes else "about "
-        problems.append(
-            f"The disk of {files.folder} is too small: {about}{megabytes(needed_bytes)} are to be fetched, and "
-            f"{megabytes(files.free_bytes)} are free."
-        )
+    for folder in dict.fromkeys(files.folder for files in all_files if files.free_bytes is not None):
+        to_fetch = [files for files in all_files if files.folder == folder]
+        needed_bytes = sum(files.total_bytes or 0 for files in to_fetch)
+        is_known = all(files.total_bytes for files in to_fetch)
+        if not is_known and sizing.estimate:
+            needed_bytes = max(needed_bytes, sizing.estimate.weights)
+        free_bytes = to_fetch[0].free_bytes or 0
+        if free_bytes < needed_bytes:
+            about = "" if is_known else "about "
+            problems.append(
+                f"The disk of {folder} is too small: {about}{megabytes(needed_bytes)} are to be fetched, and "
+                f"{megabytes(free_bytes)} are free."
+            )
 
 
 # --- which spec
@@ -236,9 +251,9 @@ def _spec_told(artifact: Artifact) -> dict[str, str | int | float | None]:
 # --- files
 
 
-async def _files(fleet: Fleet, artifact: Artifact, problems: list[str], unknown: list[str]) -> Files:
+async def _files(fleet: Fleet, source: Source, what: str, problems: list[str], unknown: list[str]) -> Files:
     """Where the files are and how large, asking the hub where they are not here."""
-    source, cache = artifact.source, fleet.settings.cache_path
+    cache = fleet.settings.cache_path
     if source.model_hub == "local":
         try:
             sizes = await asyncio.to_thread(local.list_files, source)
@@ -247,24 +262,27 @@ async def _files(fleet: Fleet, artifact: Artifact, problems: list[str], unknown:
             sizes = {}
         found = local.find(source)
         path = str(found.path if found else source.model_id)
-        return Files(are_here=bool(sizes), place=path, files=sizes, total_bytes=sum(sizes.values()) or None)
+        total = sum(sizes.values()) or None
+        return Files(what=what, are_here=bool(sizes), place=path, files=sizes, total_bytes=total)
     if path_here := find_cached(source, cache, is_use=False):
         marker = read_marker(marker_path(digest(source), cache))
         sizes = {Path(name).name: size for name, size in marker.files.items()} if marker else {}
-        return Files(are_here=True, place=str(path_here), files=sizes, total_bytes=sum(sizes.values()) or None)
+        total = sum(sizes.values()) or None
+        return Files(what=what, are_here=True, place=str(path_here), files=sizes, total_bytes=total)
     folder = LIBRARIES[source.model_hub](os.environ) if source.model_hub in LIBRARIES else cache
     place_told = f"{source.model_hub}:{source.model_id}"
     try:
         listed = await list_files(source, cache, folder=fleet.node.folder, limit_s=LIST_LIMIT_S)
     except (DownloadFailed, CannotStart) as exc:
         listed = None
-        unknown.append(f"Which files would be fetched: {exc}")
-    total = sum(listed.values()) if listed else None
+        unknown.append(f"Which files would be fetched{f' for {what}' if what else ''}: {exc}")
+    listed_bytes = sum(listed.values()) if listed else None
     return Files(
+        what=what,
         are_here=False,
         place=place_told,
         files=listed,
-        total_bytes=total or None,
+        total_bytes=listed_bytes or None,
         folder=str(folder),
         free_bytes=_free_bytes(folder, unknown),
     )

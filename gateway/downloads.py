@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -74,6 +74,50 @@ async def fetch(
         return path
     last = await _order(source, cache, folder=folder, stall_s=stall_s, report=report)
     return Path(last.path or "")
+
+
+async def fetch_all(
+    sources: Sequence[Source],
+    cache: Path,
+    *,
+    folder: Path,
+    stall_s: float,
+    report: Callable[[Progress], None],
+) -> list[Path]:
+    """As `fetch`, of each; the progress is that of all of them together.
+
+    Where several are missing, the later ones are asked for first what they hold: so the total is known from the
+    begin, and what cannot be had is told before what takes hours is fetched.
+    """
+    missing = [source for source in dict.fromkeys(sources) if hubs.find_cached(source, cache, is_use=False) is None]
+    total_bytes = dict.fromkeys(missing, 0)
+    for source in missing[1:]:
+        report(Progress(stage="finding"))
+        listed = await list_files(source, cache, folder=folder, limit_s=stall_s)
+        total_bytes[source] = sum(listed.values())
+    paths: dict[Source, Path] = {}
+    done_bytes = 0
+    for source in dict.fromkeys(sources):
+
+        def report_sum(progress: Progress, source: Source = source, before: int = done_bytes) -> None:
+            if progress.stage == "downloading" and progress.total_bytes is not None:
+                total_bytes[source] = progress.total_bytes
+            report(_sum(progress, before, before + sum(total_bytes[one] for one in missing if one not in paths)))
+
+        paths[source] = await fetch(source, cache, folder=folder, stall_s=stall_s, report=report_sum)
+        done_bytes += total_bytes.get(source, 0)
+    return [paths[source] for source in sources]
+
+
+def _sum(progress: Progress, before_bytes: int, total_bytes: int) -> Progress:
+    """One source's progress as a part of the whole, of which so much was done before it."""
+    if progress.stage != "downloading" or progress.total_bytes is None:
+        return progress
+    done_bytes = before_bytes + progress.done_bytes
+    eta_s = progress.eta_s
+    if progress.rate_bytes_s:
+        eta_s = round((total_bytes - done_bytes) / progress.rate_bytes_s, 1)
+    return msgspec.structs.replace(progress, done_bytes=done_bytes, total_bytes=total_bytes, eta_s=eta_s)
 
 
 async def list_files(source: Source, cache: Path, *, folder: Path, limit_s: float) -> dict[str, int]:

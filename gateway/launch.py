@@ -473,6 +473,8 @@ def _why_not(engine: Engine, artifact: Artifact, request: LaunchRequest, environ
         return f"it serves {', '.join(engine.model_types)} models, not {artifact.family.model_type}"
     if reason := engine.accepts(artifact):
         return reason
+    if strange := [str(addition) for addition in artifact.additions if addition.role not in engine.additions]:
+        return f"it loads nothing beside a model's own files, such as {', '.join(strange)}"
     try:
         environment = environment_for(artifact, engine)
     except ValueError as exc:

@@ -23,7 +23,7 @@ from engines.base import Command, Endpoint, Engine, Launch, Needs, Placement
 from gateway import causes, metrics
 from gateway.causes import Cause
 from gateway.config import Settings
-from gateway.downloads import DownloadFailed, Progress, fetch
+from gateway.downloads import DownloadFailed, Progress, fetch_all
 from gateway.environments import CannotBuild, mark_used, prepare, recipe_of
 from gateway.experience import Experience
 from gateway.kept import EngineProcess
@@ -35,6 +35,7 @@ from gateway.probe import NotReady, ask_once, until_ready, until_silent
 from gateway.process import CannotStart, Exit, NoProcess
 from gateway.sizing import needs_now
 from gateway.upstream import Upstream
+from registry.schema import Source
 
 logger = logging.getLogger("hostler.replica")
 
@@ -226,17 +227,17 @@ class Replica:
     async def _live(self) -> None:
         """One life, from files to exit. Always ends with ReplicaFailed or cancelled."""
         self.served, self.ready_since, self._silence = 0, None, None
-        model_path = await self._fetch()
+        paths = await self._fetch()
         python = await self._prepare()
         try:
-            await self._run(model_path, python)
+            await self._run(paths, python)
         finally:
             self.process = self.placement = None
             self._changed()
 
-    async def _run(self, model_path: Path, python: str | None) -> None:
+    async def _run(self, paths: Sequence[Path], python: str | None) -> None:
         """Take over an engine, or start one where there is room, until it ends."""
-        begun = await self._adopt(model_path, python) or await self._begin(model_path, python)
+        begun = await self._adopt(paths, python) or await self._begin(paths, python)
         upstream = Upstream(begun.endpoint)
         try:
             async with begun.process as process:
@@ -273,16 +274,16 @@ class Replica:
                 watch.cancel()
             await asyncio.gather(*watches, return_exceptions=True)
 
-    async def _begin(self, model_path: Path, python: str | None) -> Begun:
+    async def _begin(self, paths: Sequence[Path], python: str | None) -> Begun:
         """What is to be started, and where."""
-        await self._place(await self._needs(model_path))
+        await self._place(await self._needs(paths))
         placement = self.placement
         assert placement is not None
         self._enter(State.STARTING)
         self.starts += 1
         folder, endpoint = self._node.new_endpoint(unix_socket=self.engine.listens_on_socket(self.tried))
         self._oom_kills = oom_kills()
-        command = self.engine.command(self.tried, model_path, placement, endpoint, python)
+        command = self.engine.command(_with_paths(self.tried, paths[1:]), paths[0], placement, endpoint, python)
         if command.argv:
             mark_used(command.argv[0], self._settings().environments_path)
         process = self._node.run(
@@ -302,14 +303,16 @@ class Replica:
             limit_s=self.launch.start_timeout_s,
         )
 
-    async def _adopt(self, model_path: Path, python: str | None) -> Begun | None:
+    async def _adopt(self, paths: Sequence[Path], python: str | None) -> Begun | None:
         """What an earlier gateway has left running, if it is just what would be started now; what is not, is ended."""
         found, self.left_behind = self.left_behind, None
         if found is None:
             return None
         life, is_same = found.life, False
         try:
-            command = self.engine.command(self.launch, model_path, life.placement, life.endpoint, python)
+            command = self.engine.command(
+                _with_paths(self.launch, paths[1:]), paths[0], life.placement, life.endpoint, python
+            )
             is_same = fingerprint(command, self.engine.name) == life.fingerprint
         finally:
             if not is_same:
@@ -354,10 +357,10 @@ class Replica:
             self.last_used = time.monotonic()
             self._changed()
 
-    async def _needs(self, model_path: Path) -> Needs:
+    async def _needs(self, paths: Sequence[Path]) -> Needs:
         """What it asks of the machine."""
         has_gpus = any(device.gpu for device in await self._observe())
-        return await needs_now(self.tried, self.engine, self.index, model_path, self._experience, has_gpus=has_gpus)
+        return await needs_now(self.tried, self.engine, self.index, paths, self._experience, has_gpus=has_gpus)
 
     async def _place(self, needs: Needs) -> None:
         """Wait for room; `placement` is what it then has, until this life ends."""
@@ -371,15 +374,17 @@ class Replica:
         if self.placement and fell_back(needs, self.placement):
             self._tell("WARNING", f"{self.name} runs on the CPU, as cpu_fallback allows: the GPUs have no room")
 
-    async def _fetch(self) -> Path:
+    async def _fetch(self) -> list[Path]:
+        """Where the model's files are, and then those of what it is loaded with besides."""
+
         def report(progress: Progress) -> None:
             if self.state is not State.DOWNLOADING:
                 self._enter(State.DOWNLOADING)
             self.progress = progress
 
         try:
-            return await fetch(
-                self.launch.artifact.source,
+            return await fetch_all(
+                self.launch.artifact.sources,
                 self._settings().cache_path,
                 folder=self._node.folder,
                 stall_s=self._settings().download_stall_s,
@@ -574,6 +579,17 @@ class Replica:
 
 def _failure(reason: str, advice: str, cause: Cause, *, tail: tuple[str, ...] = (), final: bool = False) -> Failure:
     return Failure(reason=reason, advice=advice, at=time.time(), cause=cause, log_tail=tail, permanent=final)
+
+
+def _with_paths(launch: Launch, paths: Sequence[Path]) -> Launch:
+    """The launch with its additions at these paths."""
+    if not paths:
+        return launch
+    additions = tuple(
+        msgspec.structs.replace(addition, source=Source(model_hub="local", model_id=str(path)))
+        for addition, path in zip(launch.artifact.additions, paths, strict=True)
+    )
+    return msgspec.structs.replace(launch, artifact=msgspec.structs.replace(launch.artifact, additions=additions))
 
 
 def _of_start(exc: CannotStart) -> Failure:

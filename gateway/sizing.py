@@ -66,18 +66,22 @@ async def needs_now(
     launch: Launch,
     engine: Engine,
     index: int,
-    model_path: Path,
+    paths: Sequence[Path],
     experience: Experience,
     *,
     has_gpus: bool,
     specs: Sequence[ModelSpec] = (),
 ) -> Needs:
-    """What that replica asks of this machine, its files being here; for `specs` see `size_up`."""
+    """What that replica asks of this machine; for `specs` see `size_up`.
+
+    Args:
+        paths: where its files are, and then those of what is loaded with it.
+    """
 
     def read() -> tuple[Facts | None, int]:
         if launch.memory_bytes is not None or not launch.artifact.has_files:
             return None, 0
-        return weights.read(model_path), bytes_beside(launch, model_path)
+        return weights.read(paths[0]), bytes_beside(launch, paths[0], paths[1:])
 
     facts, beside = await asyncio.to_thread(read)
     needs = needs_of(launch, engine.needs(launch), index)
@@ -86,13 +90,13 @@ async def needs_now(
     ).needs
 
 
-def bytes_beside(launch: Launch, model_path: Path | None) -> int:
-    """Of files that are loaded too: a draft model, LoRA adapters, and the projector that lies beside the model."""
+def bytes_beside(launch: Launch, model_path: Path | None, additions: Sequence[Path] = ()) -> int:
+    """Of files that are loaded too: a draft model, adapters, the projector beside the model, and `additions`."""
     named = [launch.options.get("model_draft")]
     adapters = launch.options.get("lora_list")
     for adapter in adapters if isinstance(adapters, list | tuple) else ():
         named.append(adapter.get("local_path") if isinstance(adapter, dict) else None)
-    paths = [Path(name) for name in named if isinstance(name, str)]
+    paths = [*additions, *(Path(name) for name in named if isinstance(name, str))]
     if launch.artifact.projector and model_path:
         folder = model_path if model_path.is_dir() else model_path.parent
         paths.append(folder / Path(launch.artifact.projector).name)

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from registry import weights
+from registry.additions import additions_told
 from registry.compat import lift
 from registry.decode import DecodeError, decode
 from registry.hubs.local import find
@@ -182,6 +183,7 @@ def _inspect_spec(family: ModelFamily | None, spec: ModelSpec, place: str, error
         errors.append(f"{place}: {exc}")
     source = _source_or_none(spec)
     path = path_of(source) if source else None
+    notes += additions_told(family, spec) if family else []
     facts = weights.read(path) if path else None
     return SpecInspection(
         place=place,

@@ -11,6 +11,14 @@ from typing import Any
 
 import msgspec
 
+from registry.additions import (
+    Addition,
+    AdditionWishes,
+    NoAddition,
+    choose_additions,
+    possible_sources,
+    without_transformer,
+)
 from registry.decode import did_you_mean
 from registry.hubs import HUBS
 from registry.registry import Registry
@@ -20,7 +28,7 @@ from registry.sources import BadUri, gguf_patterns, is_gguf, source_of
 PYTORCH = "pytorch"
 
 
-class Selection(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Selection(AdditionWishes, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """Which model is wished for: a family by name, or files named in place."""
 
     model_name: str | None = None
@@ -48,13 +56,15 @@ def name_of(selection: Selection) -> str | None:
 class Artifact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The exact thing to load after all choices.
 
-    Of the family's specs it has the one that was chosen. `projector` is one of the source's files.
+    Of the family's specs it has the one that was chosen. `projector` is one of the source's files; `additions` have
+    sources of their own.
     """
 
     family: ModelFamily
     spec: ModelSpec
     source: Source
     projector: str | None = None
+    additions: tuple[Addition, ...] = ()
 
     @property
     def local_path(self) -> Path | None:
@@ -65,6 +75,17 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def has_files(self) -> bool:
         """Whether there is anything to fetch and to load."""
         return self.source.model_hub != NO_FILES
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All that is to be here before it can be loaded, its own first."""
+        return (self.source, *(addition.source for addition in self.additions))
+
+    @property
+    def possible_sources(self) -> tuple[Source, ...]:
+        """Those, and what other wishes for additions would come to."""
+        lean = (without_transformer(self.source),) if self.spec.gguf_model_id else ()
+        return tuple(dict.fromkeys((*self.sources, *lean, *possible_sources(self.family, self.spec))))
 
 
 class NotResolved(ValueError):
@@ -94,6 +115,19 @@ def candidates(registry: Registry, selection: Selection, hubs: Sequence[str] = (
     Raises:
         NotResolved: nothing fits; with a sentence for the user.
     """
+    found, refusal = [], None
+    for artifact in _candidates(registry, selection, hubs):
+        try:
+            found.append(_with_additions(registry, artifact, selection))
+        except NoAddition as exc:
+            refusal = refusal or NotResolved(str(exc))
+    if refusal and not found:
+        raise refusal
+    return tuple(found)
+
+
+def _candidates(registry: Registry, selection: Selection, hubs: Sequence[str]) -> tuple[Artifact, ...]:
+    """All that fits, without additions."""
     _check_known("model_type", selection.model_type, registry.types)
     if selection.model_path:
         if selection.model_id:
@@ -123,6 +157,9 @@ def without_files(registry: Registry, selection: Selection, fallback_name: str) 
         NotResolved: a type or an ability is not known.
     """
     _check_known("model_type", selection.model_type, registry.types)
+    for wish in AdditionWishes.__struct_fields__:
+        if getattr(selection, wish):
+            raise NotResolved(f"{wish} says nothing of a model that has no files here. Leave it out.")
     name = selection.model_name or fallback_name
     return _artifact(
         registry,
@@ -265,6 +302,25 @@ def _artifact(
         source = msgspec.structs.replace(source, files=(*main, glob.escape(projector)) if main else ())
     family = _with_abilities(_with_one_spec(inherited(registry, family), spec), selection.model_ability)
     return Artifact(family=family, spec=spec, source=source, projector=projector)
+
+
+def _with_additions(registry: Registry, artifact: Artifact, selection: Selection) -> Artifact:
+    """The artifact with what the selection wishes for beside it.
+
+    Raises:
+        NoAddition: it cannot be had.
+    """
+    family = artifact.family
+    specs: Sequence[ModelSpec] = (artifact.spec,)
+    if selection.model_path or selection.model_id:  # these files have no second repository: the family's have
+        known = registry.find(selection.model_name, selection.model_type) if selection.model_name else None
+        specs = known.specs if known else ()
+    additions = choose_additions(family, specs, selection)
+    if not additions:
+        return artifact
+    has_gguf = any(addition.role == "gguf" for addition in additions)
+    source = without_transformer(artifact.source) if has_gguf else artifact.source
+    return msgspec.structs.replace(artifact, source=source, additions=additions)
 
 
 def _with_abilities(family: ModelFamily, abilities: tuple[str, ...] | None) -> ModelFamily:

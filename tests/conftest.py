@@ -84,6 +84,21 @@ def tiny_lora(torch_python: str, tiny_sd: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_qwen_image(torch_python: str) -> Path:
+    return models.made_by(torch_python, "tiny-qwen-image")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_gguf(torch_python: str) -> Path:
+    return models.made_by(torch_python, "tiny-qwen-gguf") / "tiny-Q8_0.gguf"
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_lightning(torch_python: str) -> Path:
+    return models.made_by(torch_python, "tiny-qwen-lightning") / "fast-4steps.safetensors"
+
+
+@pytest.fixture(scope="session")
 def tiny_ocr(torch_python: str, tiny_sd: Path) -> Path:
     return models.made_by(torch_python, "tiny-ocr", tiny_sd)
 
@@ -106,6 +121,11 @@ def smollm2_hf(torch_python: str, smollm2_gguf: Path) -> Path:
 @pytest.fixture(scope="session")
 def lora_gguf(torch_python: str) -> Path:
     return models.made_by(torch_python, "lora-gguf") / "adapter.gguf"
+
+
+@pytest.fixture(scope="session")
+def mmproj_gguf(torch_python: str) -> Path:
+    return models.made_by(torch_python, "mmproj-gguf") / "mmproj-tiny.gguf"
 
 
 @pytest.fixture(scope="session")

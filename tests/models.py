@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("HOSTLER_TEST_CACHE") or ROOT / ".venv-engines").absolute()
@@ -222,6 +223,86 @@ def make_tiny_lora(folder: str, sd: str) -> None:
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
 
 
+def make_tiny_qwen_image(folder: str) -> None:
+    """Qwen-Image's pipeline with random weights: its transformer can be had as GGUF, and takes lightning weights."""
+    import torch
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+    letters = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    letters += [chr(256 + n) for n in range(256 - len(letters))]
+    words = [*letters, "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[])
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 3, 3]}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLQwenImage(
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer,
+        transformer=qwen_transformer(),
+    ).save_pretrained(folder)
+
+
+def qwen_transformer() -> Any:
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=1,
+        joint_attention_dim=32,
+        axes_dims_rope=(8, 12, 12),
+    )
+
+
+def make_tiny_qwen_gguf(folder: str) -> None:
+    """Other weights for the tiny Qwen-Image's transformer, as GGUF of type Q8_0, in tiny-Q8_0.gguf."""
+    import gguf
+    import torch
+
+    torch.manual_seed(7)
+    writer = gguf.GGUFWriter(Path(folder) / "tiny-Q8_0.gguf", "qwen_image")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, weights in qwen_transformer().state_dict().items():
+        array = weights.numpy()
+        if array.ndim == 2 and array.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def make_tiny_qwen_lightning(folder: str) -> None:
+    """A LoRA for the tiny Qwen-Image, as weights for few steps are, in fast-4steps.safetensors."""
+    import torch
+    from diffusers import QwenImagePipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(8)
+    transformer = qwen_transformer()
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_q", "to_v"]))
+    for name, weights in transformer.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(weights, std=0.5)
+    QwenImagePipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        weight_name="fast-4steps.safetensors",
+    )
+
+
 def make_tiny_wan(folder: str) -> None:
     """Wan's pipeline for films with random weights, of the kind that takes text alone as well as a first picture."""
     import torch
@@ -306,6 +387,50 @@ def make_tiny_clip(folder: str, sd: str) -> None:
 # SmolLM2's layers, and the shapes of two of each layer's weights: out, in.
 SMOLLM2_LAYERS, ADAPTED = 30, {"q": (576, 576), "v": (192, 576)}
 ADAPTER_RANK = 4
+SMOLLM2_WIDTH = 576
+
+
+def make_mmproj_gguf(folder: str) -> None:
+    """Eyes for SmolLM2, of llava's kind: a vision tower and a projector of random weights, in mmproj-tiny.gguf."""
+    import gguf
+    import numpy
+
+    random = numpy.random.default_rng(0)
+    width, patch, size, layers, text_width = 32, 8, 32, 2, SMOLLM2_WIDTH
+    writer = gguf.GGUFWriter(Path(folder) / "mmproj-tiny.gguf", "clip")
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_string("clip.projector_type", "mlp")
+    writer.add_bool("clip.use_gelu", True)
+    numbers = {"image_size": size, "patch_size": patch, "embedding_length": width, "feed_forward_length": 64}
+    numbers |= {"projection_dim": text_width, "block_count": layers, "attention.head_count": 2}
+    for name, number in numbers.items():
+        writer.add_uint32(f"clip.vision.{name}", number)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
+    for name in ("image_mean", "image_std"):
+        writer.add_array(f"clip.vision.{name}", [0.5, 0.5, 0.5])
+    shapes: dict[str, tuple[int, ...]] = {
+        "v.patch_embd.weight": (width, 3, patch, patch),
+        "v.position_embd.weight": ((size // patch) ** 2, width),
+        "mm.0.weight": (text_width, width),
+        "mm.0.bias": (text_width,),
+        "mm.2.weight": (text_width, text_width),
+        "mm.2.bias": (text_width,),
+    }
+    for layer in range(layers):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            shapes[f"v.blk.{layer}.{name}.weight"] = (width, width)
+            shapes[f"v.blk.{layer}.{name}.bias"] = (width,)
+        for name in ("ln1", "ln2"):
+            shapes |= {f"v.blk.{layer}.{name}.{part}": (width,) for part in ("weight", "bias")}
+        for name, (n_out, n_in) in {"ffn_up": (64, width), "ffn_down": (width, 64)}.items():
+            shapes[f"v.blk.{layer}.{name}.weight"] = (n_out, n_in)
+            shapes[f"v.blk.{layer}.{name}.bias"] = (n_out,)
+    for name, shape in shapes.items():
+        writer.add_tensor(name, (random.standard_normal(shape) * 0.05).astype(numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def make_lora_gguf(folder: str) -> None:
@@ -517,11 +642,15 @@ MAKERS: dict[str, Callable[..., None]] = {
     "smollm2-hf": make_smollm2_hf,
     "tiny-sd": make_tiny_sd,
     "tiny-controlnet": make_tiny_controlnet,
+    "tiny-qwen-image": make_tiny_qwen_image,
+    "tiny-qwen-gguf": make_tiny_qwen_gguf,
+    "tiny-qwen-lightning": make_tiny_qwen_lightning,
     "tiny-lora": make_tiny_lora,
     "tiny-wan": make_tiny_wan,
     "tiny-ocr": make_tiny_ocr,
     "tiny-clip": make_tiny_clip,
     "lora-gguf": make_lora_gguf,
+    "mmproj-gguf": make_mmproj_gguf,
     "lora-hf": make_lora_hf,
     "tiny-reranker": make_tiny_reranker,
 }

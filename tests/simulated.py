@@ -65,13 +65,13 @@ class SimulatedReplica(Replica):
     began = 0.0
     broken: asyncio.Event  # what this life answers is not answered to the end
 
-    async def _fetch(self) -> Path:
-        return Path("/")
+    async def _fetch(self) -> list[Path]:
+        return [Path("/")]
 
     async def _prepare(self) -> str | None:
         return None
 
-    async def _run(self, model_path: Path, python: str | None) -> None:
+    async def _run(self, paths: Sequence[Path], python: str | None) -> None:
         await self._place(self.engine.needs(self.launch))
         self._enter(State.STARTING)
         self.starts += 1

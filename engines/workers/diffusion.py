@@ -139,9 +139,14 @@ class Pipelines:
                 raise Refused(
                     f"The LoRA {name!r} of {path} cannot be loaded: {type(exc).__name__}: {exc} {advice}"
                 ) from exc
+        names = [name for name, _ in adapters]
+        fuse_kwargs = self._options.get("image_lora_fuse_kwargs") or {}
         try:
-            self._base.set_adapters([name for name, _ in adapters])
-            self._base.fuse_lora(**(self._options.get("image_lora_fuse_kwargs") or {}))
+            if self._options.get("gguf_file"):  # nothing can be added to such weights: the layers run beside them
+                self._base.set_adapters(names, fuse_kwargs.get("lora_scale", 1.0))
+            else:
+                self._base.set_adapters(names)
+                self._base.fuse_lora(**fuse_kwargs)
         except Exception as exc:  # as above
             raise Refused(f"The LoRAs cannot be fused: {type(exc).__name__}: {exc}") from exc
 

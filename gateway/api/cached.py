@@ -48,7 +48,12 @@ class CachedFiles:
         """Delete a version's files, unless a model of it is served."""
         version = request.query_params.get("model_version", "")
         found = await asyncio.to_thread(self._find, version)
-        in_use = {d.launch.artifact.source: d.launch.uid for d in self._fleet.deployments() if d.is_loaded}
+        in_use = {
+            source: d.launch.uid
+            for d in self._fleet.deployments()
+            if d.is_loaded
+            for source in d.launch.artifact.sources
+        }
         for cached in found:
             if uid := in_use.get(cached.source):
                 raise InUse(f"{version} is in use by {uid}. Say `hostler stop {uid}` first.")
@@ -131,8 +136,9 @@ class CachedFiles:
                 with contextlib.suppress(NotResolved):
                     artifacts += candidates(registry, Selection(model_name=family.model_name, model_type=model_type))
         for artifact in artifacts:
-            versions = known.setdefault(artifact.source, {})
-            versions.setdefault(version_of(artifact.family, artifact.spec), (artifact.family, artifact.spec))
+            for source in artifact.possible_sources:
+                versions = known.setdefault(source, {})
+                versions.setdefault(version_of(artifact.family, artifact.spec), (artifact.family, artifact.spec))
         return {source: list(versions.values()) for source, versions in known.items()}
 
 

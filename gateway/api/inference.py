@@ -430,13 +430,19 @@ class Exchange:
             uid, engine = self.deployment.launch.uid, self.deployment.engine.name
             said = f"The engine of {uid!r}, {engine}, has no {self.way.path}. Launch the model on one that has."
             error = msgspec.structs.replace(error, message=said)
+        status = reply.status
+        refusals = self.deployment.engine.refusals.items()
+        if sentence := next((said for begin, said in refusals if error.message.startswith(begin)), None):
+            said = f"{self.deployment.launch.uid!r} {sentence}"
+            error = ErrorBody(message=said, type="invalid_request_error", source="engine")
+            status = 400
         if self.status:  # comments were sent, so the error can only be an event
             await self._finish(self._error_event(error))
             return
         headers = [(b"content-type", b"application/json"), (SOURCE_HEADER.encode(), b"engine")]
         headers += [header for header in reply.headers if header[0] == b"retry-after"]
         payload = envelope(error)
-        await self._start(reply.status, [*headers, (b"content-length", str(len(payload)).encode())])
+        await self._start(status, [*headers, (b"content-length", str(len(payload)).encode())])
         await self._finish(payload)
 
     async def _end_stream_with(self, exc: HostlerError) -> None:

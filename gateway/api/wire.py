@@ -16,8 +16,10 @@ from gateway.export import SECRET_OPTIONS
 from gateway.launch import LaunchRequest
 from gateway.process import memory_bytes
 from gateway.replica import Failure, Replica, State
+from registry.additions import KINDS
 from registry.decode import decode, did_you_mean
 from registry.registry import Registry
+from registry.resolve import Artifact
 from registry.schema import FAMILIES, EmbeddingFamily, ModelFamily, ModelSpec
 
 # Keys of a family that its description repeats, by model type.
@@ -108,6 +110,11 @@ def description(deployment: Deployment) -> dict[str, Any]:
         "model_revision": source.model_revision,
         "address": next((replica.address for replica in deployment.replicas if replica.address), None),
         "accelerators": [uuid for placement in placements for uuid in (placement.gpu_uuids or ())],
+    }
+    facts |= {
+        key: value
+        for key, value in _addition_wishes(launch.artifact).items()
+        if value is not None and key != "controlnet"  # which Xinference's clients read as those that there are
     }
     if launch.forced_options:
         facts["forced_options"] = launch.forced_options
@@ -271,6 +278,7 @@ def launch_body(launch: Launch) -> dict[str, Any]:
         "model_size_in_billions": spec.model_size_in_billions,
         "quantization": spec.quantization,
         "model_path": str(path) if path else None,
+        **_addition_wishes(artifact),
         "replica": launch.replica,
         "n_gpu": "auto" if launch.n_gpu is None else launch.n_gpu,
         "gpu_idx": list(launch.gpu_idx) if launch.gpu_idx else None,
@@ -280,6 +288,18 @@ def launch_body(launch: Launch) -> dict[str, Any]:
         "force_options": True if launch.forced_options else None,
     }
     return {key: value for key, value in body.items() if value is not None} | shown_options(launch)
+
+
+def _addition_wishes(artifact: Artifact) -> dict[str, Any]:
+    """The fields of a launch that such additions come of."""
+    wishes: dict[str, Any] = {}
+    for kind in KINDS:
+        for addition in artifact.additions:
+            if addition.role == kind.role:
+                wishes[kind.choice] = addition.name or None
+                wishes[kind.path] = str(addition.local_path) if addition.local_path else None
+    controlnets = [addition.name for addition in artifact.additions if addition.role == "controlnet"]
+    return wishes | ({"controlnet": controlnets} if controlnets else {})
 
 
 def shown_options(launch: Launch) -> dict[str, Any]:

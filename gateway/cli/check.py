@@ -53,7 +53,8 @@ def show(report: dict[str, Any]) -> None:
     """The report for people."""
     if report["model_engine"]:
         _show_choices(report)
-        _show_files(report)
+        for files in (report["files"], *report["additions"]):
+            _show_files(files)
         _show_memory(report)
     _lines("Engines", [f"{name}: {reason or 'can run it'}" for name, reason in report["engines"].items()])
     _show_devices(report)
@@ -73,15 +74,15 @@ def _show_choices(report: dict[str, Any]) -> None:
     _lines("Passed over", report["passed_over"])
 
 
-def _show_files(report: dict[str, Any]) -> None:
-    files = report["files"]
+def _show_files(files: dict[str, Any]) -> None:
     where = f"here, at {files['place']}" if files["are_here"] else f"to be fetched from {files['place']}"
     total = f", {megabytes(files['total_bytes'])}" if files["total_bytes"] else ""
     found = sorted((files["files"] or {}).items(), key=lambda item: -item[1])
     more = [f"and {len(found) - FILES_SHOWN} more"] if len(found) > FILES_SHOWN else []
     room = [f"{megabytes(files['free_bytes'])} are free at {files['folder']}"] if files["free_bytes"] else []
     rows = [f"{name}  {megabytes(size)}" for name, size in found[:FILES_SHOWN]]
-    _lines(f"Files: {where}{total}", [*rows, *more, *room])
+    title = f"Files of {files['what']}" if files["what"] else "Files"
+    _lines(f"{title}: {where}{total}", [*rows, *more, *room])
 
 
 def _show_memory(report: dict[str, Any]) -> None:

@@ -52,6 +52,8 @@ def check(file: str, as_json: bool) -> None:
         what, files = f"{artifact.family.model_name} ({artifact.spec.model_format})", ""
         if artifact.has_files:
             files = f", from {artifact.source.model_hub}:{artifact.source.model_id}"
+            for addition in artifact.additions:
+                files += f", with {addition} from {addition.source.model_hub}:{addition.source.model_id}"
         click.echo(f"{launch.uid}: {what} by {launch.engine}{files}")
     click.echo(f"{file} is right: {len(launches)} model{'s' * (len(launches) != 1)}.")
 

@@ -103,8 +103,8 @@ def family_of(fact: dict[str, Any]) -> dict[str, Any]:
         family["language" if model_type in ("embedding", "rerank") else "model_lang"] = languages
     if tags := fact.get("reasoning_tags"):
         family["reasoning_start_tag"], family["reasoning_end_tag"] = tags
-    if names := fact.get("controlnet"):
-        family["controlnet"] = [{"model_name": name} for name in names]
+    if controlnets := fact.get("controlnet"):  # all of them are at huggingface
+        family["controlnet"] = [{"model_name": name, "model_id": model_id} for name, model_id in controlnets.items()]
     family["model_specs"] = without_repeats(spec_of(spec) for spec in fact["specs"])
     return family
 

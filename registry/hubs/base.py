@@ -193,6 +193,8 @@ def what_engines_need(sizes: dict[str, int], where: str) -> list[str]:
         HubError: nothing is left.
     """
     chosen = sorted(name for name in sizes if not NEVER.search(name))
+    if "model_index.json" in sizes:  # a pipeline is loaded from its folders; beside them are other forms of it
+        chosen = [n for n in chosen if _folder(n) or not (SAFETENSORS.search(n) or PICKLES.search(n))]
     safe_folders = {_folder(name) for name in chosen if SAFETENSORS.search(name)}
     chosen = [n for n in chosen if not (PICKLES.search(n) and _folder(n) in safe_folders)]
     # Some publishers put the same weights there twice: for everyone, and for their own library.
@@ -212,7 +214,16 @@ def choose_files(source: Source, sizes: dict[str, int]) -> list[str]:
         HubError: nothing fits.
     """
     where = f"repository {source.model_id}"
+    if source.allow_patterns or source.ignore_patterns:
+        sizes = {name: size for name, size in sizes.items() if _is_wanted(name, source)}
     return choose_or_explain(sizes, source.files, where) if source.files else what_engines_need(sizes, where)
+
+
+def _is_wanted(name: str, source: Source) -> bool:
+    """By the patterns of the source, which are those of whole paths, as the Hugging Face Hub's library has them."""
+    if source.allow_patterns and not any(fnmatchcase(name, pattern) for pattern in source.allow_patterns):
+        return False
+    return not any(fnmatchcase(name, pattern) for pattern in source.ignore_patterns)
 
 
 def listing(names: Sequence[str], limit: int = 10) -> str:

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from engines.base import Endpoint, EngineSettings, Launch, Placement
 from engines.diffusers import Diffusers, DiffusersOptions
 from engines.environments import worker_argv
+from registry.additions import Addition, Role
 from registry.decode import DecodeError, decode
 from registry.resolve import Artifact
 from registry.schema import ImageFamily, ModelFamily, ModelSpec, Source, VideoFamily
@@ -19,10 +21,6 @@ from registry.schema import ImageFamily, ModelFamily, ModelSpec, Source, VideoFa
 MODEL = Path("/models/sd")
 SOCKET = Endpoint(socket="/run/a.sock", api_key="the-secret-key")
 SPEC: dict[str, Any] = {"model_format": "pytorch", "model_hub": "local", "model_id": str(MODEL)}
-TEMPLATES = {
-    "gguf_model_file_name_template": "flux-{quantization}.gguf",
-    "lightning_model_file_name_template": "fast-{lightning_version}.safetensors",
-}
 ENGINE = Diffusers(settings=EngineSettings(python=sys.executable))
 
 
@@ -71,21 +69,25 @@ LORA = {"lora_name": "a", "local_path": "/a.safetensors"}
         ({"scheduler": "Euler a"}, {"scheduler": "Euler a"}),
         ({"n_threads": 2}, {"n_threads": 2}),
         ({"max_pixels": 4096}, {"max_pixels": 4096}),
-        ({"controlnet": "/nets/canny"}, {"controlnet": ["/nets/canny"]}),
-        ({"controlnet": ["canny", "/b"]}, {"controlnet": ["/nets/canny", "/b"]}),
         (
             {"lora_list": [LORA], "image_lora_fuse_kwargs": {"lora_scale": 0.5}},
             {"lora_list": [LORA], "image_lora_fuse_kwargs": {"lora_scale": 0.5}},
         ),
-        ({"gguf_model_path": "/q.gguf"}, {"gguf_file": "/q.gguf"}),
-        ({"gguf_model_path": "/q", "gguf_quantization": "Q4_0"}, {"gguf_file": "/q/flux-Q4_0.gguf"}),
-        ({"lightning_model_path": "/l", "lightning_version": "4"}, {"lightning_file": "/l/fast-4.safetensors"}),
     ],
 )
 def test_options_reach_the_worker(options: dict[str, Any], expected: dict[str, Any]) -> None:
-    canny = {"model_name": "canny", "model_uri": "file:///nets/canny"}
-    artifact = an_artifact(ImageFamily(model_name="sd", controlnet=(canny,)), **TEMPLATES)
-    assert worker_options(options, artifact) == {"max_pixels": 2048 * 2048} | expected
+    assert worker_options(options) == {"max_pixels": 2048 * 2048} | expected
+
+
+def test_what_is_loaded_beside_the_model_reaches_the_worker_as_paths() -> None:
+    places: list[tuple[Role, str]] = [("gguf", "/q.gguf"), ("lightning", "/l"), ("controlnet", "/a")]
+    additions = tuple(
+        Addition(role=role, source=Source(model_hub="local", model_id=place))
+        for role, place in [*places, ("controlnet", "/b")]
+    )
+    options = worker_options({}, msgspec.structs.replace(an_artifact(), additions=additions))
+    assert options.pop("max_pixels")
+    assert options == {"gguf_file": "/q.gguf", "lightning_file": "/l", "controlnet": ["/a", "/b"]}
 
 
 def test_the_launchs_defaults_go_before_the_familys() -> None:
@@ -111,8 +113,6 @@ def test_without_a_gpu_the_device_is_the_cpu() -> None:
     [
         ({"cpu_ofload": True}, "cpu_offload"),
         ({"torch_dtype": "float8"}, "torch_dtype"),
-        ({"gguf_quantization": "Q4_0"}, "gguf_quantization needs gguf_model_path"),
-        ({"lightning_version": "4"}, "lightning_version needs lightning_model_path"),
         ({"cpu_offload": True, "sequential_cpu_offload": True}, "exclude each other"),
         ({"lora_list": [{"lora_name": "a"}]}, "local_path"),
     ],

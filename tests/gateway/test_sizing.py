@@ -62,11 +62,11 @@ async def test_the_headers_of_files_tell(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf(LLAMA, {"a": ([1000], F32)}, data=4000))
     launch = of_spec(a_spec(None), options={"n_ctx": 100, "n_parallel": 1})
-    needs = await needs_now(launch, LlamaCpp(), 0, path, NOTHING, has_gpus=False)
+    needs = await needs_now(launch, LlamaCpp(), 0, [path], NOTHING, has_gpus=False)
     kv_bytes = 100 * 2 * (32 + 32) * 2
     assert needs.memory_bytes == 4000 + kv_bytes + 100 * 32 * 36 + CPU_ENGINE_BYTES
     assert needs.overhead_bytes == CPU_ENGINE_BYTES
-    on_gpu = await needs_now(launch, LlamaCpp(), 0, path, NOTHING, has_gpus=True)
+    on_gpu = await needs_now(launch, LlamaCpp(), 0, [path], NOTHING, has_gpus=True)
     assert on_gpu.memory_bytes - needs.memory_bytes == GPU_ENGINE_BYTES - CPU_ENGINE_BYTES
     placement = place(needs, [], {})
     assert not isinstance(placement, NoRoom)
@@ -121,7 +121,7 @@ def test_lighter_specs_of_the_family_are_known_for_advice() -> None:
 async def test_what_is_served_elsewhere_takes_nothing_here() -> None:
     artifact = msgspec.structs.replace(an_artifact(), source=Source(model_hub=NO_FILES, model_id="x"))
     launch = a_launch({"url": "http://127.0.0.1:1/v1"}, artifact=artifact)
-    needs = await needs_now(launch, Remote(), 0, Path(), NOTHING, has_gpus=True)
+    needs = await needs_now(launch, Remote(), 0, [Path()], NOTHING, has_gpus=True)
     assert (needs.memory_bytes, needs.n_gpu) == (0, 0)
 
 
@@ -134,12 +134,12 @@ async def test_what_is_loaded_beside_the_model_counts(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x" * size)
     lora = [{"lora_name": "a", "local_path": str(adapter)}, {"lora_name": "b", "local_path": "/nowhere"}]
     options = {"n_ctx": 100, "n_parallel": 1}
-    plain = await needs_now(of_spec(a_spec(None), options=options), LlamaCpp(), 0, path, NOTHING, has_gpus=False)
+    plain = await needs_now(of_spec(a_spec(None), options=options), LlamaCpp(), 0, [path], NOTHING, has_gpus=False)
     launch = of_spec(a_spec(None), options=options | {"model_draft": str(tmp_path / "draft.gguf"), "lora_list": lora})
     launch = msgspec.structs.replace(
         launch, artifact=msgspec.structs.replace(launch.artifact, projector="sub/mmproj.gguf")
     )
-    more = await needs_now(launch, LlamaCpp(), 0, path, NOTHING, has_gpus=False)
+    more = await needs_now(launch, LlamaCpp(), 0, [path], NOTHING, has_gpus=False)
     assert more.memory_bytes - plain.memory_bytes == 579
 
 

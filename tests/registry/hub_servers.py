@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
 import msgspec
 
@@ -161,6 +162,90 @@ def make_wheel(
 
 
 WHEEL = "tiny_model-1.0-py3-none-any.whl"
+
+
+COMMIT = "b" * 40
+
+
+class HuggingFace:
+    """Repositories on `server`, as huggingface_hub asks for them."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def add(
+        self, files: dict[str, bytes], *, name: str = "owner/tiny", commit: str = COMMIT, revision: str = "main"
+    ) -> None:
+        api, answers = f"/api/models/{name}", self.server.answers
+        info = {
+            "id": name,
+            "sha": commit,
+            "siblings": [{"rfilename": path, "size": len(content)} for path, content in files.items()],
+        }
+        tree = [
+            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for path, content in files.items()
+        ]
+        as_json = {"Content-Type": "application/json"}
+        for path in {f"{api}/revision/{revision}", f"{api}/revision/{commit}"} | (
+            {api} if revision == "main" else set()
+        ):
+            answers[path] = Answer(json.dumps(info).encode(), headers=as_json)
+        answers[f"{api}/tree/{commit}"] = Answer(json.dumps(tree).encode(), headers=as_json)
+        for path, content in files.items():
+            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}
+            answers[f"/{name}/resolve/{commit}/{path}"] = Answer(content, headers=headers)
+
+    def refuse(self, name: str, status: int, code: str) -> None:
+        self.server.answers[f"/api/models/{name}"] = Answer(status=status, headers={"X-Error-Code": code})
+
+    def answer_of(self, path: str, *, name: str = "owner/tiny", commit: str = COMMIT) -> Answer:
+        return self.server.answers[f"/{name}/resolve/{commit}/{path}"]
+
+    def downloads(self, path: str, *, name: str = "owner/tiny", commit: str = COMMIT) -> int:
+        return self.server.asked[f"GET /{name}/resolve/{commit}/{path}"]
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {"HF_ENDPOINT": self.server.url}
+
+
+class ModelScope:
+    """Repositories on `server`, as modelscope_hub asks for them."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def add(self, files: dict[str, bytes], *, revision: str = "master", name: str = "owner/tiny") -> None:
+        listed = [
+            {"Path": path, "Size": len(content), "Sha256": hashlib.sha256(content).hexdigest(), "Type": "blob"}
+            for path, content in files.items()
+        ]
+        api = f"/api/v1/models/{name}/repo"
+        body = json.dumps({"Code": 200, "Data": {"Files": listed}}).encode()
+        self.server.answers[f"{api}/files?Revision={revision}&Recursive=True"] = Answer(body)
+        for path, content in files.items():
+            self.server.answers[self.url_of(path, revision=revision, name=name)] = Answer(content)
+
+    def url_of(self, path: str, *, revision: str = "master", name: str = "owner/tiny") -> str:
+        return f"/api/v1/models/{name}/repo?Revision={revision}&FilePath={quote_plus(path)}"
+
+    def answer_of(self, path: str, *, name: str = "owner/tiny") -> Answer:
+        return self.server.answers[self.url_of(path, name=name)]
+
+    def downloads(self, path: str, *, name: str = "owner/tiny") -> int:
+        return self.server.asked[f"GET {self.url_of(path, name=name)}"]
+
+    def refuse(self, status: int) -> None:
+        self.server.answers["/api/v1/models/owner/tiny/repo/files"] = Answer(b"{}", status=status)
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            "MODELSCOPE_ENDPOINT": self.server.url,
+            "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "0",
+            "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",
+        }
 
 
 class Fetch:

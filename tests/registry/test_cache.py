@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_servers import ROOT, WHEEL, Index, Server, StartFetch, make_wheel, wait_until
-from test_hub_huggingface import GGUF, Q4, Repository
+from hub_servers import ROOT, WHEEL, HuggingFace, Index, Server, StartFetch, make_wheel, wait_until
+from test_hub_huggingface import GGUF, Q4
 
 from registry.cache import Cached, list_cached, prune, remove, remove_leftovers
 from registry.hubs import find_cached
@@ -170,7 +170,7 @@ def test_what_a_dead_fetch_left_goes_and_what_is_at_work_stays(
 def test_in_the_cache_of_huggingface_only_what_nobody_else_links_to_goes(
     server: Server, start_fetch: StartFetch, cache: Path, tmp_path: Path
 ) -> None:
-    hub = Repository(server)
+    hub = HuggingFace(server)
     hub.add({"Tiny-Q4_0.gguf": GGUF, "Tiny-Q8_0.gguf": GGUF * 2})
     q4, q8 = start_fetch(Q4, **hub.env).path(), start_fetch(Q8, **hub.env).path()
     assert start_fetch(ANY, **hub.env).path() == q4
@@ -195,7 +195,7 @@ def test_in_the_cache_of_huggingface_only_what_nobody_else_links_to_goes(
 def test_in_the_cache_of_huggingface_an_empty_repository_goes_whole(
     server: Server, start_fetch: StartFetch, cache: Path, tmp_path: Path
 ) -> None:
-    hub = Repository(server)
+    hub = HuggingFace(server)
     hub.add({"Tiny-Q4_0.gguf": GGUF})
     start_fetch(Q4, **hub.env).path()
     assert remove(cache, Q4) == len(GGUF)
@@ -205,7 +205,7 @@ def test_in_the_cache_of_huggingface_an_empty_repository_goes_whole(
 def test_a_partial_file_of_a_killed_fetch_in_the_cache_of_huggingface_goes(
     server: Server, start_fetch: StartFetch, cache: Path, tmp_path: Path
 ) -> None:
-    hub = Repository(server)
+    hub = HuggingFace(server)
     hub.add({"Tiny-Q4_0.gguf": GGUF})
     answer = hub.answer_of("Tiny-Q4_0.gguf")
     answer.gate = threading.Event()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
 import threading
@@ -11,67 +9,24 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_servers import Answer, Server, StartFetch, wait_until
+from hub_servers import COMMIT, HuggingFace, Server, StartFetch, wait_until
 
 from registry.hubs import find_cached
 from registry.hubs.base import what_engines_need
 from registry.schema import Source
 
-OLD, NEW = "a" * 40, "b" * 40
+OLD, NEW = "a" * 40, COMMIT
 GGUF = b"GGUF" + bytes(range(256)) * 40
 FILES = {"README.md": b"hi", "Tiny-Q4_0.gguf": GGUF, "Tiny-Q8_0.gguf": GGUF * 2, ".gitattributes": b"x"}
 Q4 = Source(model_hub="huggingface", model_id="owner/tiny", files=("*q4_0*.gguf",))
 
 
-class Repository:
-    """Repositories on `server`, as huggingface_hub asks for them."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-
-    def add(
-        self, files: dict[str, bytes], *, name: str = "owner/tiny", commit: str = NEW, revision: str = "main"
-    ) -> None:
-        api, answers = f"/api/models/{name}", self.server.answers
-        info = {
-            "id": name,
-            "sha": commit,
-            "siblings": [{"rfilename": path, "size": len(content)} for path, content in files.items()],
-        }
-        tree = [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            for path, content in files.items()
-        ]
-        as_json = {"Content-Type": "application/json"}
-        for path in {f"{api}/revision/{revision}", f"{api}/revision/{commit}"} | (
-            {api} if revision == "main" else set()
-        ):
-            answers[path] = Answer(json.dumps(info).encode(), headers=as_json)
-        answers[f"{api}/tree/{commit}"] = Answer(json.dumps(tree).encode(), headers=as_json)
-        for path, content in files.items():
-            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}
-            answers[f"/{name}/resolve/{commit}/{path}"] = Answer(content, headers=headers)
-
-    def refuse(self, name: str, status: int, code: str) -> None:
-        self.server.answers[f"/api/models/{name}"] = Answer(status=status, headers={"X-Error-Code": code})
-
-    def answer_of(self, path: str, *, name: str = "owner/tiny", commit: str = NEW) -> Answer:
-        return self.server.answers[f"/{name}/resolve/{commit}/{path}"]
-
-    def downloads(self, path: str, *, name: str = "owner/tiny", commit: str = NEW) -> int:
-        return self.server.asked[f"GET /{name}/resolve/{commit}/{path}"]
-
-    @property
-    def env(self) -> dict[str, str]:
-        return {"HF_ENDPOINT": self.server.url}
-
-
 @pytest.fixture
-def hub(server: Server) -> Repository:
-    return Repository(server)
+def hub(server: Server) -> HuggingFace:
+    return HuggingFace(server)
 
 
-def test_only_the_matching_files_are_fetched(hub: Repository, start_fetch: StartFetch, tmp_path: Path) -> None:
+def test_only_the_matching_files_are_fetched(hub: HuggingFace, start_fetch: StartFetch, tmp_path: Path) -> None:
     hub.add(FILES)
     cache = tmp_path / "cache"
     assert find_cached(Q4, cache) is None
@@ -95,7 +50,7 @@ def test_only_the_matching_files_are_fetched(hub: Repository, start_fetch: Start
     )
 
 
-def test_what_was_fetched_is_not_asked_for_again(hub: Repository, start_fetch: StartFetch, tmp_path: Path) -> None:
+def test_what_was_fetched_is_not_asked_for_again(hub: HuggingFace, start_fetch: StartFetch, tmp_path: Path) -> None:
     hub.add(FILES)
     path = start_fetch(Q4, **hub.env).path()
     asked = hub.server.asked.total()
@@ -105,7 +60,7 @@ def test_what_was_fetched_is_not_asked_for_again(hub: Repository, start_fetch: S
     assert find_cached(Q4, tmp_path / "cache") is None
 
 
-def test_without_patterns_what_engines_need_is_fetched(hub: Repository, start_fetch: StartFetch) -> None:
+def test_without_patterns_what_engines_need_is_fetched(hub: HuggingFace, start_fetch: StartFetch) -> None:
     hub.add(
         {
             "config.json": b"{}",
@@ -137,7 +92,7 @@ def test_safetensors_go_before_pickles_and_foreign_files_stay(names: str, chosen
     assert what_engines_need(dict.fromkeys(names.split(), 1), "here") == chosen.split()
 
 
-def test_a_revision_is_honoured(hub: Repository, start_fetch: StartFetch) -> None:
+def test_a_revision_is_honoured(hub: HuggingFace, start_fetch: StartFetch) -> None:
     hub.add({"Tiny-Q4_0.gguf": b"old"}, commit=OLD, revision="v1")
     hub.add(FILES)
     for revision, content in (("v1", b"old"), (OLD, b"old"), (NEW, GGUF), (None, GGUF)):
@@ -145,7 +100,7 @@ def test_a_revision_is_honoured(hub: Repository, start_fetch: StartFetch) -> Non
         assert start_fetch(source, **hub.env).path().read_bytes() == content
 
 
-def test_a_token_is_sent(hub: Repository, start_fetch: StartFetch) -> None:
+def test_a_token_is_sent(hub: HuggingFace, start_fetch: StartFetch) -> None:
     hub.add(FILES)
     start_fetch(Q4, HF_TOKEN="hf_tell_nobody", **hub.env).path()
     assert hub.server.headers["/api/models/owner/tiny"]["authorization"] == "Bearer hf_tell_nobody"
@@ -161,7 +116,7 @@ def test_a_token_is_sent(hub: Repository, start_fetch: StartFetch) -> None:
     ],
 )
 def test_a_refusal_of_the_hub_is_told(
-    status: int, code: str, words: list[str], hub: Repository, start_fetch: StartFetch
+    status: int, code: str, words: list[str], hub: HuggingFace, start_fetch: StartFetch
 ) -> None:
     hub.refuse("owner/tiny", status, code)
     said = start_fetch(Q4, **hub.env).error(permanent=True)
@@ -169,7 +124,7 @@ def test_a_refusal_of_the_hub_is_told(
         assert word in said
 
 
-def test_a_hub_in_trouble_is_worth_another_try(hub: Repository, start_fetch: StartFetch) -> None:
+def test_a_hub_in_trouble_is_worth_another_try(hub: HuggingFace, start_fetch: StartFetch) -> None:
     hub.refuse("owner/tiny", 503, "")
     assert "HTTP 503" in start_fetch(Q4, **hub.env).error(permanent=False)
 
@@ -179,7 +134,7 @@ def test_a_hub_that_is_down_is_worth_another_try(start_fetch: StartFetch) -> Non
     assert "http://127.0.0.1:9 could not be reached" in said
 
 
-def test_what_a_repository_holds_is_told_when_nothing_matches(hub: Repository, start_fetch: StartFetch) -> None:
+def test_what_a_repository_holds_is_told_when_nothing_matches(hub: HuggingFace, start_fetch: StartFetch) -> None:
     hub.add(FILES)
     source = Source(model_hub="huggingface", model_id="owner/tiny", files=("*Q5_0*.gguf",))
     said = start_fetch(source, **hub.env).error(permanent=True)
@@ -187,7 +142,7 @@ def test_what_a_repository_holds_is_told_when_nothing_matches(hub: Repository, s
     assert "It has: Tiny-Q8_0.gguf, Tiny-Q4_0.gguf" in said
 
 
-def test_a_pattern_that_names_several_models_is_refused(hub: Repository, start_fetch: StartFetch) -> None:
+def test_a_pattern_that_names_several_models_is_refused(hub: HuggingFace, start_fetch: StartFetch) -> None:
     hub.add(FILES)
     source = Source(model_hub="huggingface", model_id="owner/tiny", files=("*.gguf",))
     assert "2 models" in start_fetch(source, **hub.env).error(permanent=True)
@@ -199,14 +154,14 @@ def test_a_name_that_is_no_repository_is_told(start_fetch: StartFetch) -> None:
     assert "not the name of a repository" in start_fetch(source).error(permanent=True)
 
 
-def test_a_repository_larger_than_the_disk_is_refused(hub: Repository, start_fetch: StartFetch) -> None:
+def test_a_repository_larger_than_the_disk_is_refused(hub: HuggingFace, start_fetch: StartFetch) -> None:
     hub.add(FILES)
     listing = hub.server.answers["/api/models/owner/tiny"]
     listing.body = listing.body.replace(str(len(GGUF)).encode(), str(2**60).encode())
     assert "disk is too small" in start_fetch(Q4, **hub.env).error(permanent=True)
 
 
-def test_offline_what_the_library_has_is_used(hub: Repository, start_fetch: StartFetch, tmp_path: Path) -> None:
+def test_offline_what_the_library_has_is_used(hub: HuggingFace, start_fetch: StartFetch, tmp_path: Path) -> None:
     hub.add(FILES)
     said = start_fetch(Q4, HF_HUB_OFFLINE="1", **hub.env).error(permanent=True)
     assert "HF_HUB_OFFLINE" in said
@@ -223,7 +178,7 @@ def test_offline_what_the_library_has_is_used(hub: Repository, start_fetch: Star
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_fetch_ended_in_the_middle_leaves_nothing_that_counts(
-    signal_number: int, hub: Repository, start_fetch: StartFetch, tmp_path: Path
+    signal_number: int, hub: HuggingFace, start_fetch: StartFetch, tmp_path: Path
 ) -> None:
     hub.add(FILES)
     answer = hub.answer_of("Tiny-Q4_0.gguf")
@@ -248,7 +203,7 @@ def test_a_fetch_ended_in_the_middle_leaves_nothing_that_counts(
     assert list(blobs.glob("*.incomplete")) == []
 
 
-def test_two_fetches_at_once_share_one_download(hub: Repository, start_fetch: StartFetch) -> None:
+def test_two_fetches_at_once_share_one_download(hub: HuggingFace, start_fetch: StartFetch) -> None:
     hub.add(FILES)
     answer = hub.answer_of("Tiny-Q4_0.gguf")
     answer.gate = threading.Event()
@@ -261,7 +216,9 @@ def test_two_fetches_at_once_share_one_download(hub: Repository, start_fetch: St
     assert hub.downloads("Tiny-Q4_0.gguf") == 1
 
 
-def test_after_a_kill_the_files_that_were_whole_are_not_fetched_again(hub: Repository, start_fetch: StartFetch) -> None:
+def test_after_a_kill_the_files_that_were_whole_are_not_fetched_again(
+    hub: HuggingFace, start_fetch: StartFetch
+) -> None:
     hub.add({"config.json": b"{}", "model.safetensors": GGUF})
     answer = hub.answer_of("model.safetensors")
     answer.gate = threading.Event()
@@ -278,7 +235,7 @@ def test_after_a_kill_the_files_that_were_whole_are_not_fetched_again(hub: Repos
     assert hub.downloads("config.json") == 1
 
 
-def test_offline_may_be_asked_for_in_the_order(hub: Repository, start_fetch: StartFetch, tmp_path: Path) -> None:
+def test_offline_may_be_asked_for_in_the_order(hub: HuggingFace, start_fetch: StartFetch, tmp_path: Path) -> None:
     hub.add(FILES)
     assert "offline mode forbids" in start_fetch(Q4, offline=True, **hub.env).error(permanent=True)
     assert hub.server.asked.total() == 0
@@ -288,7 +245,7 @@ def test_offline_may_be_asked_for_in_the_order(hub: Repository, start_fetch: Sta
     assert start_fetch(Q4, offline=True, **hub.env).path() == path
 
 
-def test_files_can_be_listed_without_a_download(hub: Repository, start_fetch: StartFetch, tmp_path: Path) -> None:
+def test_files_can_be_listed_without_a_download(hub: HuggingFace, start_fetch: StartFetch, tmp_path: Path) -> None:
     hub.add(FILES)
     listed = start_fetch(Q4, only_list=True, **hub.env).files()
     assert listed == {name: len(FILES[name]) for name in listed}

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import signal
 import threading
 import time
 from pathlib import Path
-from urllib.parse import quote_plus
 
 import pytest
-from hub_servers import Answer, Server, StartFetch, wait_until
+from hub_servers import ModelScope, Server, StartFetch, wait_until
 
 from registry.hubs import find_cached
 from registry.schema import Source
@@ -24,50 +21,12 @@ FILES = {"README.md": b"hi", "Tiny-Q4_0.gguf": GGUF, "Tiny-Q8_0.gguf": GGUF * 2,
 Q4 = Source(model_hub="modelscope", model_id="owner/tiny", files=("*q4_0*.gguf",))
 
 
-class Repository:
-    """A repository on `server`, as modelscope_hub asks for it."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-
-    def add(self, files: dict[str, bytes], *, revision: str = "master", name: str = "owner/tiny") -> None:
-        listed = [
-            {"Path": path, "Size": len(content), "Sha256": hashlib.sha256(content).hexdigest(), "Type": "blob"}
-            for path, content in files.items()
-        ]
-        api = f"/api/v1/models/{name}/repo"
-        body = json.dumps({"Code": 200, "Data": {"Files": listed}}).encode()
-        self.server.answers[f"{api}/files?Revision={revision}&Recursive=True"] = Answer(body)
-        for path, content in files.items():
-            self.server.answers[self.url_of(path, revision=revision, name=name)] = Answer(content)
-
-    def url_of(self, path: str, *, revision: str = "master", name: str = "owner/tiny") -> str:
-        return f"/api/v1/models/{name}/repo?Revision={revision}&FilePath={quote_plus(path)}"
-
-    def answer_of(self, path: str) -> Answer:
-        return self.server.answers[self.url_of(path)]
-
-    def downloads(self, path: str) -> int:
-        return self.server.asked[f"GET {self.url_of(path)}"]
-
-    def refuse(self, status: int) -> None:
-        self.server.answers["/api/v1/models/owner/tiny/repo/files"] = Answer(b"{}", status=status)
-
-    @property
-    def env(self) -> dict[str, str]:
-        return {
-            "MODELSCOPE_ENDPOINT": self.server.url,
-            "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "0",
-            "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",
-        }
-
-
 @pytest.fixture
-def hub(server: Server) -> Repository:
-    return Repository(server)
+def hub(server: Server) -> ModelScope:
+    return ModelScope(server)
 
 
-def test_only_the_matching_files_are_fetched(hub: Repository, start_fetch: StartFetch, tmp_path: Path) -> None:
+def test_only_the_matching_files_are_fetched(hub: ModelScope, start_fetch: StartFetch, tmp_path: Path) -> None:
     hub.add(FILES)
     assert find_cached(Q4, tmp_path / "cache") is None
     fetch = start_fetch(Q4, **hub.env)
@@ -81,14 +40,14 @@ def test_only_the_matching_files_are_fetched(hub: Repository, start_fetch: Start
     assert not list((tmp_path / "cache/modelscope").glob(".partial-*"))
 
 
-def test_without_patterns_what_engines_need_is_fetched(hub: Repository, start_fetch: StartFetch) -> None:
+def test_without_patterns_what_engines_need_is_fetched(hub: ModelScope, start_fetch: StartFetch) -> None:
     hub.add({"config.json": b"{}", "sub/model.safetensors": b"safe", "sub/model.bin": b"pickle", "a.onnx": b"o"})
     folder = start_fetch(Source(model_hub="modelscope", model_id="owner/tiny"), **hub.env).path()
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert found == {"config.json", "sub/model.safetensors"}
 
 
-def test_a_revision_is_honoured_and_a_branch_that_moves_mixes_nothing(hub: Repository, start_fetch: StartFetch) -> None:
+def test_a_revision_is_honoured_and_a_branch_that_moves_mixes_nothing(hub: ModelScope, start_fetch: StartFetch) -> None:
     hub.add({"config.json": b"old", "model.safetensors": GGUF}, revision="v1")
     hub.add({"config.json": b"new", "model.safetensors": GGUF})
     old = start_fetch(Source(model_hub="modelscope", model_id="owner/tiny", model_revision="v1"), **hub.env).path()
@@ -103,7 +62,7 @@ def test_a_revision_is_honoured_and_a_branch_that_moves_mixes_nothing(hub: Repos
     "layout", ["models/owner--tiny/snapshots/master", "models/owner/tiny", "hub/models/owner/tiny"]
 )
 def test_what_the_library_has_is_not_fetched_again(
-    layout: str, hub: Repository, start_fetch: StartFetch, tmp_path: Path
+    layout: str, hub: ModelScope, start_fetch: StartFetch, tmp_path: Path
 ) -> None:
     hub.add(FILES)
     theirs = tmp_path / "ms" / layout / "Tiny-Q4_0.gguf"
@@ -114,7 +73,7 @@ def test_what_the_library_has_is_not_fetched_again(
     assert hub.downloads("Tiny-Q4_0.gguf") == 0
 
 
-def test_a_damaged_file_of_the_library_is_not_taken(hub: Repository, start_fetch: StartFetch, tmp_path: Path) -> None:
+def test_a_damaged_file_of_the_library_is_not_taken(hub: ModelScope, start_fetch: StartFetch, tmp_path: Path) -> None:
     hub.add(FILES)
     theirs = tmp_path / "ms/models/owner/tiny/Tiny-Q4_0.gguf"
     theirs.parent.mkdir(parents=True)
@@ -123,7 +82,7 @@ def test_a_damaged_file_of_the_library_is_not_taken(hub: Repository, start_fetch
     assert theirs.read_bytes() == GGUF[::-1]
 
 
-def test_a_file_with_another_hash_is_refused(hub: Repository, start_fetch: StartFetch, tmp_path: Path) -> None:
+def test_a_file_with_another_hash_is_refused(hub: ModelScope, start_fetch: StartFetch, tmp_path: Path) -> None:
     hub.add(FILES)
     hub.answer_of("Tiny-Q4_0.gguf").body = GGUF[::-1]
     said = start_fetch(Q4, **hub.env).error(permanent=False)
@@ -132,7 +91,7 @@ def test_a_file_with_another_hash_is_refused(hub: Repository, start_fetch: Start
     assert not list((tmp_path / "cache/modelscope/owner").rglob("*.gguf"))
 
 
-def test_a_token_is_sent(hub: Repository, start_fetch: StartFetch) -> None:
+def test_a_token_is_sent(hub: ModelScope, start_fetch: StartFetch) -> None:
     hub.add(FILES)
     start_fetch(Q4, MODELSCOPE_API_TOKEN="ms-tell-nobody", **hub.env).path()
     assert hub.server.headers[hub.url_of("Tiny-Q4_0.gguf")]["Authorization"] == "Bearer ms-tell-nobody"
@@ -146,14 +105,14 @@ def test_a_token_is_sent(hub: Repository, start_fetch: StartFetch) -> None:
         (401, ["refuses access", "MODELSCOPE_API_TOKEN"]),
     ],
 )
-def test_a_refusal_of_the_hub_is_told(status: int, words: list[str], hub: Repository, start_fetch: StartFetch) -> None:
+def test_a_refusal_of_the_hub_is_told(status: int, words: list[str], hub: ModelScope, start_fetch: StartFetch) -> None:
     hub.refuse(status)
     said = start_fetch(Q4, **hub.env).error(permanent=True)
     for word in words:
         assert word in said
 
 
-def test_a_hub_in_trouble_or_down_is_worth_another_try(hub: Repository, start_fetch: StartFetch) -> None:
+def test_a_hub_in_trouble_or_down_is_worth_another_try(hub: ModelScope, start_fetch: StartFetch) -> None:
     hub.refuse(503)
     assert "503" in start_fetch(Q4, **hub.env).error(permanent=False)
     env = hub.env | {"MODELSCOPE_ENDPOINT": "http://127.0.0.1:9"}
@@ -166,13 +125,13 @@ def test_a_name_that_is_no_repository_is_told(name: str, start_fetch: StartFetch
     assert "not the name of a repository" in start_fetch(source).error(permanent=True)
 
 
-def test_a_hub_that_lists_tricky_paths_is_refused(hub: Repository, start_fetch: StartFetch, tmp_path: Path) -> None:
+def test_a_hub_that_lists_tricky_paths_is_refused(hub: ModelScope, start_fetch: StartFetch, tmp_path: Path) -> None:
     hub.add({"../../Tiny-Q4_0.gguf": GGUF})
     assert "outside of its folder" in start_fetch(Q4, **hub.env).error(permanent=True)
     assert not list(tmp_path.rglob("*.gguf"))
 
 
-def test_a_repository_larger_than_the_disk_is_refused(hub: Repository, start_fetch: StartFetch) -> None:
+def test_a_repository_larger_than_the_disk_is_refused(hub: ModelScope, start_fetch: StartFetch) -> None:
     hub.add(FILES)
     listing = hub.server.answers["/api/v1/models/owner/tiny/repo/files?Revision=master&Recursive=True"]
     listing.body = listing.body.replace(str(len(GGUF)).encode(), str(2**60).encode())
@@ -181,7 +140,7 @@ def test_a_repository_larger_than_the_disk_is_refused(hub: Repository, start_fet
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_fetch_ended_in_the_middle_is_gone_on_with(
-    signal_number: int, hub: Repository, start_fetch: StartFetch, tmp_path: Path
+    signal_number: int, hub: ModelScope, start_fetch: StartFetch, tmp_path: Path
 ) -> None:
     hub.add({"Tiny-Q4_0.gguf": LARGE})
     answer = hub.answer_of("Tiny-Q4_0.gguf")
@@ -203,7 +162,7 @@ def test_a_fetch_ended_in_the_middle_is_gone_on_with(
     assert told[0]["done_bytes"] > 0
 
 
-def test_two_fetches_at_once_share_one_download(hub: Repository, start_fetch: StartFetch) -> None:
+def test_two_fetches_at_once_share_one_download(hub: ModelScope, start_fetch: StartFetch) -> None:
     hub.add(FILES)
     answer = hub.answer_of("Tiny-Q4_0.gguf")
     answer.gate = threading.Event()
@@ -221,7 +180,7 @@ def test_without_its_library_it_says_what_to_install(start_fetch: StartFetch) ->
     assert "pip install modelscope-hub" in said
 
 
-def test_offline_no_hub_is_asked(hub: Repository, start_fetch: StartFetch) -> None:
+def test_offline_no_hub_is_asked(hub: ModelScope, start_fetch: StartFetch) -> None:
     hub.add(FILES)
     assert "offline mode" in start_fetch(Q4, offline=True, **hub.env).error(permanent=True)
     assert "offline mode" in start_fetch(Q4, HOSTLER_OFFLINE="1", **hub.env).error(permanent=True)
@@ -230,7 +189,7 @@ def test_offline_no_hub_is_asked(hub: Repository, start_fetch: StartFetch) -> No
     assert start_fetch(Q4, offline=True, **hub.env).path() == path
 
 
-def test_files_can_be_listed_without_a_download(hub: Repository, start_fetch: StartFetch, tmp_path: Path) -> None:
+def test_files_can_be_listed_without_a_download(hub: ModelScope, start_fetch: StartFetch, tmp_path: Path) -> None:
     hub.add(FILES)
     assert start_fetch(Q4, only_list=True, **hub.env).files() == {"Tiny-Q4_0.gguf": len(GGUF)}
     assert hub.downloads("Tiny-Q4_0.gguf") == 0
