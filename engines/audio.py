@@ -20,7 +20,7 @@ OWN_PACKAGES = {
     "fireredtts3": "FireRedTTS's own program",
     "fishaudio": "the fish-speech package (PyPI's 0.1.0 wants numpy below 2 and pydantic 2.9.2, which clash with ours)",
     "funasr": "the funasr package",
-    "indextts2": "IndexTTS's own program from its git repository",
+    "indextts2": "the indextts2-inference package, or IndexTTS's own program from its git repository",
     "irodori-tts": "Irodori-TTS's own program",
     "megatts": "the megatts package (it works with torch 2.3.0 alone)",
     "melotts": "MeloTTS from its git repository (PyPI's melotts 0.1.1 cannot be built, and wants torch below 2)",

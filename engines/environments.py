@@ -237,7 +237,10 @@ def why_no_python(name: str, settings: EngineSettings) -> str:
         return f"`engines.{name}.python` names {settings.python!r}, which is not an executable file"
     names = ALTERNATIVES.get(same_name(name), (same_name(name),))
     version = f" --version {settings.version}" if settings.version else ""
-    return "its library is not installed: " + " or ".join(f"hostler engines install {one}{version}" for one in names)
+    verbs = " or ".join(f"hostler engines install {one}{version}" for one in names)
+    has_base = any(PINS[one].base for one in names if one in PINS)
+    own = ", or launch the model with enable_virtual_env=true" if has_base else ""
+    return f"its library is not installed: {verbs}{own}"
 
 
 def _at(version: str, pins: Pins) -> tuple[str, ...]:
