@@ -16,6 +16,7 @@ from engines.remote import Remote
 from engines.requirements import same_name
 from engines.sentence_transformers import SentenceTransformers
 from engines.sglang import Sglang
+from engines.speech_packages import F5TTS, ChatTTS, KokoroTorch, TransformersTTS
 from engines.transformers import Transformers
 from engines.tts import Kokoro, Piper
 from engines.vllm import Vllm
@@ -30,9 +31,13 @@ ENGINES: tuple[Engine, ...] = (
     Transformers(),
     Diffusers(),
     FasterWhisper(),
+    TransformersTTS(),
     TransformersASR(),
     Piper(),
     Kokoro(),
+    KokoroTorch(),
+    ChatTTS(),
+    F5TTS(),
     Flexible(),
     ServerCommand(),
     Remote(),

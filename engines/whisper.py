@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from engines.audio import family_of, local_folder, why_elsewhere
+from engines.audio import VITS, architecture_of, family_of, local_folder, why_elsewhere
 from engines.base import TORCH_BYTES, Command, Endpoint, Engine, Launch, Placement, worker_command
 from engines.environments import find_python, why_no_python
 from registry.resolve import Artifact
@@ -123,6 +123,8 @@ class TransformersASR(Engine, frozen=True, kw_only=True):
         if _is_ct2(artifact):
             return "these files are in CTranslate2's form, which faster-whisper loads"
         folder = local_folder(artifact)
+        if folder and architecture_of(folder) == VITS:
+            return "this is a VITS model, which transformers-tts speaks with"
         if not family_of(artifact) and folder and not (folder / "config.json").is_file():
             return f"{folder} has no config.json, as models in the form of transformers have"
         return None

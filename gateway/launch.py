@@ -17,8 +17,7 @@ from engines.environments import (
     Environment,
     asks_for,
     facts_of,
-    find_python,
-    is_ours,
+    find_base,
     model_environment,
 )
 from engines.requirements import same_name
@@ -398,12 +397,12 @@ def _environment(request: LaunchRequest, artifact: Artifact, engine: Engine, sit
         return None
     base = None
     if same_name(engine.name) not in WITHOUT_PYTHON:
-        base = find_python(engine.name, (), site.engines.get(engine.name, EngineSettings()), site.environments_folder)
+        base = find_base(engine.name, site.engines.get(engine.name, EngineSettings()), site.environments_folder)
     return model_environment(
         artifact.family.model_name,
         engine.name,
         block,
-        facts_of(None if base is None or is_ours(base) else base, site.cuda_version),
+        facts_of(base, site.cuda_version),
         packages=request.virtual_env_packages,
         find_links=request.virtual_env_find_links,
         is_wished=is_wished,

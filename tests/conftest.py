@@ -134,6 +134,11 @@ def lora_hf(torch_python: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_vits(torch_python: str) -> Path:
+    return models.made_by(torch_python, "tiny-vits")
+
+
+@pytest.fixture(scope="session")
 def whisper_base() -> Path:
     return models.whisper_base()
 

@@ -535,6 +535,43 @@ def make_tiny_reranker(folder: str, minilm: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def make_tiny_vits(folder: str) -> None:
+    """VITS of two speakers with random weights, which says noise. Its words are letters."""
+    import torch
+    from transformers import VitsConfig, VitsModel, VitsTokenizer
+
+    torch.manual_seed(0)
+    signs = ["<pad>", "<unk>", *"abcdefghijklmnopqrstuvwxyz' .,!?"]
+    words = Path(folder) / "vocab.json"
+    words.write_text(json.dumps({sign: number for number, sign in enumerate(signs)}))
+    config = VitsConfig(
+        vocab_size=len(signs),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=32,
+        flow_size=32,
+        spectrogram_bins=17,
+        num_speakers=2,
+        speaker_embedding_size=16,
+        upsample_initial_channel=32,
+        resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1, 3]],
+        depth_separable_num_layers=1,
+        duration_predictor_num_flows=2,
+        prior_encoder_num_flows=2,
+        prior_encoder_num_wavenet_layers=2,
+        posterior_encoder_num_wavenet_layers=2,
+        wavenet_dilation_rate=1,
+        sampling_rate=16_000,
+    )
+    model = VitsModel(config)
+    with torch.no_grad():  # or else each sample is as loud as can be
+        model.decoder.conv_post.weight.mul_(0.01)
+    model.save_pretrained(folder)
+    VitsTokenizer(str(words), language="eng", phonemize=False, add_blank=True).save_pretrained(folder)
+
+
 def make_whisper_hf(folder: str, ct2: str) -> None:
     """whisper-base out of CTranslate2's form back into that of transformers, as its Whisper converter names things."""
     import numpy as np
@@ -653,6 +690,7 @@ MAKERS: dict[str, Callable[..., None]] = {
     "mmproj-gguf": make_mmproj_gguf,
     "lora-hf": make_lora_hf,
     "tiny-reranker": make_tiny_reranker,
+    "tiny-vits": make_tiny_vits,
 }
 
 if __name__ == "__main__":

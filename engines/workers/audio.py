@@ -44,7 +44,7 @@ FORMATS = {
 # --- in
 
 
-def decode(content: bytes, cancel: threading.Event, rate: int = RATE_HEARD) -> Any:
+def decode(content: bytes, cancel: threading.Event, rate: int = RATE_HEARD, *, param: str = "file") -> Any:
     """The sound of a file of any common kind, as an array. What lies behind a damaged place is not heard.
 
     Raises:
@@ -58,7 +58,7 @@ def decode(content: bytes, cancel: threading.Event, rate: int = RATE_HEARD) -> A
     try:
         with av.open(io.BytesIO(content), metadata_errors="ignore") as container:
             if not container.streams.audio:
-                raise Refused("The file has no sound in it.", param="file")
+                raise Refused("The file has no sound in it.", param=param)
             resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
             for frame in _frames(container, av.FFmpegError):
                 if cancel.is_set():
@@ -67,14 +67,14 @@ def decode(content: bytes, cancel: threading.Event, rate: int = RATE_HEARD) -> A
                     parts.append(piece.to_ndarray()[0])
                     length += piece.samples
                 if length > LIMIT_S * rate:
-                    raise Refused(f"The sound is longer than {LIMIT_S // 3600} hours: send it in parts.", param="file")
+                    raise Refused(f"The sound is longer than {LIMIT_S // 3600} hours: send it in parts.", param=param)
     except av.FFmpegError as exc:
         raise Refused(
             "The file cannot be read as sound. Send wav, mp3, m4a, ogg, opus, flac, webm or another common kind.",
-            param="file",
+            param=param,
         ) from exc
     if not length:
-        raise Refused("The file holds no sound that can be read.", param="file")
+        raise Refused("The file holds no sound that can be read.", param=param)
     return np.concatenate(parts)
 
 

@@ -53,3 +53,24 @@ def onnx_session(file: str, options: Mapping[str, Any]) -> Any:
     if providers[0] not in session.get_providers():
         raise Refused("The launch says device 'cuda', and onnxruntime cannot use the GPU here: its log says why.")
     return session
+
+
+def without_native_torchaudio() -> None:
+    """Lets torchaudio be imported whose compiled half does not fit torch; call it before anything imports it.
+
+    Its wheels on the package index are built for CUDA, and fail beside a torch for processors. What models of speech
+    take of it (filters, spectrograms) is Python.
+    """
+    import sys
+    from types import ModuleType
+
+    try:
+        import torchaudio  # noqa: F401
+    except ImportError:
+        return  # it is not there
+    except OSError:
+        stand_in = ModuleType("torchaudio._extension")
+        stand_in.__dict__.update(
+            _IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False, fail_if_no_align=lambda function: function
+        )
+        sys.modules["torchaudio._extension"] = stand_in

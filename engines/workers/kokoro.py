@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ LANGUAGES = {
     "p": "pt-br",
     "z": "cmn",
 }
-SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s)|[。！？\n]+|$)", re.DOTALL)
 PAUSE_S = 0.2
 
 
@@ -53,7 +51,7 @@ class Kokoro:
             raise Refused(f"`kwargs` has {sorted(unknown)[0]!r}; known is: lang.", param="kwargs")
         language = more.get("lang") or self._language or self._languages[voice]
         pause = np.zeros(int(PAUSE_S * self.rate), np.float32)
-        for sentence in sentences(text):
+        for sentence in speech.sentences(text):
             try:
                 phonemes = self._model.tokenizer.phonemize(sentence, language)
             except RuntimeError as exc:
@@ -62,11 +60,6 @@ class Kokoro:
                 continue  # nothing but signs
             samples, _ = self._model.create(phonemes, voice=voice, speed=speed, is_phonemes=True)
             yield np.concatenate([samples, pause]).astype(np.float32)
-
-
-def sentences(text: str) -> list[str]:
-    """The text cut behind the marks that end sentences."""
-    return [found for part in SENTENCE.findall(text) if (found := part.strip())]
 
 
 def _files(path: Path) -> tuple[Path, Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from engines.workers.audio import FORMATS, encoder
+from engines.workers.audio import FORMATS, decode, encoder
 from engines.workers.server import (
     SSE,
     Cancelled,
@@ -31,6 +32,8 @@ MAX_CHARACTERS = 4096  # OpenAI's limit
 SHOWN_VOICES = 30
 STREAM_FORMATS = (None, "", "audio", "sse")
 CLONING = ("prompt_speech", "prompt_latent", "prompt_text")
+REFERENCE_LIMIT_S = 60
+SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s)|[。！？\n]+|$)", re.DOTALL)
 
 
 class Voice(NamedTuple):
@@ -60,11 +63,37 @@ class Speaker(Protocol):
         """
 
 
+class Reference(NamedTuple):
+    """A voice to speak with: a recording of it, at the speaker's rate, and what is said there, if that is known."""
+
+    samples: Any
+    text: str
+
+
+class Copier(Speaker, Protocol):
+    """A speaker that can take on a voice of which it is given a recording."""
+
+    needs_reference_text: bool
+    """Whether it must be told what is said in the recording."""
+
+    def say_like(self, text: str, reference: Reference, speed: float, more: Mapping[str, Any]) -> Iterator[Any]:
+        """As `say`, with the voice of the recording."""
+
+
+class Stoppable(Speaker, Protocol):
+    """A speaker that can look whether it should stop while it makes a piece; others are stopped between two."""
+
+    def until(self, cancel: threading.Event) -> None:
+        """What to look at from now on."""
+
+
 class Wish(NamedTuple):
-    """A request, checked."""
+    """A request, checked. `recording` is a file with a voice to copy, in which `recorded` is said."""
 
     text: str
     voice: str
+    recording: bytes
+    recorded: str
     speed: float
     form: str
     is_whole: bool
@@ -118,7 +147,7 @@ def _job(speaker: Speaker, wish: Wish) -> Callable[[threading.Event, Callable[[b
     def job(cancel: threading.Event, put: Callable[[bytes], Any]) -> None:
         file = encoder(wish.form, speaker.rate, is_whole=wish.is_whole)
         length = 0
-        for samples in speaker.say(wish.text, wish.voice, wish.speed, wish.more):
+        for samples in _said(speaker, wish, cancel):
             if cancel.is_set():
                 raise Cancelled
             length += len(samples)
@@ -138,6 +167,21 @@ def _job(speaker: Speaker, wish: Wish) -> Callable[[threading.Event, Callable[[b
     return job
 
 
+def _said(speaker: Speaker, wish: Wish, cancel: threading.Event) -> Iterator[Any]:
+    if hasattr(speaker, "until"):
+        speaker.until(cancel)
+    if not wish.recording:
+        return speaker.say(wish.text, wish.voice, wish.speed, wish.more)
+    samples = decode(wish.recording, cancel, speaker.rate, param="prompt_speech")
+    if len(samples) > REFERENCE_LIMIT_S * speaker.rate:
+        raise Refused(
+            f"`prompt_speech` is longer than {REFERENCE_LIMIT_S} s: 3 to 12 s of one voice are enough.",
+            param="prompt_speech",
+        )
+    copier: Copier = speaker  # type: ignore[assignment]
+    return copier.say_like(wish.text, Reference(samples, wish.recorded), wish.speed, wish.more)
+
+
 def _text_of(piece: bytes) -> str:
     return base64.b64encode(piece).decode()
 
@@ -150,14 +194,14 @@ def _event(kind: str, **fields: Any) -> bytes:
 
 
 async def _fields(request: Request) -> dict[str, Any]:
-    """Of a JSON body or of a form; files of a form only by their names."""
+    """Of a JSON body or of a form; files of a form by what they hold."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         return await read_json(request)
     try:
         form = await request.form()
     except ClientDisconnect as exc:
         raise Cancelled from exc
-    return {name: value if isinstance(value, str) else True for name, value in form.multi_items()}
+    return {name: value if isinstance(value, str) else await value.read() for name, value in form.multi_items()}
 
 
 def _wish(
@@ -167,9 +211,8 @@ def _wish(
     names: list[str],
     options: Mapping[str, Any],
 ) -> Wish:
-    for name in CLONING:
-        if fields.get(name):
-            raise Refused(f"`{name}`: this model has its own voices and cannot copy another. Leave it out.", param=name)
+    more = more_options(fields.get("kwargs"))
+    recording, recorded = _reference(fields, more, speaker)
     form = fields.get("response_format") or "mp3"
     if not isinstance(form, str) or form not in FORMATS:
         raise Refused(f"`response_format` is one of {', '.join(FORMATS)}, not {form!r}.", param="response_format")
@@ -183,12 +226,42 @@ def _wish(
     return Wish(
         text=_text(fields.get("input"), int(options.get("max_characters") or MAX_CHARACTERS)),
         voice=_voice(fields.get("voice"), aliases, names),
+        recording=recording,
+        recorded=recorded,
         speed=1.0 if speed in (None, "") else number(speed, "speed", float, least=least, most=most),
         form=form,
         is_whole=not is_streamed,
         is_sse=stream_format == "sse",
-        more=more_options(fields.get("kwargs")),
+        more=more,
     )
+
+
+def _reference(fields: Mapping[str, Any], more: dict[str, Any], speaker: Speaker) -> tuple[bytes, str]:
+    """The recording of a voice to copy, and what is said there, which Xinference's clients send among `kwargs`."""
+    given = {name: more.pop(name, None) or fields.get(name) for name in CLONING}
+    can_copy = hasattr(speaker, "say_like")
+    for name, value in given.items():
+        if value and (not can_copy or name == "prompt_latent"):
+            reason = (
+                "copies voices from recordings (prompt_speech) alone"
+                if can_copy
+                else "has its own voices and cannot copy another"
+            )
+            raise Refused(f"`{name}`: this model {reason}. Leave it out.", param=name)
+    recording, recorded = given["prompt_speech"] or b"", given["prompt_text"] or ""
+    if not isinstance(recording, bytes):
+        raise Refused(
+            "`prompt_speech` is a sound file: send the request as multipart/form-data.", param="prompt_speech"
+        )
+    if not isinstance(recorded, str):
+        raise Refused("`prompt_text` is what is said in `prompt_speech`, as text.", param="prompt_text")
+    if recorded and not recording:
+        raise Refused("`prompt_text` is what is said in `prompt_speech`, which is missing.", param="prompt_speech")
+    if recording and not recorded.strip() and speaker.needs_reference_text:  # type: ignore[attr-defined]
+        raise Refused(
+            "`prompt_text` is missing: this model must be told what is said in `prompt_speech`.", param="prompt_text"
+        )
+    return recording, recorded.strip()
 
 
 def _text(value: Any, limit: int) -> str:
@@ -224,3 +297,8 @@ def known_only(more: Mapping[str, Any], known: Mapping[str, tuple[float, float]]
         if name not in known:
             raise Refused(f"`kwargs` has {name!r}; known are: {', '.join(known)}.", param="kwargs")
     return {name: number(value, name, float, least=known[name][0], most=known[name][1]) for name, value in more.items()}
+
+
+def sentences(text: str) -> list[str]:
+    """The text cut behind the marks that end sentences."""
+    return [found for part in SENTENCE.findall(text) if (found := part.strip())]

@@ -22,6 +22,7 @@ from engines.environments import (
     child_environment,
     engine_environment,
     facts_of,
+    find_base,
     find_binary,
     find_python,
     has_package,
@@ -219,6 +220,20 @@ def test_a_whole_environment_goes_before_our_own_python(tmp_path: Path) -> None:
     python = stamped(tmp_path, engine_environment("diffusers"))
     assert find_python("diffusers", ("json",), EngineSettings(), tmp_path) == python
     assert find_python("sentence_transformers", ("json",), EngineSettings(), tmp_path) == python
+
+
+def test_a_models_environment_lies_on_the_engines_or_on_that_which_has_most_of_it(tmp_path: Path) -> None:
+    def base(name: str, **settings: str) -> str | None:
+        return find_base(name, EngineSettings(**settings), tmp_path)
+
+    assert base("chattts") is None
+    of_torch = stamped(tmp_path, engine_environment("transformers"))
+    assert base("chattts") == base("f5-tts") == base("kokoro_torch") == of_torch
+    assert base("piper") is None
+    assert base("chattts", python=str(tmp_path / "none")) is None
+    assert base("chattts", python=sys.executable) is None
+    of_its_own = stamped(tmp_path, engine_environment("chattts"))
+    assert (base("chattts"), base("f5-tts")) == (of_its_own, of_torch)
 
 
 def test_an_environment_without_its_stamp_is_none(tmp_path: Path) -> None:

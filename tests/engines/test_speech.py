@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from engines.base import Endpoint, Engine, EngineSettings, Launch, Placement
+from engines.speech_packages import F5TTS, ChatTTS, KokoroTorch, TransformersTTS
 from engines.tts import Kokoro, Piper
 from engines.whisper import FasterWhisper, TransformersASR
-from engines.workers.kokoro import sentences
+from engines.workers.speech import sentences
 from engines.workers.transcription import stamp
 from registry.catalogue import Catalogue
 from registry.decode import DecodeError
@@ -21,7 +22,8 @@ from registry.resolve import Artifact, Selection, resolve
 
 SOCKET = Endpoint(socket="/run/a.sock", api_key="the-secret-key")
 REGISTRY = Registry(catalogue=Catalogue(builtin=True))
-ENGINES: tuple[Engine, ...] = (FasterWhisper(), TransformersASR(), Piper(), Kokoro())
+PACKAGES: tuple[Engine, ...] = (TransformersTTS(), KokoroTorch(), ChatTTS(), F5TTS())
+ENGINES: tuple[Engine, ...] = (FasterWhisper(), TransformersASR(), Piper(), Kokoro(), *PACKAGES)
 
 
 def an_artifact(**wishes: Any) -> Artifact:
@@ -60,8 +62,12 @@ def options_of(engine: Engine, options: dict[str, Any], **fields: Any) -> dict[s
         ({"model_id": "rhasspy/voice", "model_format": "onnx"}, ["piper"]),
         ({"model_id": "o/Kokoro-82M-onnx", "model_format": "onnx"}, ["kokoro"]),
         ({"model_name": "Kokoro-82M", "model_id": "o/k", "model_format": "onnx"}, ["kokoro"]),
-        ({"model_name": "Kokoro-82M"}, []),
-        ({"model_name": "ChatTTS"}, []),
+        ({"model_name": "Kokoro-82M"}, ["kokoro-torch"]),
+        ({"model_name": "Kokoro-82M-v1.1-zh"}, ["kokoro-torch"]),
+        ({"model_name": "ChatTTS"}, ["chattts"]),
+        ({"model_name": "F5-TTS"}, ["f5-tts"]),
+        ({"model_id": "facebook/mms-tts-eng"}, ["transformers-asr", "transformers-tts"]),
+        ({"model_name": "CosyVoice2-0.5B"}, []),
     ],
 )
 def test_models_of_hubs_go_to_the_engine_that_reads_their_form(wishes: dict[str, Any], names: list[str]) -> None:
@@ -75,13 +81,22 @@ def test_models_of_hubs_go_to_the_engine_that_reads_their_form(wishes: dict[str,
         (("config.json", "model.safetensors"), ["transformers-asr"]),
         (("v.onnx", "v.onnx.json"), ["piper"]),
         (("k.onnx", "voices.bin"), ["kokoro"]),
+        (("config.json", "kokoro-v1_0.pth", "voices/af_heart.pt"), ["transformers-asr", "kokoro-torch"]),
+        (("asset/DVAE.safetensors",), ["chattts"]),
+        (("F5TTS_v1_Base/model_1250000.safetensors",), ["f5-tts"]),
         (("README.md",), []),
     ],
 )
 def test_files_in_place_are_looked_at(tmp_path: Path, files: tuple[str, ...], names: list[str]) -> None:
     for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert acceptors(an_artifact(model_path=str(tmp_path))) == names
+
+
+def test_a_folder_of_vits_is_no_hearers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vits"}')
+    assert acceptors(an_artifact(model_path=str(tmp_path))) == ["transformers-tts"]
 
 
 def test_a_voice_is_named_by_its_file(tmp_path: Path) -> None:
@@ -93,9 +108,9 @@ def test_a_voice_is_named_by_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("ChatTTS", "need the ChatTTS package, for which there is no engine here"),
-        ("CosyVoice2-0.5B", "need CosyVoice's own program"),
-        ("F5-TTS", "need the f5-tts package"),
+        ("CosyVoice2-0.5B", "need CosyVoice's own program from its git repository"),
+        ("MeloTTS-English", "PyPI's melotts 0.1.1 cannot be built"),
+        ("MegaTTS3", "by model_engine command"),
         ("Qwen3-ASR-0.6B", "need the qwen-asr package"),
     ],
 )
@@ -129,6 +144,9 @@ def test_every_audio_family_of_the_catalogue_has_an_engine_or_a_sentence() -> No
         (Piper(), {}, {"device": "cpu", "max_characters": 4096}),
         (Piper(), {"voice": "a", "voice_aliases": {"alloy": "a"}}, {"voice": "a", "voice_aliases": {"alloy": "a"}}),
         (Kokoro(), {"language": "en-us"}, {"language": "en-us"}),
+        (KokoroTorch(), {"language": "en-us"}, {"language": "en-us", "device": "auto"}),
+        (ChatTTS(), {"voice": "seed-2"}, {"voice": "seed-2", "device": "auto"}),
+        (F5TTS(), {"vocoder_path": "/m/vocos"}, {"vocoder_path": "/m/vocos"}),
     ],
 )
 def test_the_options_reach_the_worker(engine: Engine, options: dict[str, Any], said: dict[str, Any]) -> None:
