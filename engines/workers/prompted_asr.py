@@ -13,7 +13,7 @@ from engines.workers.server import Cancelled, Refused, number
 from engines.workers.transcription import Segment, Wish
 
 # architecture -> how its processor is told to leave out all but what was said
-PROMPTED = {"qwen3_asr": {"return_format": "parsed"}, "fun_asr_nano": {"strip_prefix": True}}
+PROMPTED: dict[str, dict[str, Any]] = {"qwen3_asr": {"return_format": "parsed"}, "fun_asr_nano": {"strip_prefix": True}}
 MOST_TOKENS = 448  # of one window
 WITHOUT_SPACES = ("ja", "yue", "zh")
 
@@ -28,7 +28,7 @@ class PromptedASR:
 
         self._processor: Any = AutoProcessor.from_pretrained(folder)
         self._model: Any = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=dtype).eval().to(device)
-        self._bare: dict[str, Any] = dict(PROMPTED[kind])
+        self._bare = PROMPTED[kind]
         names: dict[str, str] = getattr(sys.modules[type(self._processor).__module__], "LANGUAGE_CODE_TO_NAME", {})
         self._code_of = {name: code for code, name in names.items() if len(code) <= 3}
         self.languages = list(self._code_of.values())
