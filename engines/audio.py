@@ -32,6 +32,12 @@ OWN_PACKAGES = {
     "yue2": "YuE's own program",
 }
 
+ELSEWHERE = (
+    "Start its own server by model_engine command, with options such as "
+    """{"command": "/opt/tts/bin/python server.py --port {port} --model {model}"}; or name one that runs, with the """
+    "engine remote; or load it by a launcher of the engine flexible"
+)
+
 
 def family_of(artifact: Artifact) -> str:
     """The model_family; empty where nothing is known but the files."""
@@ -47,11 +53,7 @@ def why_elsewhere(artifact: Artifact, served: Collection[str]) -> str | None:
     if not family or family.lower() in served:
         return None
     if package := OWN_PACKAGES.get(family.lower()):
-        return (
-            f"models of the family {family} need {package}, for which there is no engine here; install it and run "
-            "its server by model_engine command, with options such as "
-            """{"command": "/opt/tts/bin/python server.py --port {port} --model {model}"}"""
-        )
+        return f"models of the family {family} need {package}, for which there is no engine here. {ELSEWHERE}"
     return f"it serves models of the family {' or '.join(sorted(served))}, not {family}"
 
 

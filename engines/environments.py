@@ -59,6 +59,7 @@ TORCH = (
     "gguf==0.19.0",
     "pillow>=11,<14",
     "peft==0.21.2",  # LoRA
+    "llguidance==1.9.1",  # answers by a JSON schema
     "ftfy==6.3.1",  # diffusers' pipelines for films want it without saying so
     SOUNDFILE,
     AV,

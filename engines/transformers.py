@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -56,8 +56,15 @@ class TransformersOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
     n_threads: Positive | None = None
     chat_template: str | None = None
     enable_thinking: Annotated[bool, Meta(description="whether the model thinks, unless a request says")] | None = None
+    tool_form: (
+        Annotated[
+            Literal["tagged", "mistral", "deepseek", "llama3", "pythonic"],
+            Meta(description="how the model writes tool calls; else as its chat template tells"),
+        ]
+        | None
+    ) = None
     reasoning_content: Annotated[bool, Meta(description="split thinking off the answer")] | None = None
-    lora_list: tuple[Adapter, ...] = ()
+    lora_list: Annotated[tuple[Adapter, ...], Meta(description="one, merged into the model")] = ()
 
 
 class Transformers(Engine, frozen=True, kw_only=True):
@@ -88,12 +95,12 @@ class Transformers(Engine, frozen=True, kw_only=True):
         return None
 
     def read_options(self, options: Mapping[str, Any]) -> TransformersOptions:
-        """The options; adapters it has none."""
+        """The options; of adapters one, which becomes part of the model."""
         read: TransformersOptions = super().read_options(options)
-        if read.lora_list:
+        if len(read.lora_list) > 1:
             raise DecodeError(
-                "The transformers engine loads no LoRA adapters - at `options.lora_list`. Use vLLM, SGLang or "
-                "llama.cpp, or merge the adapter into the model."
+                "The transformers engine merges one LoRA adapter into the model - at `options.lora_list`. Launch the "
+                "model once for each, or use vLLM, SGLang or llama.cpp, which choose by request."
             )
         return read
 

@@ -28,6 +28,7 @@ TRANSFORMERS_FAMILIES = frozenset(
         "unispeech",
         "data2vec-audio",
         "parakeet",
+        "qwen3_asr",
         "moonshine",
         "speech_to_text",
         "speecht5",
@@ -122,6 +123,11 @@ class TransformersASR(Engine, frozen=True, kw_only=True):
             return f"it loads models in the form of transformers (pytorch), not {artifact.spec.model_format}"
         if _is_ct2(artifact):
             return "these files are in CTranslate2's form, which faster-whisper loads"
+        if family_of(artifact).lower() == "qwen3_asr" and not _is_qwen_of_transformers(artifact):
+            return (
+                "these files are in the form of the qwen-asr package, for which there is no engine here. Launch those "
+                "in the form of transformers: a model_id that ends in -hf, such as Qwen/Qwen3-ASR-1.7B-hf"
+            )
         folder = local_folder(artifact)
         if folder and architecture_of(folder) == VITS:
             return "this is a VITS model, which transformers-tts speaks with"
@@ -149,3 +155,13 @@ def _is_ct2(artifact: Artifact) -> bool:
     if folder := local_folder(artifact):
         return (folder / "model.bin").is_file() and not any(folder.glob("*.safetensors"))
     return CT2_NAME.search(artifact.source.model_id) is not None
+
+
+def _is_qwen_of_transformers(artifact: Artifact) -> bool:
+    """Qwen3-ASR is there in two forms; the other one's configuration is inside a `thinker_config`."""
+    if folder := local_folder(artifact):
+        try:
+            return "thinker_config" not in msgspec.json.decode((folder / "config.json").read_bytes())
+        except (OSError, msgspec.DecodeError):
+            return True  # the worker tells what is wrong
+    return artifact.source.model_id.lower().endswith("-hf")

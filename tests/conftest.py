@@ -9,6 +9,7 @@ from typing import Any
 import hypothesis
 import models
 import pytest
+import tones
 from harness import FAKE_ENGINE, Gateway, StartGateway, fake_model
 
 # What a busy machine does to an example's time says nothing of the code.
@@ -146,6 +147,22 @@ def whisper_base() -> Path:
 @pytest.fixture(scope="session")
 def whisper_hf(torch_python: str, whisper_base: Path) -> Path:
     return models.made_by(torch_python, "whisper-hf", whisper_base)
+
+
+@pytest.fixture(scope="session")
+def tone_ctc(torch_python: str) -> Path:
+    """See `tones`, and so on."""
+    return models.made_by(torch_python, "tone-ctc", file=tones.__file__)
+
+
+@pytest.fixture(scope="session")
+def tone_moonshine(torch_python: str) -> Path:
+    return models.made_by(torch_python, "tone-moonshine", file=tones.__file__)
+
+
+@pytest.fixture(scope="session")
+def tone_qwen3_asr(torch_python: str) -> Path:
+    return models.made_by(torch_python, "tone-qwen3-asr", file=tones.__file__)
 
 
 @pytest.fixture(scope="session")

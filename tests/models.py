@@ -106,11 +106,11 @@ def made(name: str, make: Callable[[Path], None]) -> Path:
     return target
 
 
-def made_by(python: str, kind: str, *source: Path) -> Path:
-    """A folder that this file, run by a Python with torch, makes."""
+def made_by(python: str, kind: str, *source: Path, file: str = __file__) -> Path:
+    """A folder that this file, or another like it, makes when it is run by a Python with torch."""
 
     def make(folder: Path) -> None:
-        argv = [python, "-P", __file__, kind, str(folder), *map(str, source)]
+        argv = [python, "-P", file, kind, str(folder), *map(str, source)]
         env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
         done = subprocess.run(argv, capture_output=True, text=True, timeout=MAKING_LIMIT_S, env=env)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
+
+from engines.workers.tool_calls import Form, Types
 
 BROKEN = "\ufffd"  # what a character's first bytes decode to before its last has come
 
@@ -53,8 +55,17 @@ def overlap(text: str, mark: str) -> int:
     return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)
 
 
+class Splitter(Protocol):
+    """Tells of text that comes piece by piece what is of one kind and what is not."""
+
+    inside: bool
+
+    def add(self, text: str, *, is_last: bool) -> list[tuple[bool, str]]:
+        """(whether of that kind, text), one for each stretch."""
+
+
 class Parts:
-    """Splits text that comes piece by piece into what is between two tags and what is not."""
+    """Splits text that comes piece by piece into what is between two tags and what is not; an empty end never comes."""
 
     def __init__(self, start: str, end: str, *, inside: bool = False, once: bool = False) -> None:
         self._start, self._end, self._once = start, end, once
@@ -68,7 +79,7 @@ class Parts:
         found: list[tuple[bool, str]] = []
         while True:
             mark = self._end if self.inside else self._start
-            at = -1 if self._is_done else self._held.find(mark)
+            at = -1 if self._is_done or not mark else self._held.find(mark)
             if at < 0:
                 break
             found.append((self.inside, self._held[:at]))
@@ -82,6 +93,27 @@ class Parts:
         return found
 
 
+class Whole:
+    """Tells whether a text as a whole, which comes piece by piece, begins with one of the openings."""
+
+    def __init__(self, openings: tuple[str, ...]) -> None:
+        self._openings = openings
+        self._held: str | None = ""
+        self.inside = False
+
+    def add(self, text: str, *, is_last: bool) -> list[tuple[bool, str]]:
+        """As `Parts.add`."""
+        if self._held is None:
+            return [(self.inside, text)]
+        self._held += text
+        begin = self._held.lstrip()
+        self.inside = begin.startswith(self._openings)
+        if not self.inside and not is_last and any(one.startswith(begin) for one in self._openings):
+            return []
+        whole, self._held = self._held, None
+        return [(self.inside, whole)]
+
+
 class Message:
     """What a chat's answer holds, out of its text: deltas in OpenAI's form."""
 
@@ -90,11 +122,14 @@ class Message:
         *,
         tags: tuple[str, str] | None = None,
         is_thinking: bool = False,
-        tool_tags: tuple[str, str] | None = None,
+        form: Form | None = None,
+        types: Types | None = None,
     ) -> None:
         self._thinking = Parts(*tags, inside=is_thinking, once=True) if tags else None
-        self._tools = Parts(*tool_tags) if tool_tags else None
-        self._tool_tags = tool_tags or ("", "")
+        self._form, self._types = form, types or {}
+        self._tools: Splitter | None = None
+        if form:
+            self._tools = Whole(form.openings) if form.openings else Parts(form.start, form.end)
         self._call = ""
         self._at_begin = True
         self.calls = 0
@@ -131,23 +166,26 @@ class Message:
 
     def _end_call(self, *, is_whole: bool = True) -> list[dict[str, Any]]:
         text, self._call = self._call, ""
-        if not text.strip():
+        if self._form is None or not text.strip():
             return []
         try:
-            call = json.loads(text)
-            name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return [{"content": self._tool_tags[0] + text + (self._tool_tags[1] if is_whole else "")}]
-        return [self._as_call(str(name), arguments)]
+            calls = self._form.read(text, self._types)
+            if self._form.openings and any(name not in self._types for name, _ in calls):
+                raise ValueError(text)  # an answer in JSON, and no call
+        except (ValueError, KeyError, TypeError, AttributeError, SyntaxError):
+            return [{"content": self._form.start + text + (self._form.end if is_whole else "")}]
+        return [self._as_call(name, arguments) for name, arguments in calls]
 
     def _as_call(self, name: str, arguments: Any) -> dict[str, Any]:
         self.calls += 1
+        has_short_ids = self._form is not None and self._form.has_short_ids
         told = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        random = uuid.uuid4().hex
         return {
             "tool_calls": [
                 {
                     "index": self.calls - 1,
-                    "id": f"call_{uuid.uuid4().hex[:24]}",
+                    "id": random[:9] if has_short_ids else f"call_{random[:24]}",
                     "type": "function",
                     "function": {"name": name, "arguments": told},
                 }

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from starlette.routing import BaseRoute, Route
 from engines.workers.answers import Message, Text, message_of
 from engines.workers.device import torch_device
 from engines.workers.generators import new_batch
+from engines.workers.grammars import Grammar, Grammars
 from engines.workers.sampling import MOST_LOGPROBS, Line, Wish
 from engines.workers.server import (
     Order,
@@ -32,18 +33,14 @@ from engines.workers.server import (
     stream_failure,
     unless_client_leaves,
 )
+from engines.workers.tool_calls import FORMS, MARKS, form_of, tools_of
 
 CONTEXT_LENGTH = 4096  # where neither the launch nor the model says less
 COMPLETION_TOKENS = 16
 MOST_CHOICES = 128
-TOOL_TAGS = ("<tool_call>", "</tool_call>")
 # What cannot be done here and changes the answer, so that it must not pass unnoticed.
 NOT_HERE = (
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
     "guided_grammar",
-    "structured_outputs",
     "suffix",
     "logits_processors",
 )
@@ -75,10 +72,23 @@ def load(order: Order) -> list[BaseRoute]:
         from transformers import BitsAndBytesConfig
 
         how["quantization_config"] = BitsAndBytesConfig(**quantization)
-    model = AutoModelForCausalLM.from_pretrained(order.model, **how).eval()
+    model = AutoModelForCausalLM.from_pretrained(order.model, **how)
+    for adapter in options.get("lora_list") or ():
+        model = _merged(model, adapter["local_path"])
+    model = model.eval()
     if "device_map" not in how and "quantization_config" not in how:
         model = model.to(device)
     return Generation(order, model, tokenizer).routes()
+
+
+def _merged(model: Any, folder: str) -> Any:
+    """The model with the adapter's weights in its own."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError) as exc:
+        raise Refused(f"The LoRA adapter in {folder} does not go into this model: {exc}") from exc
 
 
 class Generation:
@@ -98,6 +108,11 @@ class Generation:
         self._vocabulary = model.config.get_text_config().vocab_size
         self._defaults = model.generation_config
         self._end_ids = _end_ids(model.generation_config, tokenizer)
+        self._grammars = Grammars(tokenizer, self._vocabulary, self._end_ids, self._tags)
+        template = self._template or tokenizer.chat_template
+        self._form = FORMS[options["tool_form"]] if options.get("tool_form") else form_of(str(template))
+        special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        self._unmarked = {token for token, text in special.items() if text not in MARKS}
         most_lines = options.get("max_num_seqs") or 8
         self._batch = new_batch(
             model,
@@ -153,7 +168,8 @@ class Generation:
         answers = []
         for prompt in prompts:
             wish = self._wish(body, len(prompt), COMPLETION_TOKENS, _completion_logprobs(body))
-            answers += [Answer(self, prompt, wish, copy) for copy in range(n)]
+            grammars = await asyncio.to_thread(self._grammars.asked, body)
+            answers += [Answer(self, prompt, wish, copy, grammars=grammars) for copy in range(n)]
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion"} | self._head()
         heads = [self._decode(answer.prompt) if echo else "" for answer in answers]
 
@@ -184,11 +200,15 @@ class Generation:
     async def chat(self, request: Request) -> Response:
         """OpenAI's chat."""
         body = await read_json(request)
-        prompt, text, has_tools = await asyncio.to_thread(self._encode_chat, body)
+        prompt, text, tools = await asyncio.to_thread(self._encode_chat, body)
         n = number(body.get("n") or 1, "n", int, least=1, most=MOST_CHOICES)
         wish = self._wish(body, len(prompt), None, _chat_logprobs(body))
-        answers = [Answer(self, prompt, wish, copy) for copy in range(n)]
-        messages = [self._message(text, has_tools) for _ in answers]
+        # The template may have opened the thinking.
+        is_thinking = bool(self._tags and self._tags[0]) and text.rstrip().endswith((self._tags or ("",))[0])
+        grammars = await asyncio.to_thread(self._grammars.asked, body, is_thinking=is_thinking)
+        decode = self._decode_marks if tools else self._decode
+        answers = [Answer(self, prompt, wish, copy, decode, grammars) for copy in range(n)]
+        messages = [self._message(tools, is_thinking=is_thinking) for _ in answers]
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion"} | self._head()
 
         def end(answer: Answer, message: Message) -> str | None:
@@ -226,13 +246,12 @@ class Generation:
             )
         return JSONResponse(head | {"choices": choices, "usage": _usage([prompt], answers)})
 
-    def _message(self, prompt: str, has_tools: bool) -> Message:
-        tags = self._tags if self._tags and self._tags[0] else None
-        is_thinking = tags is not None and prompt.rstrip().endswith(tags[0])  # the template has opened it
+    def _message(self, tools: list[Any], *, is_thinking: bool) -> Message:
         return Message(
-            tags=(tags[0], tags[1]) if tags else None,
+            tags=(self._tags[0], self._tags[1]) if self._tags and self._tags[0] else None,
             is_thinking=is_thinking,
-            tool_tags=TOOL_TAGS if has_tools else None,
+            form=self._form if tools else None,
+            types=tools_of(tools),
         )
 
     def _stream(
@@ -276,8 +295,8 @@ class Generation:
             )
         return found
 
-    def _encode_chat(self, body: dict[str, Any]) -> tuple[list[int], str, bool]:
-        """The chat as the model reads it: tokens, text; and whether it may call tools."""
+    def _encode_chat(self, body: dict[str, Any]) -> tuple[list[int], str, list[Any]]:
+        """The chat as the model reads it: tokens, text; and the tools that it may call."""
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
             raise Refused("`messages` is a list of messages, and not empty.", param="messages")
@@ -302,18 +321,12 @@ class Generation:
             raise
         except Exception as exc:  # a template is a program of the model's makers, and may fail as it likes
             raise Refused(f"The model's chat template refuses these messages: {exc}.", param="messages") from exc
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"], text, bool(tools)
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"], text, tools
 
     def _wish(self, body: dict[str, Any], prompt_tokens: int, default: int | None, logprobs: int | None) -> Wish:
         for name in NOT_HERE:
             if body.get(name):
                 raise Refused(f"The transformers engine has no `{name}`; vLLM and llama.cpp have more.", param=name)
-        form = body.get("response_format")
-        if isinstance(form, dict) and form.get("type") not in (None, "text"):
-            raise Refused(
-                "The transformers engine cannot keep an answer to a schema; vLLM and llama.cpp can.",
-                param="response_format",
-            )
         room = self._context - prompt_tokens
         larger = "launch the model with a larger context_length (and kv_cache_tokens, if it says so)"
         if room < 1:
@@ -363,6 +376,13 @@ class Generation:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
+    def _decode_marks(self, tokens: list[int]) -> str:
+        """With the marks of tool calls, also where these are special tokens."""
+        text: str = self._tokenizer.decode(
+            [token for token in tokens if token not in self._unmarked], skip_special_tokens=False
+        )
+        return text
+
     def _told_for_chat(self, chances: list[Chance]) -> dict[str, Any] | None:
         def one(token: int, value: float) -> dict[str, Any]:
             text = self._tokenizer.decode([token])
@@ -399,14 +419,22 @@ class Piece:
 class Answer:
     """One choice of an answer while it is written."""
 
-    def __init__(self, generation: Generation, prompt: list[int], wish: Wish, copy: int) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        prompt: list[int],
+        wish: Wish,
+        copy: int,
+        decode: Callable[[list[int]], str] | None = None,
+        grammars: Sequence[Grammar] = (),
+    ) -> None:
         if wish.seed is not None and copy:
             wish = replace(wish, seed=wish.seed + copy)
         self.prompt = prompt
         self.finish: str | None = None
         self.n_tokens = 0
         self._batch = generation._batch
-        self._text = Text(generation._decode, wish.stop)
+        self._text = Text(decode or generation._decode, wish.stop)
         self._wish = wish
         self._came: asyncio.Queue[tuple[list[int], bool, BaseException | None]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -414,7 +442,7 @@ class Answer:
         def put(tokens: list[int], is_last: bool, exc: BaseException | None) -> None:
             loop.call_soon_threadsafe(self._came.put_nowait, (tokens, is_last, exc))
 
-        self._line = Line(prompt, wish, put)
+        self._line = Line(prompt, wish, put, grammar=next((one.copy() for one in grammars), None))
         self._tokens: list[int] = []
         self._told = 0
 

@@ -61,6 +61,8 @@ class Line:
     """For each token its log-probability, and the likeliest with theirs."""
     picked: list[int] = field(default_factory=list)
     generator: Any = None
+    grammar: Any = None
+    """A `Grammar` that binds it."""
 
 
 def pick(logits: Any, lines: Sequence[Line]) -> Any:
@@ -72,6 +74,8 @@ def pick(logits: Any, lines: Sequence[Line]) -> Any:
     for row, line in enumerate(lines):
         if not line.wish.is_plain:
             _weigh(logits[row], line)
+        if line.grammar is not None:
+            line.grammar.bind(logits[row])
     tokens = logits.argmax(-1)
     drawn = [row for row, line in enumerate(lines) if not line.wish.is_greedy]
     if drawn:
@@ -79,6 +83,8 @@ def pick(logits: Any, lines: Sequence[Line]) -> Any:
     chosen = tokens.tolist()
     for line, token in zip(lines, chosen, strict=True):
         line.picked.append(token)
+        if line.grammar is not None and (wrong := line.grammar.take(token)):
+            line.put([], True, RuntimeError(f"the answer cannot go on by its schema: {wrong}"))
     if raw is not None:
         for row, chances in zip(told, raw, strict=True):
             most = lines[row].wish.logprobs or 0

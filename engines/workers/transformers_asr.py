@@ -16,12 +16,11 @@ from starlette.routing import BaseRoute
 from engines.workers import transcription
 from engines.workers.audio import RATE_HEARD
 from engines.workers.device import torch_device
+from engines.workers.hearing import long_enough, stops_once, windows
+from engines.workers.prompted_asr import PROMPTED, PromptedASR
 from engines.workers.server import Cancelled, Order, Refused, number, serve
-from engines.workers.transcription import Segment, Wish, Word
+from engines.workers.transcription import Hearer, Segment, Wish, Word
 
-WINDOW_S = 30  # what Whisper was trained on
-CUT_S = 8  # how far back from the end of a window a quiet place is looked for
-QUIET_S = 0.1
 # Those that hear and write; others of the library's want a chat's prompt.
 WRITERS = frozenset(
     ["whisper", "moonshine", "speech_to_text", "speecht5", "speech-encoder-decoder", "seamless_m4t", "seamless_m4t_v2"]
@@ -30,28 +29,19 @@ KWARGS = {"num_beams": (1, 20), "max_new_tokens": (1, 448), "no_repeat_ngram_siz
 
 
 class TransformersASR:
-    """A hearer."""
+    """A hearer: Whisper, others that hear and write, and those that tell a letter for each moment (CTC)."""
 
-    def __init__(self, order: Order) -> None:
-        import torch
+    def __init__(self, folder: str, kind: str, device: str, dtype: Any) -> None:
         from transformers import pipeline
 
-        folder = Path(order.model)
-        kind = _architecture(folder)
-        device = torch_device(order.options)
-        dtype = order.options.get("torch_dtype") or "auto"
-        if dtype == "auto" and device == "cpu":
-            dtype = "float32"  # halves are slow there
-        self._pipe: Any = pipeline(
-            "automatic-speech-recognition",
-            model=str(folder),
-            device=device,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        )
+        self._pipe: Any = pipeline("automatic-speech-recognition", model=folder, device=device, dtype=dtype)
         self._is_whisper = kind == "whisper"
         self._is_writer = kind in WRITERS
         config = self._pipe.model.generation_config if self._is_writer else None
-        self.has_words = not self._is_writer or bool(getattr(config, "alignment_heads", None))
+        if self._is_writer:
+            self.has_words = bool(getattr(config, "alignment_heads", None))
+        else:
+            self.has_words = hasattr(self._pipe.tokenizer, "_get_word_offsets")
         self._is_multilingual = self._is_whisper and bool(getattr(config, "is_multilingual", True))
         self.can_translate = self._is_multilingual
         codes = getattr(config, "lang_to_id", None) or {}
@@ -107,23 +97,21 @@ class TransformersASR:
     def _window(
         self, samples: Any, offset_s: float, wish: Wish, said: dict[str, Any], cancel: threading.Event
     ) -> Iterator[Segment]:
-        from transformers import StoppingCriteriaList
-
         if cancel.is_set():
             raise Cancelled
         more: dict[str, Any] = {}
         if self._is_writer:
-            more["generate_kwargs"] = said | {"stopping_criteria": StoppingCriteriaList([_until(cancel)])}
+            more["generate_kwargs"] = said | {"stopping_criteria": stops_once(cancel)}
         if self._is_whisper:
             more["return_timestamps"] = "word" if wish.has_words else True
-        elif not self._is_writer and wish.has_words:
+        elif not self._is_writer and self.has_words:
             more["return_timestamps"] = "word"
-        found = self._pipe({"raw": samples, "sampling_rate": RATE_HEARD}, **more)
+        found = self._pipe({"raw": long_enough(samples), "sampling_rate": RATE_HEARD}, **more)
         if cancel.is_set():
             raise Cancelled
         length_s = len(samples) / RATE_HEARD
         pieces = [_stretch(chunk, offset_s, length_s) for chunk in found.get("chunks") or ()]
-        if wish.has_words or not pieces:
+        if wish.has_words or not pieces or not self._is_whisper:
             words = [Word(text.strip(), begin, end) for text, begin, end in pieces]
             text = str(found["text"])
             if text.strip():
@@ -134,21 +122,6 @@ class TransformersASR:
             yield Segment(begin, end, text)
 
 
-def windows(samples: Any) -> list[tuple[int, int]]:
-    """Where to cut: from one sample to before another, each at most WINDOW_S long and cut where it is quietest."""
-    import numpy as np
-
-    size, back, quiet = WINDOW_S * RATE_HEARD, CUT_S * RATE_HEARD, int(QUIET_S * RATE_HEARD)
-    found, begin = [], 0
-    while len(samples) - begin > size:
-        tail = samples[begin + size - back : begin + size]
-        loudness = np.square(tail[: len(tail) // quiet * quiet].reshape(-1, quiet)).mean(axis=1)
-        end = begin + size - back + int(loudness.argmin()) * quiet + quiet // 2
-        found.append((begin, end))
-        begin = end
-    return [*found, (begin, len(samples))]
-
-
 def _stretch(chunk: Any, offset_s: float, length_s: float) -> tuple[str, float, float]:
     """Text, begin and end; a model may leave the end open."""
     begin, end = chunk["timestamp"]
@@ -157,33 +130,33 @@ def _stretch(chunk: Any, offset_s: float, length_s: float) -> tuple[str, float, 
     return chunk["text"], round(offset_s + begin, 3), round(offset_s + max(begin, end), 3)
 
 
-def _until(cancel: threading.Event) -> Any:
-    """A criterion of the library's that stops once the event is set."""
-    import torch
-
-    def should_stop(input_ids: Any, scores: Any, **more: Any) -> Any:
-        return torch.full((input_ids.shape[0],), cancel.is_set(), device=input_ids.device, dtype=torch.bool)
-
-    return should_stop
-
-
 def _architecture(folder: Path) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
     try:
-        kind = str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = str(config["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise Refused(f"{folder} is no model in the form of transformers: its config.json cannot be read.") from exc
-    if kind not in WRITERS and kind not in MODEL_FOR_CTC_MAPPING_NAMES:
+    if kind not in WRITERS and kind not in PROMPTED and kind not in MODEL_FOR_CTC_MAPPING_NAMES:
         raise Refused(
             f"{folder} is of the architecture {kind!r}, which this engine cannot hear with. It can with whisper, "
-            "moonshine, speech_to_text, wav2vec2 and others with a CTC head."
+            f"moonshine, speech_to_text, {', '.join(PROMPTED)}, wav2vec2 and others with a CTC head."
         )
     return kind
 
 
 def _load(order: Order) -> list[BaseRoute]:
-    return transcription.routes(TransformersASR(order), order)
+    import torch
+
+    kind = _architecture(Path(order.model))
+    device = torch_device(order.options)
+    dtype = order.options.get("torch_dtype") or "auto"
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"  # halves are slow there
+    made = PromptedASR if kind in PROMPTED else TransformersASR
+    hearer: Hearer = made(order.model, kind, device, dtype if dtype == "auto" else getattr(torch, dtype))
+    return transcription.routes(hearer, order)
 
 
 def main() -> None:

@@ -59,6 +59,8 @@ def options_of(engine: Engine, options: dict[str, Any], **fields: Any) -> dict[s
         ({"model_name": "whisper-base", "model_id": "Systran/faster-whisper-base"}, ["faster-whisper"]),
         ({"model_id": "o/m", "model_format": "ctranslate2"}, ["faster-whisper"]),
         ({"model_id": "openai/whisper-tiny"}, ["transformers-asr"]),
+        ({"model_name": "Qwen3-ASR-1.7B"}, []),
+        ({"model_name": "Qwen3-ASR-1.7B", "model_id": "Qwen/Qwen3-ASR-1.7B-hf"}, ["transformers-asr"]),
         ({"model_id": "rhasspy/voice", "model_format": "onnx"}, ["piper"]),
         ({"model_id": "o/Kokoro-82M-onnx", "model_format": "onnx"}, ["kokoro"]),
         ({"model_name": "Kokoro-82M", "model_id": "o/k", "model_format": "onnx"}, ["kokoro"]),
@@ -117,6 +119,19 @@ def test_a_voice_is_named_by_its_file(tmp_path: Path) -> None:
 def test_families_of_other_packages_say_which(name: str, words: str) -> None:
     for engine in ENGINES:
         assert words in str(engine.accepts(an_artifact(model_name=name)))
+
+
+@pytest.mark.parametrize(
+    ("config", "is_read"), [({"model_type": "qwen3_asr"}, True), ({"thinker_config": {}}, False), (None, True)]
+)
+def test_qwen3_asr_is_read_in_the_form_of_transformers(
+    tmp_path: Path, config: dict[str, Any] | None, is_read: bool
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    reason = TransformersASR().accepts(an_artifact(model_name="Qwen3-ASR-0.6B", model_path=str(tmp_path)))
+    assert (reason is None) is is_read
+    assert is_read or "Qwen/Qwen3-ASR-1.7B-hf" in str(reason)
 
 
 def test_every_audio_family_of_the_catalogue_has_an_engine_or_a_sentence() -> None:

@@ -14,6 +14,7 @@ from engines.base import Endpoint, EngineSettings, Placement
 from engines.environments import worker_argv
 from engines.transformers import Transformers
 from engines.workers.answers import Message, Text, message_of
+from engines.workers.tool_calls import FORMS, form_of, tools_of
 from registry.decode import DecodeError
 
 SOCKET = Endpoint(socket="/run/a.sock", api_key="the-secret-key")
@@ -85,7 +86,8 @@ def test_what_the_family_says_reaches_it() -> None:
     [
         ({"context_lenght": 2}, ["'context_lenght'", "'context_length'"]),
         ({"max_num_seqs": 0}, ["`options.max_num_seqs`", ">= 1"]),
-        ({"lora_list": [{"lora_name": "a", "local_path": "/l"}]}, ["loads no LoRA adapters", "vLLM"]),
+        ({"lora_list": [{"lora_name": name, "local_path": "/l"} for name in "ab"]}, ["merges one", "vLLM"]),
+        ({"tool_form": "xml"}, ["`options.tool_form`", "xml"]),
     ],
     ids=str,
 )
@@ -147,7 +149,7 @@ def message(text: str, size: int, **how: Any) -> dict[str, Any]:
 
 
 THINK = {"tags": ("<think>", "</think>")}
-TOOLS = {"tool_tags": ("<tool_call>", "</tool_call>")}
+TOOLS = {"form": FORMS["tagged"]}
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 
 
@@ -210,3 +212,103 @@ def test_the_gpu_that_it_got_is_the_first_that_it_sees() -> None:
     command = ENGINE.command(a_launch({"device": "cuda:2"}), FOLDER, Placement(gpu_uuids=("GPU-2",)), SOCKET, None)
     assert json.loads(command.env["WORKER_OPTIONS"])["device"] == "cuda"
     assert command.env["CUDA_VISIBLE_DEVICES"] == "GPU-2"
+
+
+# --- tool calls in the ways of families
+
+TYPES = tools_of(
+    [
+        {"type": "function", "function": {"name": "f", "parameters": {"properties": {"s": {"type": "string"}}}}},
+        {"type": "function", "function": {"name": "g"}},
+    ]
+)
+QWEN_CODER = """<tool_call>
+<function=f>
+<parameter=s>
+12
+</parameter>
+<parameter=n>
+12
+</parameter>
+</function>
+</tool_call>"""
+GLM = """<tool_call>f
+<arg_key>s</arg_key>
+<arg_value>12</arg_value>
+<arg_key>n</arg_key><arg_value>12</arg_value></tool_call>"""
+LLAMA = '{"name": "f", "parameters": {"s": "12", "n": 12}}'
+BOTH = [("f", {"s": "12", "n": 12})]
+DEEPSEEK = "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>"
+DEEPSEEK_V3 = '<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"s": "12", "n": 12}\n```<｜tool▁call▁end｜>'
+DEEPSEEK_V31 = '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"s": "12", "n": 12}<｜tool▁call▁end｜>'
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+@pytest.mark.parametrize(
+    ("name", "text", "content", "calls"),
+    [
+        ("tagged", QWEN_CODER, None, BOTH),
+        ("tagged", f"Well.{GLM}\n{GLM}", "Well.", BOTH * 2),
+        ("tagged", "<tool_call>g</tool_call>", None, [("g", {})]),
+        ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"s": "12", "n": 12}}]', None, BOTH),
+        ("mistral", 'Well.[TOOL_CALLS]f[ARGS]{"s": "12", "n": 12}[TOOL_CALLS]g[ARGS]{}', "Well.", [*BOTH, ("g", {})]),
+        ("deepseek", DEEPSEEK.format(DEEPSEEK_V3), None, BOTH),
+        ("deepseek", "Well." + DEEPSEEK.format(f"{DEEPSEEK_V31}\n{DEEPSEEK_V31}"), "Well.", BOTH * 2),
+        ("llama3", LLAMA, None, BOTH),
+        (
+            "llama3",
+            f'<|python_tag|>{LLAMA}; {{"name": "g"}}',
+            None,
+            [*BOTH, ("g", {})],
+        ),
+        ("pythonic", '[f(s="12", n=12), g()]', None, [*BOTH, ("g", {})]),
+        ("pythonic", '<|python_start|>[f(s="12", n=12)]<|python_end|>', None, BOTH),
+    ],
+    ids=str,
+)
+def test_calls_are_read_in_the_way_of_the_family(
+    name: str, text: str, content: str | None, calls: list[tuple[str, Any]], size: int
+) -> None:
+    read = message(text, size, form=FORMS[name], types=TYPES)
+    assert read["content"] == content
+    told = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in read["tool_calls"]]
+    assert told == calls
+    lengths = {len(call["id"]) for call in read["tool_calls"]}
+    assert lengths == {9 if name == "mistral" else 29}
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tagged", "<tool_call>two words</tool_call>"),
+        ("mistral", "[TOOL_CALLS] [{"),
+        ("deepseek", DEEPSEEK.format("nothing")),
+        ("llama3", '{"name": "Bob", "age": 3}'),
+        ("llama3", "{ is a brace"),
+        ("llama3", "Well. {}"),
+        ("pythonic", "[1, 2]"),
+        ("pythonic", "[h()]"),
+        ("pythonic", '[f(s=open("x"))]'),
+        ("pythonic", "[see below"),
+    ],
+    ids=str,
+)
+def test_what_is_no_call_stays_text(name: str, text: str, size: int) -> None:
+    assert message(text, size, form=FORMS[name], types=TYPES) == {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{{ '<tool_call>' }}", "tagged"),
+        ("{{ '[TOOL_CALLS]' }}", "mistral"),
+        ("{{ '<｜tool▁calls▁begin｜>' }}", "deepseek"),
+        ("<|python_tag|>", "llama3"),
+        ('Respond in the format {"name": function name, "parameters": dictionary}.', "llama3"),
+        ("[func_name1(params_name1=params_value1...)", "pythonic"),
+        ("{{ messages }}", "tagged"),
+    ],
+)
+def test_the_chat_template_tells_the_way(template: str, name: str) -> None:
+    assert form_of(template) == FORMS[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -31,7 +32,7 @@ ECHO = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def gateway(
-    torch_python: str, smollm2_hf: Path, tmp_path_factory: pytest.TempPathFactory
+    torch_python: str, smollm2_hf: Path, lora_hf: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Gateway]:
     model = {"model_path": str(smollm2_hf), "model_engine": "transformers", "options": OPTIONS}
     settings = {
@@ -41,6 +42,8 @@ async def gateway(
             "smol": model,
             "alone": model | {"options": OPTIONS | {"continuous_batching": False}},
             "narrow": model | {"options": OPTIONS | {"kv_cache_tokens": 64}},
+            "odd": model | {"options": OPTIONS | {"lora_list": [{"lora_name": "odd", "local_path": str(lora_hf)}]}},
+            "caller": model | {"options": OPTIONS | {"chat_template": ECHO + "{# [TOOL_CALLS] #}"}},
         },
     }
     gateway = await Gateway.start(tmp_path_factory.mktemp("home"), settings)
@@ -55,6 +58,7 @@ def client(gateway: Gateway) -> AsyncOpenAI:
 
 async def complete(client: AsyncOpenAI, model: str = "smol", prompt: Any = FRANCE, **options: Any) -> Any:
     extra = {name: options.pop(name) for name in ("stop_token_ids", "top_k", "ignore_eos") if name in options}
+    extra |= options.pop("extra_body", {})
     options = {"max_tokens": 4, "temperature": 0} | options
     return await client.completions.create(model=model, prompt=prompt, extra_body=extra, **options)
 
@@ -190,7 +194,12 @@ async def test_refusals_name_what_is_wrong(client: AsyncOpenAI, gateway: Gateway
     bodies: list[tuple[dict[str, Any], str]] = [
         ({"max_tokens": 2000}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "odd"}}}}, "response_format"),
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_grammar": "root ::= x"}, "guided_grammar"),
+        ({"guided_json": {}, "guided_regex": "x"}, "guided_json"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}, "tool_choice"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
@@ -200,6 +209,92 @@ async def test_refusals_name_what_is_wrong(client: AsyncOpenAI, gateway: Gateway
     for body, param in bodies:
         answer = await gateway.post("/v1/chat/completions", {"model": "smol", "messages": HELLO} | body)
         assert (answer.status, answer.error["param"]) == (400, param), answer.body
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "big": {"type": "boolean"}},
+    "required": ["city", "big"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("model", ["smol", "alone"])
+async def test_an_answer_keeps_to_a_schema_beside_others_that_are_free(model: str, client: AsyncOpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+
+    def ask(temperature: float) -> Any:
+        return client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "Name a city."}],
+            max_tokens=80,
+            temperature=temperature,
+            seed=3,
+            response_format=form,
+        )
+
+    free = (await complete(client, model, max_tokens=8)).choices[0].text
+    bound, drawn, beside = await asyncio.gather(ask(0), ask(1.5), complete(client, model, max_tokens=8))
+    for answer in (bound, drawn):
+        told = json.loads(answer.choices[0].message.content)
+        assert set(told) == {"city", "big"}
+        assert type(told["big"]) is bool
+        assert answer.choices[0].finish_reason == "stop"
+    assert beside.choices[0].text == free
+
+
+async def test_an_answer_is_an_object_a_choice_or_fits_an_expression(client: AsyncOpenAI) -> None:
+    async def ask(**extra: Any) -> str:
+        answer = await client.chat.completions.create(
+            model="smol", messages=HELLO, max_tokens=60, temperature=0, extra_body=extra
+        )
+        return answer.choices[0].message.content or ""
+
+    assert (await ask(response_format={"type": "json_object"})).startswith("{")
+    assert await ask(guided_choice=["rot", "grün"]) in ("rot", "grün")
+    assert re.fullmatch("[0-9]{3}-[a-f]{2}", await ask(structured_outputs={"regex": "[0-9]{3}-[a-f]{2}"}))
+    answer = await complete(client, max_tokens=30, extra_body={"guided_json": {"enum": ["Rome"]}}, n=2)
+    assert [choice.text for choice in answer.choices] == ['"Rome"', '"Rome"']
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_tool_call_is_read_as_the_template_says(client: AsyncOpenAI, stream: bool) -> None:
+    """What the model is to write is prescribed, so that it calls the tool."""
+    call = '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}]'
+    answer = await client.chat.completions.create(
+        model="caller",
+        messages=HELLO,
+        tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        temperature=0,
+        stream=stream,
+        extra_body={"guided_choice": [call]},
+    )
+    if stream:
+        chunks = [chunk.choices[0] async for chunk in answer]
+        assert "".join(chunk.delta.content or "" for chunk in chunks) == ""
+        (told,) = [one for chunk in chunks for one in chunk.delta.tool_calls or ()]
+        finish = chunks[-1].finish_reason
+    else:
+        (told,) = answer.choices[0].message.tool_calls
+        finish = answer.choices[0].finish_reason
+    assert (told.function.name, told.function.arguments, finish) == ("f", '{"a": 1}', "tool_calls")
+
+
+async def test_an_adapter_is_part_of_the_model(client: AsyncOpenAI, gateway: Gateway) -> None:
+    plain = (await complete(client, max_tokens=6)).choices[0].text
+    assert (await complete(client, "odd", max_tokens=6)).choices[0].text != plain
+    named = await gateway.complete("odd", prompt=FRANCE, max_tokens=6, temperature=0, lora_name="odd")
+    assert named.json["choices"][0]["text"] != plain
+    other = await gateway.complete("odd", prompt=FRANCE, lora_name="even")
+    assert "It has odd." in other.error["message"]
+
+
+async def test_an_adapter_that_does_not_fit_says_so(gateway: Gateway, smollm2_hf: Path, tmp_path: Path) -> None:
+    launch = {"model_uid": "bad", "model_path": str(smollm2_hf), "model_engine": "transformers"}
+    options = OPTIONS | {"lora_list": [{"lora_name": "x", "local_path": str(tmp_path)}]}
+    answer = await gateway.post("/v1/models", launch | {"options": options}, timeout=aiohttp.ClientTimeout(170))
+    assert answer.status >= 400
+    assert f"The LoRA adapter in {tmp_path} does not go into this model" in answer.error["message"]
 
 
 async def test_nothing_is_written_for_a_request_that_is_refused(client: AsyncOpenAI, gateway: Gateway) -> None:
