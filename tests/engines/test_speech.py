@@ -113,7 +113,7 @@ def test_a_voice_is_named_by_its_file(tmp_path: Path) -> None:
         ("CosyVoice2-0.5B", "need CosyVoice's own program from its git repository"),
         ("MeloTTS-English", "PyPI's melotts 0.1.1 cannot be built"),
         ("MegaTTS3", "by model_engine command"),
-        ("Qwen3-ASR-0.6B", "need the qwen-asr package"),
+        ("Qwen3-ASR-0.6B", "qwen-asr package"),
     ],
 )
 def test_families_of_other_packages_say_which(name: str, words: str) -> None:
