@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from engines.base import Engine, Launch
-from gateway.errors import ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
+from gateway.errors import HostlerError, ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
+from gateway.queue import Queue, Ticket
 from gateway.replica import COMING, Replica, State
 
 logger = logging.getLogger("hostler.deployment")
@@ -19,14 +20,28 @@ class Deployment:
     """A Launch and its Replicas. `run` drives it; requests come through `acquire` and `release`."""
 
     def __init__(
-        self, launch: Launch, engine: Engine, *, drain_timeout_s: float, should_start: bool | None = None
+        self,
+        launch: Launch,
+        engine: Engine,
+        *,
+        drain_timeout_s: float,
+        queue_limit: int = 1000,
+        should_start: bool | None = None,
     ) -> None:
-        """`should_start` says whether it is loaded at once; else the launch does."""
+        """A deployment that nothing drives yet.
+
+        Args:
+            queue_limit: how many requests may wait, if the launch does not say.
+            should_start: whether it is loaded at once; else the launch says.
+        """
         self.launch = launch
         self.engine = engine
         self.replicas: Sequence[Replica] = ()
         self._leaving: dict[Replica, float] = {}  # those that are to end, and how long their requests may go on
-        self.waiting = 0  # requests that wait for a replica
+        self._queue: Queue[Replica] = Queue()
+        self._watchers: dict[object, float] = {}  # who waits until it is ready, and since when
+        self._queue_limit = queue_limit
+        self._is_held = False
         self._drain_timeout_s = drain_timeout_s
         self._start_wanted = launch.preload if should_start is None else should_start
         self._is_running = False  # from the decision to start until all replicas have stopped
@@ -43,57 +58,167 @@ class Deployment:
 
     # --- what requests do
 
-    def pick(self, avoid: Replica | None = None) -> Replica | None:
-        """The ready replica with the least in flight, and `avoid` only if there is no other; or None.
+    def acquire_now(self, avoid: Replica | None = None, key: bytes = b"") -> Replica | None:
+        """A ready replica, counted as in use until `release`; None if the request has to wait for its turn."""
+        if self._queue or self._is_held:
+            return None
+        replica = self.pick(avoid, key)
+        return None if replica is None else self.take(replica)
+
+    async def acquire(self, avoid: Replica | None = None, key: bytes = b"") -> Replica:
+        """As `acquire_now`, but waits, and starts the model, if there is none.
 
         Raises:
-            TooManyRequests: all that are ready are as busy as the launch allows.
-        """
-        ready = self.ready()
-        limit = self.launch.request_limits
-        if ready and limit is not None and all(replica.in_flight >= limit for replica in ready):
-            raise TooManyRequests(
-                f"Rate limit reached for the model. Request limit {limit} for the model: {ready[0].name}. "
-                "Try again, or launch it with more replicas or a higher request_limits."
-            )
-        return min(ready, key=lambda replica: (replica is avoid, replica.in_flight), default=None)
-
-    async def acquire(self, avoid: Replica | None = None) -> Replica:
-        """A ready replica, counted as in use until `release`; waits, and starts the model, if there is none.
-
-        Raises:
-            TooManyRequests: the replicas are ready, and as busy as the launch allows.
-            ModelFailed: no replica starts.
+            As `enter`, and while it waits: ModelFailed, ShuttingDown, and
             ModelStopped: somebody stopped it meanwhile. Who comes after that waits for the next start.
+        """
+        if (replica := self.acquire_now(avoid, key)) is not None:
+            return replica
+        ticket = self.enter(avoid, key)
+        try:
+            replica = await ticket.wait()
+            assert replica is not None
+            return replica
+        finally:
+            self.leave(ticket)
+
+    def enter(self, avoid: Replica | None = None, key: bytes = b"", *, is_again: bool = False) -> Ticket[Replica]:
+        """A place in the queue, which starts the model; whoever has it must `leave` in the end.
+
+        Args:
+            avoid: the replica that it is not to get if there is another.
+            key: of what belongs together, so that it gets the same replica.
+            is_again: it was served and lost its replica; it goes before the others, and no limit refuses it.
+        Raises:
+            TooManyRequests: as many wait as may, or none may wait for replicas that are as busy as the launch allows.
+            ModelFailed: no replica starts.
             ShuttingDown: the deployment is ending.
         """
-        return self.take(await self._once_there_is(lambda: self.pick(avoid)))
+        if (why := self._refusal()) is not None:
+            raise why
+        if not is_again:
+            self._check_limits()
+        ticket = self._queue.join(avoid, key, is_first=is_again)
+        if self.waiting == 1:
+            self.notify()
+        else:
+            self._serve()
+        return ticket
+
+    def leave(self, ticket: Ticket[Replica]) -> None:
+        """The request waits no longer; a replica that it was handed and has not taken goes to the next."""
+        if (replica := self._queue.leave(ticket)) is not None:
+            self.release(replica, was_served=False)
+        elif not self.waiting:
+            self.notify()
+
+    def number_of(self, ticket: Ticket[Replica]) -> int:
+        """Its number in the queue, from 1."""
+        return self._queue.number_of(ticket)
 
     async def until_ready(self) -> None:
         """Start the model, and wait until a replica is ready; takes no place of a request.
 
         Raises:
-            As `acquire`, but TooManyRequests.
+            ModelFailed, ModelStopped, ShuttingDown: as `acquire`.
         """
-        await self._once_there_is(lambda: next(iter(self.ready()), None))
-
-    async def _once_there_is(self, look: Callable[[], Replica | None]) -> Replica:
-        """What `look` finds, once it finds something; counted as waiting until then, so that the model starts."""
         stops = self.stops
-        self.waiting += 1
+        watcher = object()
+        self._watchers[watcher] = time.monotonic()
         if self.waiting == 1:
             self.notify()
         try:
-            while (replica := look()) is None:
+            while not self.ready():
                 self.check_still_wanted(stops)
-                if self.has_failed and not self._stopping:
-                    raise ModelFailed(self.failure_text())
+                if (why := self._refusal()) is not None:
+                    raise why
                 await self.changed()
         finally:
-            self.waiting -= 1
+            del self._watchers[watcher]
             if not self.waiting:
                 self.notify()
-        return replica
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for a replica."""
+        return len(self._queue) + len(self._watchers)
+
+    @property
+    def waiting_since(self) -> float | None:
+        """Since when the oldest of them has waited, of the monotonic clock; None if nobody waits."""
+        return min((*self._watchers.values(), *filter(None, (self._queue.since,))), default=None)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether no new request gets a replica, as it has to make room once those in flight have ended."""
+        return self._is_held
+
+    @is_held.setter
+    def is_held(self, is_held: bool) -> None:
+        if is_held != self._is_held:
+            self._is_held = is_held
+            self.notify()
+
+    def pick(self, avoid: Replica | None = None, key: bytes = b"") -> Replica | None:
+        """The ready replica with the least in flight that may have more, and `avoid` only if there is no other."""
+        if self._stopping:
+            return None
+        limit = self.launch.request_limits
+        best: Replica | None = None
+        for replica in self.replicas:
+            if replica.state is not State.READY or (limit is not None and replica.in_flight >= limit):
+                continue
+            if self._leaving and replica in self._leaving:
+                continue
+            if best is None or best is avoid or (replica.in_flight < best.in_flight and replica is not avoid):
+                best = replica
+        return best
+
+    def _give(self, ticket: Ticket[Replica]) -> Replica | None:
+        replica = None if self._is_held else self.pick(ticket.avoid, ticket.key)
+        return None if replica is None else self.take(replica)
+
+    def _serve(self) -> None:
+        """Hand over what there is to those who wait, or tell them that it will not come."""
+        if self._queue:
+            if (why := self._refusal()) is None:
+                self._queue.serve(self._give)
+            else:
+                self._queue.end(why)
+
+    def _refusal(self) -> HostlerError | None:
+        """Why no request is to wait for it; None if it may."""
+        if self.is_closed:
+            return self._stop_told()
+        if self.has_failed and not self._stopping:
+            return ModelFailed(self.failure_text())
+        return None
+
+    def _stop_told(self) -> HostlerError:
+        """What those are told who wait, or are answered, when somebody stops it."""
+        if self.is_closed:
+            return ShuttingDown(f"{self.launch.uid} is being stopped for good.")
+        return ModelStopped(f"{self.launch.uid} was stopped before the request was answered.")
+
+    def _check_limits(self) -> None:
+        """Raises TooManyRequests if one more may not wait."""
+        busy, limit = self.launch.request_limits, self.launch.queue_limit
+        ready = self.ready()
+        is_busy = limit is None and busy is not None and ready and not self._is_held and self.pick() is None
+        if is_busy or busy == 0:
+            raise TooManyRequests(
+                f"Rate limit reached for the model. Request limit {busy} for the model: "
+                f"{ready[0].name if ready else self.launch.uid}. "
+                "Try again, or launch it with more replicas, a higher request_limits, or a queue_limit to wait in."
+            )
+        limit = self._queue_limit if limit is None else limit
+        if len(self._queue) >= limit:
+            if not limit and not self._start_wanted:
+                self.start()  # nobody may wait for it, but somebody wants it
+            raise TooManyRequests(
+                f"{len(self._queue)} requests wait for {self.launch.uid} already, as many as may (queue_limit). "
+                f"{self.progress_text()}. Try again later, or raise queue_limit."
+            )
 
     def ready(self) -> list[Replica]:
         """Those that new requests may go to."""
@@ -111,15 +236,16 @@ class Deployment:
         replica.in_flight -= 1
         replica.served += was_served
         replica.last_used = time.monotonic()
-        if not replica.in_flight:
+        had_waiting = bool(self._queue)
+        if had_waiting:
+            self._serve()
+        if not replica.in_flight or (had_waiting and not self._queue):
             self.notify()  # an idle clock or a drain may wait for it
 
     def check_still_wanted(self, stops: int) -> None:
         """Raises ModelStopped or ShuttingDown if it was stopped since there were so many `stops`."""
-        if self.is_closed:
-            raise ShuttingDown(f"{self.launch.uid} is being stopped for good.")
-        if self.stops != stops:
-            raise ModelStopped(f"{self.launch.uid} was stopped before the request was answered.")
+        if self.is_closed or self.stops != stops:
+            raise self._stop_told()
 
     # --- what it says of itself
 
@@ -203,6 +329,7 @@ class Deployment:
     def stop(self, *, force: bool = False) -> None:
         """Unload once the requests in flight have ended, or at once; the next request loads again."""
         self.stops += 1
+        self._queue.end(self._stop_told())
         self._unload(force=force)
 
     def _unload(self, *, force: bool) -> None:
@@ -321,7 +448,8 @@ class Deployment:
     # --- how waiters learn of it
 
     def notify(self) -> None:
-        """Wake everybody who waits for a change; each looks again for itself."""
+        """Something has changed: requests get what there is for them, and all others look again for themselves."""
+        self._serve()
         self._change.set()
         self._change = asyncio.Event()
 

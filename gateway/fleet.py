@@ -378,7 +378,11 @@ class Fleet:
     def _deploy(self, launch: Launch, *, is_wanted: bool = True) -> Deployment:
         engine = engines.find(launch.engine, self.engines)
         deployment = Deployment(
-            launch, engine, drain_timeout_s=self.settings.drain_timeout_s, should_start=launch.preload and is_wanted
+            launch,
+            engine,
+            drain_timeout_s=self.settings.drain_timeout_s,
+            queue_limit=self.settings.queue_limit,
+            should_start=launch.preload and is_wanted,
         )
         deployment.replicas = [self._replica(deployment, index) for index in range(launch.replica)]
         self._deployments[launch.uid] = deployment

@@ -36,6 +36,7 @@ from gateway.errors import (
     envelope,
 )
 from gateway.fleet import Fleet
+from gateway.queue import Ticket
 from gateway.replica import Replica
 from gateway.upstream import Reply, UpstreamLost
 
@@ -223,36 +224,33 @@ class Exchange:
     async def _acquire(self, avoid: Replica | None) -> Replica:
         """A replica that is ready; a stream that waits gets comments, others wait up to load_timeout_s."""
         self.phase = "queued"
-        replica = self.deployment.pick(avoid)
-        if replica is not None:
-            return self.deployment.take(replica)
+        deployment = self.deployment
+        if (replica := deployment.acquire_now(avoid)) is not None:
+            return replica
         waited_since = time.perf_counter()
+        ticket = deployment.enter(avoid, is_again=avoid is not None)
         try:
             if self.is_stream:
-                return await self._acquire_with_comments(avoid)
-            limit_s = self.deployment.launch.load_timeout_s
-            try:
-                async with asyncio.timeout(limit_s):
-                    return await self.deployment.acquire(avoid)
-            except TimeoutError as exc:
-                raise ModelLoading(
-                    f"{self.deployment.progress_text()}. It was not ready within load_timeout_s ({limit_s:g} s); the "
-                    "load goes on, so try again later, or send a streamed request, which waits for longer."
-                ) from exc
+                return await self._wait_with_comments(ticket)
+            limit_s = deployment.launch.load_timeout_s
+            if (replica := await ticket.wait(limit_s)) is not None:
+                return replica
+            raise ModelLoading(
+                f"{deployment.progress_text()}. It was not ready within load_timeout_s ({limit_s:g} s); the "
+                "load goes on, so try again later, or send a streamed request, which waits for longer."
+            )
         finally:
-            metrics.QUEUE_SECONDS.labels(self.deployment.launch.uid).observe(time.perf_counter() - waited_since)
+            deployment.leave(ticket)
+            metrics.QUEUE_SECONDS.labels(deployment.launch.uid).observe(time.perf_counter() - waited_since)
 
-    async def _acquire_with_comments(self, avoid: Replica | None) -> Replica:
+    async def _wait_with_comments(self, ticket: Ticket[Replica]) -> Replica:
         """As long as the model is coming; how long that may take is for its own clocks to say."""
-        while True:
-            try:
-                async with asyncio.timeout(self.fleet.settings.keepalive_interval_s):
-                    return await self.deployment.acquire(avoid)
-            except TimeoutError:
-                if not self.status:
-                    self.is_sse = True
-                    await self._start(200, SSE_HEADERS)
-                await self._send_body(f": {self.deployment.progress_text()}\n\n".encode())
+        while (replica := await ticket.wait(self.fleet.settings.keepalive_interval_s)) is None:
+            if not self.status:
+                self.is_sse = True
+                await self._start(200, SSE_HEADERS)
+            await self._send_body(f": {self.deployment.progress_text()}\n\n".encode())
+        return replica
 
     async def _ask(self, replica: Replica) -> tuple[Reply, bytes]:
         """Send the request; the head of the reply and the first bytes of its body."""
