@@ -192,6 +192,9 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     chat_words: ClassVar[tuple[tuple[bytes, bytes], ...]] = ()
     """What is replaced in replies to chats, whole and streamed, where the engine's word is not that of clients."""
 
+    keeps_prefixes: ClassVar[bool] = False
+    """Whether it keeps what it has read, so that a conversation is answered faster where it was before."""
+
     settings: EngineSettings = EngineSettings()
     environments: Path | None = None
     """The folder of the environments that `hostler engines install` makes."""

@@ -133,6 +133,7 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
 
     name = "llama.cpp"
     model_types = ("LLM", "embedding", "rerank")
+    keeps_prefixes = True
     takes_flags = True
     options = LlamaCppOptions
 

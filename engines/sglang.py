@@ -109,6 +109,7 @@ class Sglang(Engine, frozen=True, kw_only=True):
 
     name = "SGLang"
     model_types = ("LLM", "embedding")
+    keeps_prefixes = True
     takes_flags = True
     options = SglangOptions
     unix_socket = False

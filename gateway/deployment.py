@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from engines.base import Engine, Launch
+from gateway import metrics, outlook
 from gateway.errors import HostlerError, ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
 from gateway.queue import Queue, Ticket
 from gateway.replica import COMING, Replica, State
 
 logger = logging.getLogger("hostler.deployment")
+
+BUSIER_BY = 4  # requests that a replica may have more than another and still get what belongs to it
+RETRY_QUEUE_S = 5.0  # who finds the queue full, if nothing better is known
+_in_flight = attrgetter("in_flight")
 
 
 class Deployment:
@@ -26,12 +32,14 @@ class Deployment:
         *,
         drain_timeout_s: float,
         queue_limit: int = 1000,
+        load_s: Callable[[Launch], float | None] = lambda launch: None,
         should_start: bool | None = None,
     ) -> None:
         """A deployment that nothing drives yet.
 
         Args:
             queue_limit: how many requests may wait, if the launch does not say.
+            load_s: how long an engine of such a launch took to be ready in earlier runs, if that is known.
             should_start: whether it is loaded at once; else the launch says.
         """
         self.launch = launch
@@ -41,6 +49,7 @@ class Deployment:
         self._queue: Queue[Replica] = Queue()
         self._watchers: dict[object, float] = {}  # who waits until it is ready, and since when
         self._queue_limit = queue_limit
+        self._load_s = load_s
         self._is_held = False
         self._drain_timeout_s = drain_timeout_s
         self._start_wanted = launch.preload if should_start is None else should_start
@@ -58,14 +67,14 @@ class Deployment:
 
     # --- what requests do
 
-    def acquire_now(self, avoid: Replica | None = None, key: bytes = b"") -> Replica | None:
+    def acquire_now(self, avoid: Replica | None = None, key: int = 0) -> Replica | None:
         """A ready replica, counted as in use until `release`; None if the request has to wait for its turn."""
         if self._queue or self._is_held:
             return None
         replica = self.pick(avoid, key)
         return None if replica is None else self.take(replica)
 
-    async def acquire(self, avoid: Replica | None = None, key: bytes = b"") -> Replica:
+    async def acquire(self, avoid: Replica | None = None, key: int = 0) -> Replica:
         """As `acquire_now`, but waits, and starts the model, if there is none.
 
         Raises:
@@ -82,12 +91,12 @@ class Deployment:
         finally:
             self.leave(ticket)
 
-    def enter(self, avoid: Replica | None = None, key: bytes = b"", *, is_again: bool = False) -> Ticket[Replica]:
+    def enter(self, avoid: Replica | None = None, key: int = 0, *, is_again: bool = False) -> Ticket[Replica]:
         """A place in the queue, which starts the model; whoever has it must `leave` in the end.
 
         Args:
             avoid: the replica that it is not to get if there is another.
-            key: of what belongs together, so that it gets the same replica.
+            key: of what belongs together, so that it gets the same replica; 0 for none.
             is_again: it was served and lost its replica; it goes before the others, and no limit refuses it.
         Raises:
             TooManyRequests: as many wait as may, or none may wait for replicas that are as busy as the launch allows.
@@ -159,20 +168,31 @@ class Deployment:
             self._is_held = is_held
             self.notify()
 
-    def pick(self, avoid: Replica | None = None, key: bytes = b"") -> Replica | None:
-        """The ready replica with the least in flight that may have more, and `avoid` only if there is no other."""
+    def pick(self, avoid: Replica | None = None, key: int = 0) -> Replica | None:
+        """Of the ready replicas that may have more the one with the least in flight; `avoid` only if there is no other.
+
+        With a key, it is the one that the key is drawn to most, among those that are not much busier than that: each
+        key ranks all replicas, so that one that comes or goes moves only its share of the keys.
+        """
         if self._stopping:
             return None
         limit = self.launch.request_limits
-        best: Replica | None = None
-        for replica in self.replicas:
-            if replica.state is not State.READY or (limit is not None and replica.in_flight >= limit):
-                continue
-            if self._leaving and replica in self._leaving:
-                continue
-            if best is None or best is avoid or (replica.in_flight < best.in_flight and replica is not avoid):
-                best = replica
-        return best
+        free = [
+            replica
+            for replica in self.replicas
+            if replica.state is State.READY
+            and (limit is None or replica.in_flight < limit)
+            and not (self._leaving and replica in self._leaving)
+        ]
+        if len(free) < 2:
+            return free[0] if free else None
+        free = [replica for replica in free if replica is not avoid]
+        least = min(free, key=_in_flight)
+        if not key:
+            return least
+        most = least.in_flight + BUSIER_BY
+        near = [replica for replica in free if replica.in_flight <= most]
+        return max(near, key=lambda replica: hash((key, replica.index)))  # of numbers: the same everywhere
 
     def _give(self, ticket: Ticket[Replica]) -> Replica | None:
         replica = None if self._is_held else self.pick(ticket.avoid, ticket.key)
@@ -206,6 +226,7 @@ class Deployment:
         ready = self.ready()
         is_busy = limit is None and busy is not None and ready and not self._is_held and self.pick() is None
         if is_busy or busy == 0:
+            metrics.REFUSED.labels(self.launch.uid, "busy").inc()
             raise TooManyRequests(
                 f"Rate limit reached for the model. Request limit {busy} for the model: "
                 f"{ready[0].name if ready else self.launch.uid}. "
@@ -215,9 +236,11 @@ class Deployment:
         if len(self._queue) >= limit:
             if not limit and not self._start_wanted:
                 self.start()  # nobody may wait for it, but somebody wants it
+            metrics.REFUSED.labels(self.launch.uid, "queue_full").inc()
             raise TooManyRequests(
-                f"{len(self._queue)} requests wait for {self.launch.uid} already, as many as may (queue_limit). "
-                f"{self.progress_text()}. Try again later, or raise queue_limit."
+                f"{len(self._queue)} requests wait for the model already, as many as may (queue_limit). "
+                f"{self.progress_text()}. Try again later, or raise queue_limit.",
+                retry_after_s=outlook.retry_after_s(self, RETRY_QUEUE_S),
             )
 
     def ready(self) -> list[Replica]:
@@ -296,14 +319,13 @@ class Deployment:
         """By what name the engine knows the model."""
         return self.engine.served_name(self.launch)
 
-    def progress_text(self) -> str:
-        """What a waiting client is told: the stage, how long it lasts, and the last failure if there is one."""
-        if self.state in COMING:
-            replica = next(replica for replica in self.replicas if replica.state is self.state)
-            stage = str(replica.progress or replica.state)
-            again = f", after: {replica.failure.reason}" if replica.failure and replica.failures_in_row else ""
-            return f"{self.launch.uid} is loading: {stage}, {time.monotonic() - replica.state_since:.0f} s{again}"
-        return f"{self.launch.uid} is {self.state}"
+    def load_s(self) -> float | None:
+        """How long its engine takes from its start until it is ready, as far as earlier starts tell."""
+        return self._load_s(self.launch) or max((replica.load_s for replica in self.replicas), default=0.0) or None
+
+    def progress_text(self, number: int | None = None) -> str:
+        """What a waiting client is told; `number` is its own in the queue."""
+        return outlook.text(self, number)
 
     def reason_text(self) -> str:
         """Why it does not serve."""

@@ -108,6 +108,8 @@ class Replica:
         self.served = 0  # requests answered in this life
         self.starts = 0
         self.ready_since: float | None = None  # in this life
+        self.load_s = 0.0  # of the last start that came to be ready
+        self.waits_for: str | None = None  # what has to happen before it gets room
         self.failures_in_row = 0
         self.last_used = time.monotonic()
         self.failure: Failure | None = None
@@ -194,7 +196,8 @@ class Replica:
                 try:
                     path = await self._until_ready(process, upstream, command)
                     self.upstream, self.address = upstream, endpoint.address
-                    metrics.LOAD_SECONDS.labels(self.launch.uid).observe(time.monotonic() - self.state_since)
+                    self.load_s = time.monotonic() - self.state_since
+                    metrics.LOAD_SECONDS.labels(self.launch.uid).observe(self.load_s)
                     self._enter(State.READY)
                     self._tell("INFO", f"{self.name} is ready")
                     watch = asyncio.create_task(self._end_if_silent(process, upstream, path, command))

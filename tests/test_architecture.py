@@ -41,6 +41,7 @@ GATEWAY_LAYERS = (
     ("config", "sdk"),
     ("downloads", "environments", "nodes"),
     ("replica",),
+    ("outlook",),
     ("deployment",),
     ("reload",),
     ("fleet",),

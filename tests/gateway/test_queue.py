@@ -41,6 +41,7 @@ class Copy:
         self.failure: Failure | None = None
         self.progress = None
         self.waits_for = None
+        self.load_s = 0.0
         self._changed = changed
 
     def enter(self, state: State) -> None:
