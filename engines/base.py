@@ -235,6 +235,9 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     refusals: ClassVar[Mapping[str, str]] = {}
     """How its errors begin that are the request's fault though it blames itself -> what users are told of the model."""
 
+    keeps_prefixes: ClassVar[bool] = False
+    """Whether it keeps what it has read, so that a conversation is answered faster where it was before."""
+
     settings: EngineSettings = EngineSettings()
     environments: Path | None = None
     """The folder of the environments that `hostler engines install` makes."""

@@ -149,6 +149,7 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
 
     name = "llama.cpp"
     model_types = ("LLM", "embedding", "rerank")
+    keeps_prefixes = True
     takes_flags = True
     options = LlamaCppOptions
     less_memory = "Lower context_length, n_parallel or n_gpu_layers, or say cache_type_k: q8_0 and cache_type_v: q8_0."

@@ -123,6 +123,7 @@ class Sglang(Engine, frozen=True, kw_only=True):
 
     name = "SGLang"
     model_types = ("LLM", "embedding")
+    keeps_prefixes = True
     takes_flags = True
     options = SglangOptions
     less_memory = "Change mem_fraction_static, or lower context_length or max_running_requests."

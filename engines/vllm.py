@@ -150,6 +150,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
 
     name = "vLLM"
     model_types = ("LLM", "embedding", "rerank")
+    keeps_prefixes = True
     takes_flags = True
     options = VllmOptions
     chat_words = ((b'"reasoning":', b'"reasoning_content":'),)  # its name for what others call reasoning_content

@@ -51,7 +51,7 @@ class Crowd:
         if not self._is_crowded:
             self._is_crowded = True
             logger.error("Requests are refused: %s", text)
-        metrics.REFUSED.inc()
+        metrics.TURNED_AWAY.inc()
         response = answer(NoMoreFiles(text))
         response.headers["connection"] = "close"
         return response

@@ -7,17 +7,31 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from engines.base import Engine, Launch
+from gateway import metrics, outlook
 from gateway.causes import Cause
 from gateway.config import Settings
-from gateway.errors import HandedOver, ModelCoolingDown, ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
-from gateway.replica import COMING, Replica, State
+from gateway.errors import (
+    HandedOver,
+    HostlerError,
+    ModelCoolingDown,
+    ModelFailed,
+    ModelStopped,
+    ShuttingDown,
+    TooManyRequests,
+)
+from gateway.queue import Queue, Ticket
+from gateway.replica import Replica, State
 
 logger = logging.getLogger("hostler.deployment")
 
 COOLDOWN_S = 2.0  # who would have to wait longer for another try of a model that has failed is told so at once
+BUSIER_BY = 4  # requests that a replica may have more than another and still get what belongs to it
+RETRY_QUEUE_S = 5.0  # who finds the queue full, if nothing better is known
+_in_flight = attrgetter("in_flight")
 
 
 class Deployment:
@@ -43,8 +57,9 @@ class Deployment:
         self.replicas: Sequence[Replica] = ()
         self._leaving: dict[Replica, float | None] = {}  # those that are to end, and how long their requests may go on
         self._giving_way: set[Replica] = set()  # those that end to make room, and may start again later
-        self.is_held = False  # no request is begun, so that it can make room for a model that has waited too long
-        self.waiting = 0  # requests that wait for a replica
+        self._is_held = False  # no request is begun, so that it makes room for a model that has waited too long
+        self._queue: Queue[Replica] = Queue()
+        self._watchers: dict[object, float] = {}  # who waits until it is ready, and since when
         self._tell_change = changed
         self._settings = settings
         self._start_wanted = launch.preload if should_start is None else should_start
@@ -63,41 +78,64 @@ class Deployment:
 
     # --- what requests do
 
-    def pick(self, avoid: Replica | None = None) -> Replica | None:
-        """The ready replica with the least in flight, and `avoid` only if there is no other; or None.
-
-        Raises:
-            TooManyRequests: all that are ready are as busy as the launch allows.
-        """
-        if self.is_held:
+    def acquire_now(self, avoid: Replica | None = None, key: int = 0) -> Replica | None:
+        """A ready replica, counted as in use until `release`; None if the request has to wait for its turn."""
+        if self._queue or self._is_held:
             return None
-        ready = self.ready()
-        limit = self.launch.request_limits
-        if ready and limit is not None and all(replica.in_flight >= limit for replica in ready):
-            raise TooManyRequests(
-                f"Rate limit reached for the model. Request limit {limit} for the model: {ready[0].name}. "
-                "Try again, or launch it with more replicas or a higher request_limits."
-            )
-        return min(ready, key=lambda replica: (replica is avoid, replica.in_flight), default=None)
+        replica = self.pick(avoid, key)
+        return None if replica is None else self.take(replica)
 
-    async def acquire(self, avoid: Replica | None = None) -> Replica:
-        """A ready replica, counted as in use until `release`; waits, and starts the model, if there is none.
+    async def acquire(self, avoid: Replica | None = None, key: int = 0) -> Replica:
+        """As `acquire_now`, but waits, and starts the model, if there is none.
 
         Raises:
-            TooManyRequests: the replicas are ready, and as busy as the launch allows.
+            As `enter`, and while it waits: ModelFailed, ModelCoolingDown, ShuttingDown, and
+            ModelStopped: somebody stopped it meanwhile. Who comes after that waits for the next start.
+        """
+        if (replica := self.acquire_now(avoid, key)) is not None:
+            return replica
+        ticket = self.enter(avoid, key)
+        try:
+            replica = await ticket.wait()
+            assert replica is not None
+            return replica
+        finally:
+            self.leave(ticket)
+
+    def enter(self, avoid: Replica | None = None, key: int = 0, *, is_again: bool = False) -> Ticket[Replica]:
+        """A place in the queue, which starts the model; whoever has it must `leave` in the end.
+
+        Args:
+            avoid: the replica that it is not to get if there is another.
+            key: of what belongs together, so that it gets the same replica; 0 for none.
+            is_again: it was served and lost its replica; it goes before the others, and no limit refuses it.
+        Raises:
+            TooManyRequests: as many wait as may, or none may wait for replicas that are as busy as the launch allows.
             ModelFailed: no replica starts.
             ModelCoolingDown: none is there, and none is about to be tried.
-            ModelStopped: somebody stopped it meanwhile. Who comes after that waits for the next start.
             ShuttingDown: the deployment is ending.
         """
+        if (why := self._refusal() or self._cooldown()) is not None:
+            raise why
+        if not is_again:
+            self._check_limits()
+        ticket = self._queue.join(avoid, key, is_first=is_again)
+        if self.waiting == 1:
+            self.notify()
+        else:
+            self._serve()
+        return ticket
 
-        def look() -> Replica | None:
-            replica = self.pick(avoid)
-            if replica is None and not self._stopping:
-                self.check_cooldown()
-            return replica
+    def leave(self, ticket: Ticket[Replica]) -> None:
+        """The request waits no longer; a replica that it was handed and has not taken goes to the next."""
+        if (replica := self._queue.leave(ticket)) is not None:
+            self.release(replica, was_served=False)
+        elif not self.waiting:
+            self.notify()
 
-        return self.take(await self._once_there_is(look))
+    def number_of(self, ticket: Ticket[Replica]) -> int:
+        """Its number in the queue, from 1."""
+        return self._queue.number_of(ticket)
 
     async def until_ready(self) -> None:
         """Start the model, and wait until a replica is ready; takes no place of a request.
@@ -105,25 +143,120 @@ class Deployment:
         Raises:
             As `acquire`, but TooManyRequests and ModelCoolingDown: who launches waits for the last try.
         """
-        await self._once_there_is(lambda: next(iter(self.ready()), None))
-
-    async def _once_there_is(self, look: Callable[[], Replica | None]) -> Replica:
-        """What `look` finds, once it finds something; counted as waiting until then, so that the model starts."""
         stops = self.stops
-        self.waiting += 1
+        watcher = object()
+        self._watchers[watcher] = time.monotonic()
         if self.waiting == 1:
             self.notify()
         try:
-            while (replica := look()) is None:
+            while not self.ready():
                 self.check_still_wanted(stops)
-                if self.has_failed and not self._stopping:
-                    raise ModelFailed(self.failure_text())
+                if (why := self._refusal()) is not None:
+                    raise why
                 await self.changed()
         finally:
-            self.waiting -= 1
+            del self._watchers[watcher]
             if not self.waiting:
                 self.notify()
-        return replica
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for a replica."""
+        return len(self._queue) + len(self._watchers)
+
+    @property
+    def waiting_since(self) -> float | None:
+        """Since when the oldest of them has waited, of the monotonic clock; None if nobody waits."""
+        return min((*self._watchers.values(), *filter(None, (self._queue.since,))), default=None)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether no new request gets a replica, as it has to make room once those in flight have ended."""
+        return self._is_held
+
+    @is_held.setter
+    def is_held(self, is_held: bool) -> None:
+        if is_held != self._is_held:
+            self._is_held = is_held
+            self.notify()
+
+    def pick(self, avoid: Replica | None = None, key: int = 0) -> Replica | None:
+        """Of the ready replicas that may have more the one with the least in flight; `avoid` only if there is no other.
+
+        With a key, it is the one that the key is drawn to most, among those that are not much busier than that: each
+        key ranks all replicas, so that one that comes or goes moves only its share of the keys.
+        """
+        if self._stopping:
+            return None
+        limit = self.launch.request_limits
+        free = [
+            replica
+            for replica in self.replicas
+            if replica.state is State.READY
+            and (limit is None or replica.in_flight < limit)
+            and not (self._leaving and replica in self._leaving)
+            and not (self._giving_way and replica in self._giving_way)
+        ]
+        if len(free) < 2:
+            return free[0] if free else None
+        free = [replica for replica in free if replica is not avoid]
+        least = min(free, key=_in_flight)
+        if not key:
+            return least
+        most = least.in_flight + BUSIER_BY
+        near = [replica for replica in free if replica.in_flight <= most]
+        return max(near, key=lambda replica: hash((key, replica.index)))  # of numbers: the same everywhere
+
+    def _give(self, ticket: Ticket[Replica]) -> Replica | None:
+        replica = None if self._is_held else self.pick(ticket.avoid, ticket.key)
+        return None if replica is None else self.take(replica)
+
+    def _serve(self) -> None:
+        """Hand over what there is to those who wait, or tell them that it will not come."""
+        if self._queue:
+            if (why := self._refusal() or self._cooldown()) is None:
+                self._queue.serve(self._give)
+            else:
+                self._queue.end(why)
+
+    def _refusal(self) -> HostlerError | None:
+        """Why nobody is to wait for it; None if they may."""
+        if self.is_handed_over or self.is_closed:
+            return self._stop_told()
+        if self.has_failed and not self._stopping:
+            return ModelFailed(self.failure_text())
+        return None
+
+    def _stop_told(self) -> HostlerError:
+        """What those are told who wait, or are answered, when somebody stops it."""
+        if self.is_handed_over:
+            return HandedOver(f"The gateway is restarting. Try again: {self.launch.uid} goes on.")
+        if self.is_closed:
+            return ShuttingDown(f"{self.launch.uid} is being stopped for good.")
+        return ModelStopped(f"{self.launch.uid} was stopped before the request was answered.")
+
+    def _check_limits(self) -> None:
+        """Raises TooManyRequests if one more may not wait."""
+        busy, limit = self.launch.request_limits, self.launch.queue_limit
+        ready = self.ready()
+        is_busy = limit is None and busy is not None and ready and not self._is_held and self.pick() is None
+        if is_busy or busy == 0:
+            metrics.REFUSED.labels(self.launch.uid, "busy").inc()
+            raise TooManyRequests(
+                f"Rate limit reached for the model. Request limit {busy} for the model: "
+                f"{ready[0].name if ready else self.launch.uid}. "
+                "Try again, or launch it with more replicas, a higher request_limits, or a queue_limit to wait in."
+            )
+        limit = self._settings().queue_limit if limit is None else limit
+        if len(self._queue) >= limit:
+            if not limit and not self._start_wanted:
+                self.start()  # nobody may wait for it, but somebody wants it
+            metrics.REFUSED.labels(self.launch.uid, "queue_full").inc()
+            raise TooManyRequests(
+                f"{len(self._queue)} requests wait for the model already, as many as may (queue_limit). "
+                f"{self.progress_text()}. Try again later, or raise queue_limit.",
+                retry_after_s=outlook.retry_after_s(self, RETRY_QUEUE_S),
+            )
 
     def ready(self) -> list[Replica]:
         """Those that new requests may go to."""
@@ -145,17 +278,16 @@ class Deployment:
         replica.in_flight -= 1
         replica.served += was_served
         replica.last_used = time.monotonic()
-        if not replica.in_flight:
+        had_waiting = bool(self._queue)
+        if had_waiting:
+            self._serve()
+        if not replica.in_flight or (had_waiting and not self._queue):
             self.notify()  # an idle clock or a drain may wait for it
 
     def check_still_wanted(self, stops: int) -> None:
         """Raises ModelStopped or ShuttingDown if it was stopped since there were so many `stops`, or handed over."""
-        if self.is_handed_over:
-            raise HandedOver(f"The gateway is restarting. Try again: {self.launch.uid} goes on.")
-        if self.is_closed:
-            raise ShuttingDown(f"{self.launch.uid} is being stopped for good.")
-        if self.stops != stops:
-            raise ModelStopped(f"{self.launch.uid} was stopped before the request was answered.")
+        if self.is_handed_over or self.is_closed or self.stops != stops:
+            raise self._stop_told()
 
     # --- what it says of itself
 
@@ -194,18 +326,21 @@ class Deployment:
         staying = self.staying
         return bool(staying) and all(replica.state is State.FAILED for replica in staying)
 
-    def check_cooldown(self) -> None:
-        """Raises ModelCoolingDown if all that is to come is the end of a back-off that is not near."""
+    def _cooldown(self) -> ModelCoolingDown | None:
+        """What requests are told at once if all that is to come is the end of a back-off that is not near."""
+        if self._stopping:
+            return None
         staying = self.staying
         resting = [replica.rest_s for replica in staying if replica.state is State.BACKOFF]
         if not resting or any(replica.state not in (State.BACKOFF, State.FAILED) for replica in staying):
-            return
-        if (rest_s := min(resting)) > COOLDOWN_S:
-            raise ModelCoolingDown(
-                f"{self.reason_text()} It is tried again in {math.ceil(rest_s)} s; `hostler start {self.launch.uid}` "
-                "tries it now.",
-                retry_after_s=math.ceil(rest_s),
-            )
+            return None
+        if (rest_s := min(resting)) <= COOLDOWN_S:
+            return None
+        return ModelCoolingDown(
+            f"{self.reason_text()} It is tried again in {math.ceil(rest_s)} s; `hostler start {self.launch.uid}` "
+            "tries it now.",
+            retry_after_s=math.ceil(rest_s),
+        )
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -225,16 +360,13 @@ class Deployment:
         failed = [replica.failure for replica in self.staying if replica.state in (State.BACKOFF, State.FAILED)]
         return next((failure.cause for failure in failed if failure), None) if not self.ready() else None
 
-    def progress_text(self) -> str:
-        """What a waiting client is told: the stage, how long it lasts, and the last failure if there is one."""
-        if self.state in COMING:
-            replica = next(replica for replica in self.replicas if replica.state is self.state)
-            stage = str(replica.progress or replica.state)
-            if replica.waits_for:
-                stage = f"waiting for room ({replica.waits_for})"
-            again = f", after: {replica.failure.reason}" if replica.failure and replica.failures_in_row else ""
-            return f"{self.launch.uid} is loading: {stage}, {time.monotonic() - replica.state_since:.0f} s{again}"
-        return f"{self.launch.uid} is {self.state}"
+    def load_s(self) -> float | None:
+        """How long its engine takes from its start until it is ready, as far as earlier starts tell."""
+        return max((replica.load_s for replica in self.replicas if replica.load_s is not None), default=None)
+
+    def progress_text(self, number: int | None = None) -> str:
+        """What a waiting client is told; `number` is its own in the queue."""
+        return outlook.text(self, number)
 
     def reason_text(self) -> str:
         """Why it does not serve."""
@@ -260,13 +392,8 @@ class Deployment:
     def stop(self, *, force: bool = False) -> None:
         """Unload once the requests in flight have ended, or at once; the next request loads again."""
         self.stops += 1
+        self._queue.end(self._stop_told())
         self._unload(force=force)
-
-    def hold(self, is_held: bool) -> None:
-        """Begin no request, or begin them again."""
-        if self.is_held is not is_held:
-            self.is_held = is_held
-            self.notify()
 
     def make_room(self, replica: Replica) -> None:
         """End one that answers nobody: it alone if others remain, else the model is unloaded."""
@@ -420,7 +547,8 @@ class Deployment:
     # --- how waiters learn of it
 
     def notify(self) -> None:
-        """Wake everybody who waits for a change; each looks again for itself."""
+        """Something has changed: requests get what there is for them, and all others look again for themselves."""
+        self._serve()
         self._change.set()
         self._change = asyncio.Event()
         self._tell_change()

@@ -23,6 +23,7 @@ from gateway.yard import Claim, Holder, Key, Plan, Rules, decide
 logger = logging.getLogger("hostler.dispatch")
 
 FAULT_PAUSE_S = 1.0
+USUAL_LOAD_S = 10.0  # of a model that was never loaded here
 
 
 class _Waiting(msgspec.Struct, frozen=True, eq=False):
@@ -140,7 +141,7 @@ class Dispatcher:
             metrics.EVICTIONS.labels(key[0]).inc()
             deployment.make_room(replica)
         for deployment in self._deployments():
-            deployment.hold(deployment.launch.uid in plan.hold)
+            deployment.is_held = deployment.launch.uid in plan.hold
 
     def _placed(self) -> Iterable[tuple[Deployment, Replica]]:
         return (
@@ -175,7 +176,7 @@ def _holder(deployment: Deployment, replica: Replica, now: float) -> Holder:
         work=replica.in_flight + (0 if deployment.is_held else deployment.waiting),
         is_leaving=deployment.is_leaving(replica),
         is_pinned=launch.pinned,
-        load_s=replica.load_s,
+        load_s=replica.load_s or USUAL_LOAD_S,
         priority=launch.priority,
         group=launch.group,
     )

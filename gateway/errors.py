@@ -13,7 +13,7 @@ HostlerError
     BodyTooLarge          413: more bytes than `max_body_bytes`
     UnsupportedBody       415: compressed
     InUse                 400: what is to be removed is being used
-    TooManyRequests       429: more at once than the model's request_limits
+    TooManyRequests       429: more at once than the model's request_limits or its queue allow
     LaunchCancelled       499: somebody cancelled the launch while its client waited
   CannotServe           the request is fine, but cannot be answered now: 5xx
     ModelLoading          503: still loading when the client's patience ended; worth a retry
@@ -47,10 +47,12 @@ class HostlerError(Exception):
     retry_after_s: int | None = None
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
+        """`retry_after_s` says when to ask again, where more is known than of the kind of error."""
         super().__init__(message)
         self.message = message
         self.param = param
-        self.retry_after_s = self.retry_after_s if retry_after_s is None else retry_after_s
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
 
 
 class SettingsError(HostlerError):
@@ -134,7 +136,7 @@ class InUse(RequestRefused):
 
 
 class TooManyRequests(RequestRefused):
-    """More requests at once than the model's `request_limits` allow."""
+    """More requests at once than the model's `request_limits` or the queue allow."""
 
     status = 429
     kind = "rate_limit_error"

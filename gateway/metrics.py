@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,11 @@ FIRST_BYTE_SECONDS = Histogram(
 QUEUE_SECONDS = Histogram(
     "hostler_queue_wait_seconds", "Requests that waited for a model: how long.", ("model",), buckets=DURATIONS
 )
+REFUSED = Counter(
+    "hostler_requests_refused",
+    "Requests answered 429: busy (request_limits), or queue_full (queue_limit).",
+    ("model", "reason"),
+)
 LOAD_SECONDS = Histogram(
     "hostler_model_load_seconds", "From the engine's start until it is ready.", ("model",), buckets=DURATIONS
 )
@@ -41,7 +47,7 @@ RETRIES = Counter(
     "hostler_request_retries", "Requests sent a second time, as the engine died before a byte.", ("model",)
 )
 EVICTIONS = Counter("hostler_model_evictions", "Replicas that were ended to make room for another model.", ("model",))
-REFUSED = Counter("hostler_requests_refused", "Requests refused, as too many clients were connected.")
+TURNED_AWAY = Counter("hostler_clients_turned_away", "Requests refused, as too many clients were connected.")
 ADOPTIONS = Counter(
     "hostler_engine_adoptions", "Engines that an earlier gateway started, and that go on without a load.", ("model",)
 )
@@ -62,16 +68,22 @@ class FleetCollector(Collector):
             "hostler_requests_in_flight", "Requests that an engine is answering.", labels=("model", "replica")
         )
         waiting = GaugeMetricFamily("hostler_requests_waiting", "Requests that wait for a model.", labels=("model",))
+        oldest = GaugeMetricFamily(
+            "hostler_queue_oldest_wait_seconds", "How long the first in the queue has waited.", labels=("model",)
+        )
+        now = time.monotonic()
         state = GaugeMetricFamily(
             "hostler_replica_state", "1 for the state it is in.", labels=("model", "replica", "state")
         )
         for deployment in self._deployments():
             waiting.add_metric((deployment.launch.uid,), deployment.waiting)
+            since = deployment.waiting_since
+            oldest.add_metric((deployment.launch.uid,), 0 if since is None else now - since)
             for replica in deployment.replicas:
                 labels = (deployment.launch.uid, str(replica.index))
                 in_flight.add_metric(labels, replica.in_flight)
                 state.add_metric((*labels, str(replica.state)), 1)
-        yield from (in_flight, waiting, state)
+        yield from (in_flight, waiting, oldest, state)
 
 
 def render() -> bytes:

@@ -43,7 +43,6 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_LIMIT_S = 60.0
 STABLE_S = 60.0  # ready for so long, or one request served: earlier failures are forgotten
 HURRY_GRACE_S = 1.0
-USUAL_LOAD_S = 10.0
 PLACE_RETRY_S = 10.0  # others may have given back what they hold
 SHARED_PAUSE_S = 0.2
 
@@ -137,6 +136,7 @@ class Replica:
         self.served = 0  # requests answered in this life
         self.starts = 0
         self.ready_since: float | None = None  # in this life
+        self.waits_for: str | None = None  # what has to happen before it gets room
         self.failures_in_row = 0
         self.retry_at = 0.0  # of time.monotonic: the end of its back-off
         self.last_used = time.monotonic()
@@ -147,8 +147,7 @@ class Replica:
         self.upstream: Upstream | None = None
         self.placement: Placement | None = None  # what it holds; given by the dispatcher, given back here
         self.left_behind: Found | None = None  # its engine, which an earlier gateway has started
-        self.waits_for: str | None = None  # why it has no place yet
-        self.load_s = experience.load_s(launch) or USUAL_LOAD_S  # what its last start took
+        self.load_s = experience.load_s(launch)  # of the last start that came to be ready, as far as that is known
         self.retry_s = engine.retry_s  # after how long it is tried again once it has failed
         self.engine = engine
         self._node = node
@@ -339,9 +338,9 @@ class Replica:
                 metrics.ADOPTIONS.labels(self.launch.uid).inc()
                 self._tell("INFO", f"{self.name} is ready: its engine, process {process.pid}, ran on meanwhile")
                 return
-        self.load_s = time.monotonic() - self.state_since
-        metrics.LOAD_SECONDS.labels(self.launch.uid).observe(self.load_s)
-        self._experience.note_load(self.tried, self.load_s, on_gpu=on_gpu)
+        self.load_s = load_s = time.monotonic() - self.state_since
+        metrics.LOAD_SECONDS.labels(self.launch.uid).observe(load_s)
+        self._experience.note_load(self.tried, load_s, on_gpu=on_gpu)
         self._tell("INFO", f"{self.name} is ready")
 
     async def _count_others(self, process: EngineProcess | NoProcess) -> None:

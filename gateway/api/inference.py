@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
 from gateway.api import alias
+from gateway.api.affinity import key_of
 from gateway.api.body import read_body
 from gateway.api.heads import FormHead, Head, is_form, read_form_head, read_head, read_query_head
 from gateway.api.next_door import headers_of, path_of
@@ -40,6 +41,8 @@ from gateway.errors import (
     envelope,
 )
 from gateway.fleet import Fleet
+from gateway.outlook import retry_after_s
+from gateway.queue import Ticket
 from gateway.replica import Replica
 from gateway.upstream import CannotAsk, Reply, UpstreamLost
 
@@ -151,6 +154,7 @@ class Exchange:
         self.words = deployment.engine.chat_words if way.is_chat else ()
         self.stops = deployment.stops
         self.status = 0  # once the head of the reply is on its way
+        self.queued_s = 0.0  # how long it has waited for a replica
         self.is_sse = False  # the reply's head says so
         self.phase = "queued"  # then "waiting" for the engine's first byte, then "answering"
         self.is_finished = False
@@ -269,36 +273,43 @@ class Exchange:
     async def _acquire(self, avoid: Replica | None) -> Replica:
         """A replica that is ready; a stream that waits gets comments, others wait up to load_timeout_s."""
         self.phase = "queued"
-        replica = self.deployment.pick(avoid)
-        if replica is not None:
-            return self.deployment.take(replica)
+        deployment = self.deployment
+        key = self._key() if len(deployment.replicas) > 1 else 0
+        if (replica := deployment.acquire_now(avoid, key)) is not None:
+            return replica
         waited_since = time.perf_counter()
+        ticket = deployment.enter(avoid, key, is_again=avoid is not None)
         try:
             if self.is_stream:
-                return await self._acquire_with_comments(avoid)
-            limit_s = self.deployment.launch.load_timeout_s
-            try:
-                async with asyncio.timeout(limit_s):
-                    return await self.deployment.acquire(avoid)
-            except TimeoutError as exc:
-                raise ModelLoading(
-                    f"{self.deployment.progress_text()}. It was not ready within load_timeout_s ({limit_s:g} s); the "
-                    "load goes on, so try again later, or send a streamed request, which waits for longer."
-                ) from exc
+                return await self._wait_with_comments(ticket)
+            limit_s = deployment.launch.load_timeout_s
+            if (replica := await ticket.wait(limit_s)) is not None:
+                return replica
+            raise ModelLoading(
+                f"{deployment.progress_text(deployment.number_of(ticket))}. It was not ready within load_timeout_s "
+                f"({limit_s:g} s); the load goes on, so try again later, or send a streamed request, which waits for "
+                "longer.",
+                retry_after_s=retry_after_s(deployment, ModelLoading.retry_after_s or 0),
+            )
         finally:
-            metrics.QUEUE_SECONDS.labels(self.deployment.launch.uid).observe(time.perf_counter() - waited_since)
+            deployment.leave(ticket)
+            waited_s = time.perf_counter() - waited_since
+            self.queued_s += waited_s
+            metrics.QUEUE_SECONDS.labels(deployment.launch.uid).observe(waited_s)
 
-    async def _acquire_with_comments(self, avoid: Replica | None) -> Replica:
+    def _key(self) -> int:
+        return key_of(self.scope["headers"], self.head, reads_opening=self.deployment.engine.keeps_prefixes)
+
+    async def _wait_with_comments(self, ticket: Ticket[Replica]) -> Replica:
         """As long as the model is coming; how long that may take is for its own clocks to say."""
-        while True:
-            try:
-                async with asyncio.timeout(self.fleet.settings.keepalive_interval_s):
-                    return await self.deployment.acquire(avoid)
-            except TimeoutError:
-                if not self.status:
-                    self.is_sse = True
-                    await self._start(200, SSE_HEADERS)
-                await self._send_body(f": {self.deployment.progress_text()}\n\n".encode())
+        deployment = self.deployment
+        while (replica := await ticket.wait(self.fleet.settings.keepalive_interval_s)) is None:
+            if not self.status:
+                self.is_sse = True
+                await self._start(200, SSE_HEADERS)
+            text = deployment.progress_text(deployment.number_of(ticket))
+            await self._send_body(f": {' '.join(text.split())}\n\n".encode())
+        return replica
 
     async def _ask(self, replica: Replica) -> tuple[Reply, bytes]:
         """Send the request; the head of the reply and the first bytes of its body."""
@@ -354,6 +365,8 @@ class Exchange:
         self.is_sse |= reply.is_sse
         headers = [header for header in reply.headers if header[0] not in NOT_RETURNED]
         headers.append((b"x-hostler-replica", str(replica.index).encode()))
+        if self.queued_s:
+            headers.append((b"x-hostler-queue-ms", b"%d" % (1000 * self.queued_s)))
         if self.is_sse:
             headers += [header for header in SSE_HEADERS if header[0] not in {name for name, _ in headers}]
         elif _is_json(headers) and (self.way.rewrite or self.way.opening or self.words or self.back):
