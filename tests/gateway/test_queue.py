@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engines.base import Launch
 from engines.llama_cpp import LlamaCpp
+from gateway.config import Settings
 from gateway.deployment import Deployment
 from gateway.errors import HostlerError
 from gateway.queue import Ticket
@@ -30,6 +31,11 @@ ARTIFACT = Artifact(
 
 class Copy:
     """A replica without a process: it lives as one does, and is ready, gone or failed when the test says so."""
+
+    rest_s = 0.0  # of its back-off
+    retry_s: float | None = None
+    waits_for: str | None = None
+    placement = None
 
     def __init__(self, launch: Launch, index: int, changed: Callable[[], None]) -> None:
         self.launch = launch
@@ -69,7 +75,8 @@ class World:
 
     def __init__(self, replicas: int = 1, site_limit: int = 1000, **fields: Any) -> None:
         launch = Launch(uid="fake", artifact=ARTIFACT, engine="llama.cpp", replica=replicas, **fields)
-        self.deployment = Deployment(launch, LlamaCpp(), drain_timeout_s=600, queue_limit=site_limit)
+        settings = Settings(drain_timeout_s=600, queue_limit=site_limit)
+        self.deployment = Deployment(launch, LlamaCpp(), settings=lambda: settings)
         for _ in range(replicas):
             self.add()
         self.run = asyncio.create_task(self.deployment.run())
