@@ -332,7 +332,7 @@ async def running(settings: dict[str, object], folder: Path):
     environment = os.environ | {"HOSTLER_ON_EXIT": "stop", "PYTHONPATH": f"{ROOT}:{ROOT / 'gateway' / 'sdk'}"}
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "gateway", "serve", "-c", str(file), stdout=output, stderr=output, env=environment
+            sys.executable, "-m", "gateway.cli", "serve", "-c", str(file), stdout=output, stderr=output, env=environment
         )
     try:
         deadline = time.monotonic() + START_LIMIT_S
