@@ -201,7 +201,7 @@ async def start_gateway(tmp_path: Path) -> AsyncIterator[StartGateway]:
             models["fake"] = fake_model(file, fake) | (model or {})
         engines = {"llama.cpp": {"binary": str(FAKE_ENGINE)}}
         gateway = await Gateway.start(
-            home or tmp_path / "home", {"engines": engines, "models": models} | settings, env, limits
+            home or tmp_path / "home", {"engines": engines, "models": models} | settings, env, limits=limits
         )
         started.append(gateway)
         return gateway

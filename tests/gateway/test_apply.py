@@ -116,7 +116,8 @@ async def test_a_change_while_16_streams_run_touches_only_what_changed(
 async def test_the_answer_says_what_each_field_would_take_and_a_dry_run_does_nothing(
     start_gateway: StartGateway, tmp_path: Path
 ) -> None:
-    gateway = await start_gateway(models={"m": model(tmp_path, preload=True), "out": model(tmp_path)})
+    models = {"m": model(tmp_path, preload=True), "out": model(tmp_path)}
+    gateway = await start_gateway(models=models, env={"HOSTLER_ORPHAN_TIMEOUT_S": ""})  # else it goes before the file
     await until(lambda: all_of(gateway, "m"))
     before = await pids(gateway)
     wanted = settings_of(gateway) | {"port": 1, "drain_timeout_s": 3, "orphan_timeout_s": 7, "watch_settings": False}

@@ -326,7 +326,7 @@ def test_the_schema_of_registrations_is_one_that_editors_can_follow() -> None:
 
 async def test_models_of_every_type_are_listed(run: Shell) -> None:
     table = (await run("list")).out.splitlines()
-    assert table[1].split() == ["e", "-", "embedding", "bge-m3", "-", "-", "embed", "8192"]
+    assert table[1].split() == ["e", "-", "embedding", "bge-m3", "-", "-", "-", "embed", "8192"]
 
 
 async def test_a_model_is_terminated(run: Shell, stand_in: StandIn) -> None:
@@ -544,7 +544,7 @@ async def test_an_answer_that_breaks_off_is_told(run: Shell, stand_in: StandIn) 
 # --- --json
 
 # What these print is a text by nature, or JSON anyhow.
-WITHOUT_JSON = {"serve", "logs", "chat", "schema", "config schema"}
+WITHOUT_JSON = {"serve", "logs", "chat", "schema", "config schema", "export"}
 
 
 def leaves(command: click.Command, name: str = "") -> Iterator[tuple[str, click.Command]]:

@@ -14,10 +14,12 @@ from gateway.errors import (
     BodyTooLarge,
     Busy,
     CannotKeep,
+    CannotRestart,
     CannotServe,
     EngineDied,
     ErrorBody,
     Forbidden,
+    HandedOver,
     HostlerError,
     InUse,
     LaunchCancelled,
@@ -66,10 +68,12 @@ TABLE: list[tuple[type[HostlerError], int, str, str | None]] = [
     (NoMoreFiles, 503, "server_error", "no_more_files"),
     (ModelFailed, 503, "server_error", "model_failed"),
     (ShuttingDown, 503, "server_error", "shutting_down"),
+    (HandedOver, 503, "server_error", "shutting_down"),
+    (CannotRestart, 503, "server_error", "cannot_restart"),
     (EngineDied, 502, "server_error", "engine_died"),
     (BadReply, 502, "server_error", "bad_reply"),
 ]
-RETRY = {Busy, ModelLoading, ModelStopped, NoMoreFiles, ShuttingDown, TooManyRequests}
+RETRY = {Busy, HandedOver, ModelLoading, ModelStopped, NoMoreFiles, ShuttingDown, TooManyRequests}
 
 
 def all_kinds(kind: type[HostlerError] = HostlerError) -> set[type[HostlerError]]:

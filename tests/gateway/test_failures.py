@@ -296,10 +296,11 @@ def fill(folder: Path) -> Path:
     return ballast
 
 
-async def test_on_a_full_disk_models_are_served_and_what_cannot_be_kept_is_told(
+async def test_on_a_full_disk_models_go_on_and_what_cannot_be_kept_is_told(
     start_gateway: StartGateway, small_disk: Path, tmp_path: Path
 ) -> None:
-    gateway = await start_gateway(fake={}, home=small_disk / "home")
+    gateway = await start_gateway(fake={}, model={"preload": True}, home=small_disk / "home")
+    await gateway.until(state="ready")
     ballast = fill(small_disk)
     served = await gateway.complete()
     assert served.status == 200, served.body
@@ -346,7 +347,7 @@ async def test_a_download_that_fills_the_disk_goes_on_once_there_is_room(
 
 
 async def test_a_gateway_that_can_start_no_process_lives_and_says_why(start_gateway: StartGateway) -> None:
-    gateway = await start_gateway(fake={}, model={"preload": True}, restart_limit=2)
+    gateway = await start_gateway(fake={}, model={"preload": True}, restart_limit=2, watch_settings=False)
     engine = await gateway.until(state="ready")
     pid = gateway.process.pid
     most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
