@@ -262,7 +262,8 @@ async def through_a_gateway(options: argparse.Namespace, trace: list[list[Ask]],
     outcome = Outcome(f"hostler, {'fake' if options.real == 'fake' else 'real'} engines")
     with tempfile.TemporaryDirectory(prefix="swaps-") as name:
         folder = Path(name)
-        async with running(settings_of(options, load_s, folder), folder) as url, aiohttp.ClientSession(url) as http:
+        settings = settings_of(options, load_s, folder)
+        async with running(settings, folder) as (url, _), aiohttp.ClientSession(url) as http:
 
             async def client(asks: list[Ask]) -> None:
                 for ask in asks:
@@ -326,7 +327,7 @@ def settings_of(options: argparse.Namespace, load_s: dict[str, float], folder: P
 
 @contextlib.asynccontextmanager
 async def running(settings: dict[str, object], folder: Path):
-    """A gateway's address."""
+    """A gateway: its address and its pid."""
     file, log = folder / "settings.json", folder / "log"
     file.write_text(json.dumps(settings))
     environment = os.environ | {"HOSTLER_ON_EXIT": "stop", "PYTHONPATH": f"{ROOT}:{ROOT / 'gateway' / 'sdk'}"}
@@ -340,7 +341,7 @@ async def running(settings: dict[str, object], folder: Path):
             if process.returncode is not None or time.monotonic() > deadline:
                 raise SystemExit(f"The gateway did not start: {log.read_text()[-2000:]}")
             await asyncio.sleep(0.05)
-        yield found[0]
+        yield found[0], process.pid
     finally:
         if process.returncode is None:
             process.terminate()
