@@ -23,13 +23,12 @@ from gateway.errors import (
     ShuttingDown,
     TooManyRequests,
 )
-from gateway.queue import Queue, Ticket
+from gateway.queue import Key, Queue, Ticket
 from gateway.replica import Replica, State
 
 logger = logging.getLogger("hostler.deployment")
 
 COOLDOWN_S = 2.0  # who would have to wait longer for another try of a model that has failed is told so at once
-BUSIER_BY = 4  # requests that a replica may have more than another and still get what belongs to it
 RETRY_QUEUE_S = 5.0  # who finds the queue full, if nothing better is known
 _in_flight = attrgetter("in_flight")
 
@@ -78,14 +77,14 @@ class Deployment:
 
     # --- what requests do
 
-    def acquire_now(self, avoid: Replica | None = None, key: int = 0) -> Replica | None:
+    def acquire_now(self, avoid: Replica | None = None, key: Key | None = None) -> Replica | None:
         """A ready replica, counted as in use until `release`; None if the request has to wait for its turn."""
         if self._queue or self._is_held:
             return None
         replica = self.pick(avoid, key)
         return None if replica is None else self.take(replica)
 
-    async def acquire(self, avoid: Replica | None = None, key: int = 0) -> Replica:
+    async def acquire(self, avoid: Replica | None = None, key: Key | None = None) -> Replica:
         """As `acquire_now`, but waits, and starts the model, if there is none.
 
         Raises:
@@ -102,12 +101,12 @@ class Deployment:
         finally:
             self.leave(ticket)
 
-    def enter(self, avoid: Replica | None = None, key: int = 0, *, is_again: bool = False) -> Ticket[Replica]:
+    def enter(self, avoid: Replica | None = None, key: Key | None = None, *, is_again: bool = False) -> Ticket[Replica]:
         """A place in the queue, which starts the model; whoever has it must `leave` in the end.
 
         Args:
             avoid: the replica that it is not to get if there is another.
-            key: of what belongs together, so that it gets the same replica; 0 for none.
+            key: of what belongs together, so that it gets the same replica.
             is_again: it was served and lost its replica; it goes before the others, and no limit refuses it.
         Raises:
             TooManyRequests: as many wait as may, or none may wait for replicas that are as busy as the launch allows.
@@ -180,7 +179,7 @@ class Deployment:
             self._is_held = is_held
             self.notify()
 
-    def pick(self, avoid: Replica | None = None, key: int = 0) -> Replica | None:
+    def pick(self, avoid: Replica | None = None, key: Key | None = None) -> Replica | None:
         """Of the ready replicas that may have more the one with the least in flight; `avoid` only if there is no other.
 
         With a key, it is the one that the key is drawn to most, among those that are not much busier than that: each
@@ -201,11 +200,11 @@ class Deployment:
             return free[0] if free else None
         free = [replica for replica in free if replica is not avoid]
         least = min(free, key=_in_flight)
-        if not key:
+        if key is None:
             return least
-        most = least.in_flight + BUSIER_BY
+        most = least.in_flight + key.busier_by
         near = [replica for replica in free if replica.in_flight <= most]
-        return max(near, key=lambda replica: hash((key, replica.index)))  # of numbers: the same everywhere
+        return max(near, key=lambda replica: hash((key.number, replica.index)))  # of numbers: the same everywhere
 
     def _give(self, ticket: Ticket[Replica]) -> Replica | None:
         replica = None if self._is_held else self.pick(ticket.avoid, ticket.key)

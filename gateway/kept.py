@@ -67,6 +67,16 @@ class EngineProcess:
         except psutil.Error:
             return None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine's own process is there; its keeper tells of its end a moment later."""
+        try:
+            return lives.is_running(self._started.engine) and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+        except (psutil.Error, OSError):  # too many files are open: nobody is declared dead for that
+            return True
+
     def kill(self) -> None:
         """End it without grace."""
         self.grace_s = 0

@@ -113,6 +113,7 @@ class NoProcess:
 
     pid = None
     grace_s = 0.0
+    is_running = True
 
     def __init__(self) -> None:
         self._is_killed = asyncio.Event()

@@ -11,11 +11,18 @@ import copy
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 PlaceT = TypeVar("PlaceT")
 
 COUNTING_S = 1e-5  # counting the queue anew may take so long for each that waits, at most once in a hundred times that
+
+
+class Key(NamedTuple):
+    """By what requests that belong together are found, and how much busier than another their place may be."""
+
+    number: int
+    busier_by: int = 0
 
 
 class Ticket(Generic[PlaceT]):
@@ -23,9 +30,9 @@ class Ticket(Generic[PlaceT]):
 
     __slots__ = ("_end", "avoid", "key", "number", "place", "since")
 
-    def __init__(self, avoid: PlaceT | None, key: int, since: float, number: int) -> None:
+    def __init__(self, avoid: PlaceT | None, key: Key | None, since: float, number: int) -> None:
         self.avoid = avoid  # the place that it wants only if there is no other
-        self.key = key  # by which those that belong together are found; 0 if it belongs to none
+        self.key = key
         self.since = since
         self.number = number  # in the queue, as it was last counted; 1 is next
         self.place: PlaceT | None = None  # what it was handed, until it is taken
@@ -74,7 +81,7 @@ class Queue(Generic[PlaceT]):
         """Since when the first has waited, of a monotonic clock; None if nobody waits."""
         return next(iter(self._tickets)).since if self._tickets else None
 
-    def join(self, avoid: PlaceT | None = None, key: int = 0, *, is_first: bool = False) -> Ticket[PlaceT]:
+    def join(self, avoid: PlaceT | None = None, key: Key | None = None, *, is_first: bool = False) -> Ticket[PlaceT]:
         """A ticket at the end; or before all others, and as old as they are, for one that had its turn and lost it."""
         now = time.monotonic()
         since = min(now, self.since or now) if is_first else now

@@ -43,6 +43,7 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_LIMIT_S = 60.0
 STABLE_S = 60.0  # ready for so long, or one request served: earlier failures are forgotten
 HURRY_GRACE_S = 1.0
+TURNS = 10  # of the loop, in which everybody who waits for a thing that is done has learnt of it
 PLACE_RETRY_S = 10.0  # others may have given back what they hold
 SHARED_PAUSE_S = 0.2
 
@@ -492,12 +493,18 @@ class Replica:
         process = self.process
         if process is None or process.pid is None or self.state is not State.READY:
             return
-        try:
-            async with asyncio.timeout(limit_s):
-                await process.wait()
-        except TimeoutError:
-            return
-        await asyncio.sleep(0)  # let `run`, which waits for the same exit, go first
+        for _ in range(2):
+            try:
+                async with asyncio.timeout(limit_s):
+                    await process.wait()
+                    break
+            except TimeoutError:
+                if process.is_running:
+                    return
+        for _ in range(TURNS):  # let `run`, which waits for the same exit, go first
+            if self.state is not State.READY:
+                return
+            await asyncio.sleep(0)
 
     def _record(self, failure: Failure) -> None:
         """A life has failed: remember why, and whether to try again."""

@@ -12,12 +12,15 @@ from hashlib import blake2b
 import msgspec
 
 from gateway.api.heads import ChatHead, PromptHead
+from gateway.queue import Key
 
 SESSION_HEADERS = frozenset((b"x-session-id", b"x_session_id", b"x-litellm-session-id", b"x-smg-routing-key"))
 MESSAGES_READ = 4  # of a conversation, until one is the user's
 READ_BYTES = 2048  # of each message
-PROMPT_BYTES = 256
+PROMPT_BYTES = 256  # a shorter one is read in no time
 KEY_BYTES = 8
+SESSION_BUSIER_BY = 4  # requests that a replica may have more than another and still get what belongs to it
+OPENING_BUSIER_BY = 0  # what was read before is not worth a wait
 
 
 class _Role(msgspec.Struct, frozen=True):
@@ -27,22 +30,22 @@ class _Role(msgspec.Struct, frozen=True):
 _decode_role = msgspec.json.Decoder(_Role).decode
 
 
-def key_of(headers: Iterable[tuple[bytes, bytes]], head: object, *, reads_opening: bool) -> int:
-    """What a request is found again by: its session, else how its conversation begins; 0 if there is nothing.
+def key_of(headers: Iterable[tuple[bytes, bytes]], head: object, *, reads_opening: bool) -> Key | None:
+    """What a request is found again by: its session, else how its conversation begins; None if there is nothing.
 
     Args:
         reads_opening: whether the beginning matters, as to an engine that keeps what it has read.
     """
     for name, value in headers:
         if name in SESSION_HEADERS and value:
-            return _hash([value])
+            return Key(_hash([value]), SESSION_BUSIER_BY)
     if not reads_opening:
-        return 0
+        return None
     if isinstance(head, ChatHead):
-        return _hash(_opening(head.messages))
-    if isinstance(head, PromptHead):
-        return _hash([bytes(memoryview(head.prompt)[:PROMPT_BYTES])])
-    return 0
+        return Key(_hash(_opening(head.messages)), OPENING_BUSIER_BY)
+    if isinstance(head, PromptHead) and len(prompt := memoryview(head.prompt)) >= PROMPT_BYTES:
+        return Key(_hash([bytes(prompt[:PROMPT_BYTES])]), OPENING_BUSIER_BY)
+    return None
 
 
 def _opening(messages: Sequence[msgspec.Raw]) -> list[bytes]:
@@ -62,4 +65,4 @@ def _hash(parts: Sequence[bytes]) -> int:
     digest = blake2b(digest_size=KEY_BYTES)
     for part in parts:
         digest.update(part)
-    return int.from_bytes(digest.digest(), "little") or 1
+    return int.from_bytes(digest.digest(), "little")

@@ -42,7 +42,7 @@ from gateway.errors import (
 )
 from gateway.fleet import Fleet
 from gateway.outlook import retry_after_s
-from gateway.queue import Ticket
+from gateway.queue import Key, Ticket
 from gateway.replica import Replica
 from gateway.upstream import CannotAsk, Reply, UpstreamLost
 
@@ -274,7 +274,7 @@ class Exchange:
         """A replica that is ready; a stream that waits gets comments, others wait up to load_timeout_s."""
         self.phase = "queued"
         deployment = self.deployment
-        key = self._key() if len(deployment.replicas) > 1 else 0
+        key = self._key() if len(deployment.replicas) > 1 else None
         if (replica := deployment.acquire_now(avoid, key)) is not None:
             return replica
         waited_since = time.perf_counter()
@@ -297,7 +297,7 @@ class Exchange:
             self.queued_s += waited_s
             metrics.QUEUE_SECONDS.labels(deployment.launch.uid).observe(waited_s)
 
-    def _key(self) -> int:
+    def _key(self) -> Key | None:
         return key_of(self.scope["headers"], self.head, reads_opening=self.deployment.engine.keeps_prefixes)
 
     async def _wait_with_comments(self, ticket: Ticket[Replica]) -> Replica:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import CliRunner
 from harness import FAKE_ENGINE, Gateway, StartGateway, until
@@ -144,8 +145,10 @@ async def test_a_kill_in_the_second_fetch_loses_nothing(start: Start, hub: Model
     gateway = await start()
     await gateway.post("/v1/models?wait_ready=false", WISH)
     await until(lambda: partial_bytes(gateway) >= len(LARGE) / 4)
+    children = psutil.Process(gateway.process.pid).children(recursive=True)
     gateway.process.kill()
     assert await gateway.process.wait() == -signal.SIGKILL
+    await until(lambda: not any(child.is_running() for child in children))  # else they fetch the rest
     answer.gate.set()
     answer.gate = None
     asked = hub.server.asked.copy()
