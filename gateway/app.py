@@ -18,6 +18,7 @@ from gateway.api.autostart import Autostart
 from gateway.api.cached import CachedFiles
 from gateway.api.check import Check
 from gateway.api.cluster import Cluster
+from gateway.api.events import EventStream, QueueFacts
 from gateway.api.history import History
 from gateway.api.inference import Inference
 from gateway.api.models import Models
@@ -73,6 +74,7 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/ready", system.ready),
         Route("/metrics", system.metrics),
         Route("/v1/cluster/auth", system.auth),
+        Route("/v1/events", EventStream(fleet), methods=["GET"]),
         #
         *[Route(way.path, Inference(fleet, way), methods=[way.method]) for way in WAYS],
         Route("/v1/files/{name}", system.file),
@@ -138,6 +140,7 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/requests/{request_id}/progress", requests.progress),
         Route("/v1/models/{uid:path}/cancel", models.cancel, methods=["POST"]),
         Route("/v1/models/{uid:path}/events", models.events),
+        Route("/v1/models/{uid:path}/queue", QueueFacts(fleet).get),
         Route("/v1/models/{uid:path}/replicas", models.model_replicas),
         Route("/v1/models/{uid:path}/replicas", models.add_replicas, methods=["POST"]),
         Route("/v1/models/{uid:path}/replicas/{replica:int}", models.remove_replica, methods=["DELETE"]),

@@ -13,13 +13,22 @@ from engines.base import Engine, Launch
 from gateway import metrics, outlook
 from gateway.errors import HostlerError, ModelFailed, ModelStopped, ShuttingDown, TooManyRequests
 from gateway.queue import Queue, Ticket
-from gateway.replica import COMING, Replica, State
+from gateway.replica import Replica, State
 
 logger = logging.getLogger("hostler.deployment")
 
 BUSIER_BY = 4  # requests that a replica may have more than another and still get what belongs to it
 RETRY_QUEUE_S = 5.0  # who finds the queue full, if nothing better is known
+BITS_64 = 2**64 - 1
 _in_flight = attrgetter("in_flight")
+
+
+def _draw(key: int, index: int) -> int:
+    """How much a key is drawn to the replica of that number: splitmix64, which spreads keys that are alike."""
+    mixed = (key + index * 0x9E3779B97F4A7C15) & BITS_64
+    mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & BITS_64
+    mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & BITS_64
+    return mixed ^ mixed >> 31
 
 
 class Deployment:
@@ -192,7 +201,7 @@ class Deployment:
             return least
         most = least.in_flight + BUSIER_BY
         near = [replica for replica in free if replica.in_flight <= most]
-        return max(near, key=lambda replica: hash((key, replica.index)))  # of numbers: the same everywhere
+        return max(near, key=lambda replica: _draw(key, replica.index))
 
     def _give(self, ticket: Ticket[Replica]) -> Replica | None:
         replica = None if self._is_held else self.pick(ticket.avoid, ticket.key)
@@ -232,9 +241,8 @@ class Deployment:
                 f"{ready[0].name if ready else self.launch.uid}. "
                 "Try again, or launch it with more replicas, a higher request_limits, or a queue_limit to wait in."
             )
-        limit = self._queue_limit if limit is None else limit
-        if len(self._queue) >= limit:
-            if not limit and not self._start_wanted:
+        if len(self._queue) >= self.queue_limit:
+            if not self.queue_limit and not self._start_wanted:
                 self.start()  # nobody may wait for it, but somebody wants it
             metrics.REFUSED.labels(self.launch.uid, "queue_full").inc()
             raise TooManyRequests(
@@ -318,6 +326,11 @@ class Deployment:
     def served_name(self) -> str:
         """By what name the engine knows the model."""
         return self.engine.served_name(self.launch)
+
+    @property
+    def queue_limit(self) -> int:
+        """How many requests may wait for it."""
+        return self._queue_limit if self.launch.queue_limit is None else self.launch.queue_limit
 
     def load_s(self) -> float | None:
         """How long its engine takes from its start until it is ready, as far as earlier starts tell."""

@@ -7,8 +7,6 @@ import contextlib
 import logging
 import os
 import secrets
-import time
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +20,7 @@ from gateway.config import Settings
 from gateway.deployment import Deployment
 from gateway.environments import Recipe, is_offline_build
 from gateway.errors import BadRequest, Busy, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
+from gateway.events import EventLog
 from gateway.files import Files
 from gateway.gpus import cuda_version
 from gateway.launch import (
@@ -47,36 +46,7 @@ from registry.remote import catalogue_files
 logger = logging.getLogger("hostler.fleet")
 
 SKIP_INSTALLED_VARIABLE = "XINFERENCE_VIRTUAL_ENV_SKIP_INSTALLED"
-EVENTS_PER_MODEL = 100
-MODELS_WITH_EVENTS = 1000
 CATALOGUES_FOLDER = "catalogues"
-
-
-class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened to a model; `event_ts` in seconds since the epoch."""
-
-    event_type: str
-    event_ts: int
-    event_content: str
-
-
-class EventLog:
-    """The newest events of each uid, also of those that are gone; bounded in both."""
-
-    def __init__(self) -> None:
-        self._events: dict[str, deque[Event]] = {}
-
-    def add(self, uid: str, event_type: str, content: str) -> None:
-        """One of INFO, WARNING, ERROR, and what happened."""
-        events = self._events.pop(uid, None) or deque(maxlen=EVENTS_PER_MODEL)
-        self._events[uid] = events  # the last to be spoken of is the last to be forgotten
-        events.append(Event(event_type=event_type, event_ts=int(time.time()), event_content=content))
-        if len(self._events) > MODELS_WITH_EVENTS:
-            del self._events[next(iter(self._events))]
-
-    def of(self, uid: str) -> list[Event]:
-        """Oldest first."""
-        return list(self._events.get(uid, ()))
 
 
 class Fleet:
@@ -408,6 +378,7 @@ class Fleet:
             changed=deployment.notify,
             placements=self._placements,
             tell=partial(self.events.add, launch.uid),
+            moved=partial(self.events.moved, launch.uid, index),
         )
 
 

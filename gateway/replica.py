@@ -98,6 +98,7 @@ class Replica:
         changed: Callable[[], None],
         placements: Callable[[], list[Placement]],
         tell: Callable[[str, str], None],
+        moved: Callable[[State, State], None] = lambda before, after: None,
     ) -> None:
         self.launch = launch
         self.index = index
@@ -131,6 +132,7 @@ class Replica:
         self._changed = changed
         self._placements = placements
         self._tell = tell
+        self._moved = moved
         self._retry = asyncio.Event()
 
     @property
@@ -359,8 +361,10 @@ class Replica:
 
     def _enter(self, state: State) -> None:
         logger.debug("%s: %s -> %s", self, self.state, state)
-        self.state = state
+        before, self.state = self.state, state
         self.state_since = time.monotonic()
+        if before is not state:
+            self._moved(before, state)
         if state is State.READY:
             self.last_used = self.ready_since = self.state_since
         self._changed()

@@ -34,7 +34,7 @@ PACKAGE_MAY_IMPORT = {
 
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
-    ("addresses", "amounts", "errors", "files", "gpus", "metrics", "queue", "upstream", "watchdog", "launch"),
+    ("addresses", "amounts", "errors", "events", "files", "gpus", "metrics", "queue", "upstream", "watchdog", "launch"),
     ("calls",),
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),
     ("history",),
