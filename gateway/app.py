@@ -19,6 +19,7 @@ from gateway.api.cached import CachedFiles
 from gateway.api.check import Check
 from gateway.api.cluster import Cluster
 from gateway.api.config import Config
+from gateway.api.events import EventStream, QueueFacts
 from gateway.api.history import History
 from gateway.api.inference import Inference
 from gateway.api.models import Models
@@ -93,6 +94,7 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/metrics", system.metrics),
         Route("/v1/cluster/auth", system.auth),
         Route("/v1/restart", system.restart, methods=["POST"]),
+        Route("/v1/events", EventStream(fleet), methods=["GET"]),
         #
         *[Route(way.path, Inference(fleet, way), methods=[way.method]) for way in WAYS],
         Route("/v1/files/{name}", system.file),
@@ -162,6 +164,7 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/requests/{request_id}/progress", requests.progress),
         Route("/v1/models/{uid:path}/cancel", models.cancel, methods=["POST"]),
         Route("/v1/models/{uid:path}/events", models.events),
+        Route("/v1/models/{uid:path}/queue", QueueFacts(fleet).get),
         Route("/v1/models/{uid:path}/replicas", models.model_replicas),
         Route("/v1/models/{uid:path}/replicas", models.add_replicas, methods=["POST"]),
         Route("/v1/models/{uid:path}/replicas/{replica:int}", models.remove_replica, methods=["DELETE"]),

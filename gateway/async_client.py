@@ -164,6 +164,21 @@ class AsyncClient:
         async for line in self._lines(calls.logs(uid, lines, replica, follow)):
             yield line.decode(errors="replace").rstrip("\r\n")
 
+    async def watch(self, uid: str | None = None, *, follow: bool = True) -> AsyncIterator[Json]:
+        """What happens to models, of one or of all: type, model_uid, time, and what else it is about.
+
+        Args:
+            follow: as it happens, until the gateway ends; else what is kept of what has happened.
+        """
+        call = calls.watch(uid, follow)
+        if not follow:
+            for happening in await self._read(call, list):
+                yield happening
+            return
+        async for line in self._lines(call):
+            if (happening := calls.happening_of(line)) is not None:
+                yield happening
+
     async def replicas(self) -> list[Json]:
         """Every replica: state, process, memory, requests, last failure."""
         return await self._read(Call("GET", "/v1/replicas"), list)

@@ -132,6 +132,16 @@ def logs(uid: str, lines: int, replica: int, follow: bool) -> Call:
     return Call("GET", model_path(uid, "/logs"), query, limit_s=None if follow else LIMIT_S)
 
 
+def watch(uid: str | None, follow: bool) -> Call:
+    """What happens to models."""
+    return Call("GET", "/v1/events", {"model_uid": uid, "follow": follow}, limit_s=None if follow else LIMIT_S)
+
+
+def happening_of(line: bytes) -> Json | None:
+    """What a line of the stream of events tells, if it tells anything."""
+    return decoded(line[6:]) if line.startswith(b"data: ") else None
+
+
 def step(uid: str, found: list[Json], progress: Json) -> Step:
     """How far a launch is, from its instances and its progress.
 

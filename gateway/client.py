@@ -167,6 +167,20 @@ class Client:
             for line in self._lines(calls.logs(uid, lines, replica, follow))
         )
 
+    def watch(self, uid: str | None = None, *, follow: bool = True) -> Iterator[Json]:
+        """What happens to models, of one or of all: type, model_uid, time, and what else it is about.
+
+        Args:
+            follow: as it happens, until the gateway ends; else what is kept of what has happened.
+        """
+        call = calls.watch(uid, follow)
+        if not follow:
+            yield from self._read(call, list)
+            return
+        for line in self._lines(call):
+            if (happening := calls.happening_of(line)) is not None:
+                yield happening
+
     def replicas(self) -> list[Json]:
         """Every replica: state, process, memory, requests, last failure."""
         return self._read(Call("GET", "/v1/replicas"), list)

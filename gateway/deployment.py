@@ -30,7 +30,16 @@ logger = logging.getLogger("hostler.deployment")
 
 COOLDOWN_S = 2.0  # who would have to wait longer for another try of a model that has failed is told so at once
 RETRY_QUEUE_S = 5.0  # who finds the queue full, if nothing better is known
+BITS_64 = 2**64 - 1
 _in_flight = attrgetter("in_flight")
+
+
+def _draw(key: int, index: int) -> int:
+    """How much a key is drawn to the replica of that number: splitmix64, which spreads keys that are alike."""
+    mixed = (key + index * 0x9E3779B97F4A7C15) & BITS_64
+    mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & BITS_64
+    mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & BITS_64
+    return mixed ^ mixed >> 31
 
 
 class Deployment:
@@ -204,7 +213,7 @@ class Deployment:
             return least
         most = least.in_flight + key.busier_by
         near = [replica for replica in free if replica.in_flight <= most]
-        return max(near, key=lambda replica: hash((key.number, replica.index)))  # of numbers: the same everywhere
+        return max(near, key=lambda replica: _draw(key.number, replica.index))
 
     def _give(self, ticket: Ticket[Replica]) -> Replica | None:
         replica = None if self._is_held else self.pick(ticket.avoid, ticket.key)
@@ -246,9 +255,8 @@ class Deployment:
                 f"{ready[0].name if ready else self.launch.uid}. "
                 "Try again, or launch it with more replicas, a higher request_limits, or a queue_limit to wait in."
             )
-        limit = self._settings().queue_limit if limit is None else limit
-        if len(self._queue) >= limit:
-            if not limit and not self._start_wanted:
+        if len(self._queue) >= self.queue_limit:
+            if not self.queue_limit and not self._start_wanted:
                 self.start()  # nobody may wait for it, but somebody wants it
             metrics.REFUSED.labels(self.launch.uid, "queue_full").inc()
             raise TooManyRequests(
@@ -358,6 +366,11 @@ class Deployment:
         """Why it does not serve now, where it has failed."""
         failed = [replica.failure for replica in self.staying if replica.state in (State.BACKOFF, State.FAILED)]
         return next((failure.cause for failure in failed if failure), None) if not self.ready() else None
+
+    @property
+    def queue_limit(self) -> int:
+        """How many requests may wait for it."""
+        return self._settings().queue_limit if self.launch.queue_limit is None else self.launch.queue_limit
 
     def load_s(self) -> float | None:
         """How long its engine takes from its start until it is ready, as far as earlier starts tell."""

@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from gateway.deployment import Deployment
 from gateway.devices import Held, Observer, limits_of, look_here
 from gateway.dispatch import Dispatcher
 from gateway.errors import BadRequest, Busy, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
+from gateway.events import EventLog
 from gateway.experience import Experience
 from gateway.export import Exported, differs, export
 from gateway.files import Files
@@ -55,37 +55,8 @@ from registry.remote import catalogue_files
 logger = logging.getLogger("hostler.fleet")
 
 SKIP_INSTALLED_VARIABLE = "XINFERENCE_VIRTUAL_ENV_SKIP_INSTALLED"
-EVENTS_PER_MODEL = 100
-MODELS_WITH_EVENTS = 1000
 CATALOGUES_FOLDER = "catalogues"
 OF_GATEWAY = ""  # the uid of events that are of no model
-
-
-class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened to a model; `event_ts` in seconds since the epoch."""
-
-    event_type: str
-    event_ts: int
-    event_content: str
-
-
-class EventLog:
-    """The newest events of each uid, also of those that are gone; bounded in both."""
-
-    def __init__(self) -> None:
-        self._events: dict[str, deque[Event]] = {}
-
-    def add(self, uid: str, event_type: str, content: str) -> None:
-        """One of INFO, WARNING, ERROR, and what happened."""
-        events = self._events.pop(uid, None) or deque(maxlen=EVENTS_PER_MODEL)
-        self._events[uid] = events  # the last to be spoken of is the last to be forgotten
-        events.append(Event(event_type=event_type, event_ts=int(time.time()), event_content=content))
-        if len(self._events) > MODELS_WITH_EVENTS:
-            del self._events[next(iter(self._events))]
-
-    def of(self, uid: str) -> list[Event]:
-        """Oldest first."""
-        return list(self._events.get(uid, ()))
 
 
 class Wanted(NamedTuple):
@@ -745,6 +716,7 @@ class Fleet:
             observe=self.observe,
             experience=self.experience,
             tell=partial(self.events.add, launch.uid),
+            moved=partial(self.events.moved, launch.uid, index),
         )
 
 

@@ -33,7 +33,7 @@ RESERVED_UIDS = frozenset(
     ["prompts", "families", "instances", "instance", "vllm-supported", "update_type", "llm", "recommend", "update_spec"]
 )
 RESERVED_ENDING = re.compile(
-    r"/(start|stop|logs|progress|cancel|events|versions|reload(/config)?|replicas(/\d+)?|requests/[^/]+/abort)$"
+    r"/(start|stop|logs|progress|cancel|events|queue|versions|reload(/config)?|replicas(/\d+)?|requests/[^/]+/abort)$"
 )
 SENT_TO_ALL = ("trust_remote_code", "device")
 FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")

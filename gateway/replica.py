@@ -124,6 +124,7 @@ class Replica:
         observe: Callable[[], Awaitable[Sequence[Device]]],
         experience: Experience,
         tell: Callable[[str, str], None],
+        moved: Callable[[State, State], None] = lambda before, after: None,
     ) -> None:
         """`settings` gives those in effect; they may be others each time."""
         self.launch = launch
@@ -159,6 +160,7 @@ class Replica:
         self._observe = observe
         self._experience = experience
         self._tell = tell
+        self._moved = moved
         self._retry = asyncio.Event()
         self._was_ever_ready = False
         self._is_safer_tried = False
@@ -567,8 +569,10 @@ class Replica:
 
     def _enter(self, state: State) -> None:
         logger.debug("%s: %s -> %s", self, self.state, state)
-        self.state = state
+        before, self.state = self.state, state
         self.state_since = time.monotonic()
+        if before is not state:
+            self._moved(before, state)
         if state is State.READY:
             self.last_used = self.ready_since = self.state_since
             self._was_ever_ready = True

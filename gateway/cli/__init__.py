@@ -22,6 +22,7 @@ VERBS = {
     "start": "Load a model now.",
     "stop": "Unload a model; its next request loads it again.",
     "logs": "Show what a model's engine wrote.",
+    "events": "Show what happens to models, as it happens.",
     "chat": "Talk with a model.",
     "generate": "Have a model complete prompts.",
     "embedding": "Turn texts into vectors.",

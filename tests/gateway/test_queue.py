@@ -7,16 +7,19 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.base import Launch
 from engines.llama_cpp import LlamaCpp
+from gateway.api.affinity import key_of
+from gateway.api.heads import ChatHead
 from gateway.config import Settings
-from gateway.deployment import Deployment
-from gateway.errors import HostlerError
-from gateway.queue import Ticket
+from gateway.deployment import BUSIER_BY, Deployment
+from gateway.errors import HostlerError, ModelFailed
+from gateway.queue import Queue, Ticket
 from gateway.replica import Failure, Replica, State
 from registry.resolve import Artifact
 from registry.schema import LLMFamily, ModelSpec, Source
@@ -252,3 +255,138 @@ def test_no_place_is_lost_or_given_twice_and_every_wait_ends(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gateway.queue.COUNTING_S", 0)  # numbers are those of the moment
         asyncio.run(scenario())
+
+
+# --- the queue alone
+
+
+async def test_a_long_queue_costs_each_step_the_same() -> None:
+    async def seconds_for(waiting: int) -> float:
+        queue: Queue[int] = Queue()
+        for _ in range(waiting):
+            queue.join()
+        places = iter(range(waiting))
+        given = iter([True, False] * 2000)
+        started = time.perf_counter()
+        for _ in range(2000):
+            queue.serve(lambda ticket: next(places) if next(given) else None)
+        return time.perf_counter() - started
+
+    few, many = min([await seconds_for(2500) for _ in range(3)]), min([await seconds_for(100_000) for _ in range(3)])
+    assert many < 5 * few
+
+
+async def test_numbers_of_a_very_long_queue_are_counted_now_and_then() -> None:
+    queue: Queue[int] = Queue()
+    tickets = [queue.join() for _ in range(20_000)]
+    assert queue.number_of(tickets[-1]) == 20_000
+    started = time.perf_counter()
+    for ticket in tickets[:2000]:
+        queue.leave(ticket)
+        queue.number_of(tickets[-1])
+    assert time.perf_counter() - started < 2  # counting each time would take 40 million steps
+    await asyncio.sleep(0.3)
+    assert queue.number_of(tickets[-1]) == 18_000
+
+
+async def test_an_end_refuses_each_with_an_exception_of_its_own() -> None:
+    queue: Queue[int] = Queue()
+    tickets = [queue.join() for _ in range(3)]
+    queue.end(ModelFailed("it broke"))
+    ends = await asyncio.gather(*(ticket.wait() for ticket in tickets), return_exceptions=True)
+    assert [str(end) for end in ends] == ["it broke"] * 3
+    assert len({id(end) for end in ends}) == 3
+    assert (len(queue), queue.since) == (0, None)
+
+
+async def test_who_had_its_turn_goes_first_and_makes_nobody_seem_newer() -> None:
+    queue: Queue[int] = Queue()
+    old = queue.join()
+    again = queue.join(is_first=True)
+    assert (queue.number_of(again), queue.number_of(old), queue.since) == (1, 2, old.since)
+
+
+# --- which copy
+
+
+async def loaded(replicas: int) -> World:
+    world = World(replicas)
+    world.deployment.start()
+    await world.settle()
+    for copy in world.copies:
+        copy.enter(State.READY)
+    return world
+
+
+def homes(world: World, keys: range) -> dict[int, int]:
+    found = {key: world.deployment.pick(key=key) for key in keys}
+    return {key: replica.index for key, replica in found.items() if replica}
+
+
+KEYS = range(1, 3001)
+
+
+async def test_a_copy_that_comes_or_goes_moves_only_its_share() -> None:
+    world = await loaded(4)
+    before = homes(world, KEYS)
+    shares = [list(before.values()).count(index) / len(KEYS) for index in range(4)]
+    assert min(shares) > 0.2
+    assert max(shares) < 0.3
+    world.add()
+    await world.settle()
+    world.copies[4].enter(State.READY)
+    after = homes(world, KEYS)
+    moved = [key for key in KEYS if after[key] != before[key]]
+    assert {after[key] for key in moved} == {4}
+    assert 0.15 < len(moved) / len(KEYS) < 0.25
+    world.copies[2].enter(State.BACKOFF)
+    assert [key for key, home in homes(world, KEYS).items() if home != after[key]] == [
+        key for key, home in after.items() if home == 2
+    ]
+    await world.end()
+
+
+async def test_what_belongs_together_spills_over_once_its_copy_is_much_busier() -> None:
+    world = await loaded(3)
+    taken = [world.deployment.acquire_now(key=7) for _ in range(15)]
+    world.holding += [replica for replica in taken if replica]
+    (home,) = {replica.index for replica in taken[: BUSIER_BY + 1] if replica}
+    counts = sorted(copy.in_flight for copy in world.copies)
+    assert sum(counts) == 15
+    assert counts[-1] - counts[0] <= BUSIER_BY + 1
+    assert max(world.copies, key=lambda copy: copy.in_flight).index == home
+    await world.end()
+
+
+async def test_the_lost_copy_is_avoided_whatever_belongs_there() -> None:
+    world = await loaded(2)
+    for key in range(1, 50):
+        home = world.deployment.pick(key=key)
+        assert world.deployment.pick(avoid=home, key=key) is not home
+    await world.end()
+
+
+def key_of_chat(*messages: tuple[str, str], **headers: str) -> int:
+    raw = [msgspec.Raw(msgspec.json.encode({"role": role, "content": text})) for role, text in messages]
+    given = [(name.encode(), value.encode()) for name, value in headers.items()]
+    return key_of(given, ChatHead(model="m", messages=raw), reads_opening=True)
+
+
+def test_a_key_is_of_the_opening_and_stays_as_the_conversation_grows() -> None:
+    opening = ("system", "s" * 10_000), ("user", "hello")
+    grown = (*opening, ("assistant", "hi"), ("user", "more"))
+    assert key_of_chat(*opening) == key_of_chat(*grown) != 0
+    assert key_of_chat(*opening) != key_of_chat(opening[0], ("user", "other"))
+    assert key_of_chat(*opening[1:]) == key_of_chat(*grown[1:])
+    assert key_of_chat(*opening, x_session_id="a") == key_of_chat(("user", "other"), x_session_id="a")
+    assert key_of([], ChatHead(model="m", messages=[msgspec.Raw(b"3")]), reads_opening=True)  # no message at all
+    assert key_of([], ChatHead(model="m", messages=[]), reads_opening=False) == 0
+
+
+def test_a_key_of_a_huge_conversation_is_cheap() -> None:
+    messages = [("user", "x" * 5_000_000)] + [("assistant", "y")] * 10_000
+    raw = [msgspec.Raw(msgspec.json.encode({"role": role, "content": text})) for role, text in messages]
+    head = ChatHead(model="m", messages=raw)
+    started = time.perf_counter()
+    key_of([], head, reads_opening=True)
+    assert time.perf_counter() - started < 0.1
