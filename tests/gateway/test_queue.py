@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from engines.base import Launch
 from engines.llama_cpp import LlamaCpp
-from gateway.api.affinity import key_of
+from gateway.api.affinity import SESSION_BUSIER_BY, key_of
 from gateway.api.heads import ChatHead
 from gateway.config import Settings
-from gateway.deployment import BUSIER_BY, Deployment
+from gateway.deployment import Deployment
 from gateway.errors import HostlerError, ModelFailed
-from gateway.queue import Queue, Ticket
+from gateway.queue import Key, Queue, Ticket
 from gateway.replica import Failure, Replica, State
 from registry.resolve import Artifact
 from registry.schema import LLMFamily, ModelSpec, Source
@@ -319,7 +319,7 @@ async def loaded(replicas: int) -> World:
 
 
 def homes(world: World, keys: range) -> dict[int, int]:
-    found = {key: world.deployment.pick(key=key) for key in keys}
+    found = {key: world.deployment.pick(key=Key(key)) for key in keys}
     return {key: replica.index for key, replica in found.items() if replica}
 
 
@@ -348,12 +348,12 @@ async def test_a_copy_that_comes_or_goes_moves_only_its_share() -> None:
 
 async def test_what_belongs_together_spills_over_once_its_copy_is_much_busier() -> None:
     world = await loaded(3)
-    taken = [world.deployment.acquire_now(key=7) for _ in range(15)]
+    taken = [world.deployment.acquire_now(key=Key(7, SESSION_BUSIER_BY)) for _ in range(15)]
     world.holding += [replica for replica in taken if replica]
-    (home,) = {replica.index for replica in taken[: BUSIER_BY + 1] if replica}
+    (home,) = {replica.index for replica in taken[: SESSION_BUSIER_BY + 1] if replica}
     counts = sorted(copy.in_flight for copy in world.copies)
     assert sum(counts) == 15
-    assert counts[-1] - counts[0] <= BUSIER_BY + 1
+    assert counts[-1] - counts[0] <= SESSION_BUSIER_BY + 1
     assert max(world.copies, key=lambda copy: copy.in_flight).index == home
     await world.end()
 
@@ -361,12 +361,12 @@ async def test_what_belongs_together_spills_over_once_its_copy_is_much_busier() 
 async def test_the_lost_copy_is_avoided_whatever_belongs_there() -> None:
     world = await loaded(2)
     for key in range(1, 50):
-        home = world.deployment.pick(key=key)
-        assert world.deployment.pick(avoid=home, key=key) is not home
+        home = world.deployment.pick(key=Key(key, 1))
+        assert world.deployment.pick(avoid=home, key=Key(key, 1)) is not home
     await world.end()
 
 
-def key_of_chat(*messages: tuple[str, str], **headers: str) -> int:
+def key_of_chat(*messages: tuple[str, str], **headers: str) -> Key | None:
     raw = [msgspec.Raw(msgspec.json.encode({"role": role, "content": text})) for role, text in messages]
     given = [(name.encode(), value.encode()) for name, value in headers.items()]
     return key_of(given, ChatHead(model="m", messages=raw), reads_opening=True)
@@ -375,12 +375,12 @@ def key_of_chat(*messages: tuple[str, str], **headers: str) -> int:
 def test_a_key_is_of_the_opening_and_stays_as_the_conversation_grows() -> None:
     opening = ("system", "s" * 10_000), ("user", "hello")
     grown = (*opening, ("assistant", "hi"), ("user", "more"))
-    assert key_of_chat(*opening) == key_of_chat(*grown) != 0
+    assert key_of_chat(*opening) == key_of_chat(*grown) is not None
     assert key_of_chat(*opening) != key_of_chat(opening[0], ("user", "other"))
     assert key_of_chat(*opening[1:]) == key_of_chat(*grown[1:])
     assert key_of_chat(*opening, x_session_id="a") == key_of_chat(("user", "other"), x_session_id="a")
     assert key_of([], ChatHead(model="m", messages=[msgspec.Raw(b"3")]), reads_opening=True)  # no message at all
-    assert key_of([], ChatHead(model="m", messages=[]), reads_opening=False) == 0
+    assert key_of([], ChatHead(model="m", messages=[]), reads_opening=False) is None
 
 
 def test_a_key_of_a_huge_conversation_is_cheap() -> None:
