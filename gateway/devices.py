@@ -210,18 +210,21 @@ def _names(pids: Collection[int]) -> dict[int, str]:
 
 
 def _ram() -> tuple[int, int, str]:
-    """All of it, what of it cannot be had, and where the limit is from; a control group's where that is less."""
+    """All of it, what of it cannot be had, and where the limit is from; of the control group that has least left, where
+    that is less than the machine has.
+    """
     memory = psutil.virtual_memory()
     total, used, limit = memory.total, memory.total - memory.available, ""
     for folder, names in _control_groups():
         most = _number(folder / names[0])
         now = _number(folder / names[1])
-        if most is None or now is None or not 0 < most < total:
+        if most is None or now is None or most <= 0:
             continue
         statistics = _statistics(folder / "memory.stat")
         kept = sum(statistics.get(names[2] + name, 0) for name in ("inactive_file", "active_file"))
-        total, used = most, max(0, now - kept - statistics.get("slab_reclaimable", 0))
-        limit = "the limit of our control group"
+        held = max(0, now - kept - statistics.get("slab_reclaimable", 0))
+        if most - held < total - used:
+            total, used, limit = most, held, "the limit of our control group"
     return total, used, limit
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -251,6 +252,22 @@ def test_a_limit_of_the_control_group_counts(tmp_path: Path, monkeypatch: pytest
     assert [folder for folder, _ in groups] == [group, group.parent]
     monkeypatch.setattr(devices, "_control_groups", lambda: groups)
     assert devices._ram() == (page * 1000, page * 449, "the limit of our control group")
+
+
+def test_the_control_group_that_has_least_left_counts_and_the_machine_where_it_has_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("memory.max", "memory.current", "")
+    for name, most, now in (("own", 4 * GB, GB), ("above", 8 * GB, 7 * GB)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "memory.max").write_text(str(most))
+        (tmp_path / name / "memory.current").write_text(str(now))
+    monkeypatch.setattr(devices, "_control_groups", lambda: [(tmp_path / name, names) for name in ("own", "above")])
+    machine = SimpleNamespace(total=64 * GB, available=32 * GB)
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: machine)
+    assert devices._ram() == (8 * GB, 7 * GB, "the limit of our control group")
+    machine.available = GB // 2
+    assert devices._ram() == (64 * GB, 64 * GB - GB // 2, "")
 
 
 # --- made-up machines
