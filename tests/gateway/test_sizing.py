@@ -18,8 +18,7 @@ from gateway.gpus import Gpu
 from gateway.placement import Device, NoRoom, place
 from gateway.sizing import needs_now, size_up
 from registry.memory import CPU_ENGINE_BYTES, GPU_ENGINE_BYTES, Cache
-from registry.resolve import NO_FILES
-from registry.schema import ModelSpec, Source
+from registry.schema import NO_FILES, ModelSpec, Source
 from registry.weights import Facts
 
 GB = 10**9
