@@ -19,7 +19,18 @@ from nvml import Driver
 
 from engines.base import RAM
 from gateway import devices
-from gateway.devices import Held, Limits, Observer, Seen, SimulatedMachine, devices_of, look_here, machine_of
+from gateway.config import Settings
+from gateway.devices import (
+    Held,
+    Limits,
+    Observer,
+    Seen,
+    SimulatedMachine,
+    devices_of,
+    limits_of,
+    look_here,
+    machine_of,
+)
 from gateway.footprint import Footprint, families, footprint
 from gateway.gpus import Gpu, GpuProcess, list_gpus
 from gateway.placement import Device
@@ -268,6 +279,13 @@ def test_the_control_group_that_has_least_left_counts_and_the_machine_where_it_h
     assert devices._ram() == (8 * GB, 7 * GB, "the limit of our control group")
     machine.available = GB // 2
     assert devices._ram() == (64 * GB, 64 * GB - GB // 2, "")
+
+
+@pytest.mark.parametrize(("total", "kept"), [(2 * GB, GB // 5), (64 * GB, 2**30)])
+def test_a_small_machine_keeps_a_tenth_free_unless_it_is_said(total: int, kept: int) -> None:
+    seen = Seen(ram_total_bytes=total)
+    assert devices_of(seen, (), limits_of(Settings()))[-1].headroom_bytes == kept
+    assert devices_of(seen, (), limits_of(Settings(ram_headroom="1GiB")))[-1].headroom_bytes == 2**30
 
 
 # --- made-up machines
