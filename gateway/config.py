@@ -82,7 +82,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ram_limit: (
         Annotated[Size, Meta(description="of all engines together, such as 48GiB; else what is there")] | None
     ) = None
-    ram_headroom: Annotated[Size, Meta(description="memory of the machine that is left free")] = "1GiB"
+    ram_headroom: (
+        Annotated[Size, Meta(description="memory of the machine that is left free; else a tenth, up to 1GiB")] | None
+    ) = None
     gpu_headroom: Annotated[Size, Meta(description="memory of each GPU that is left free")] = "512MiB"
     min_residency_s: Annotated[
         float, Meta(ge=0, description="a model that was just loaded makes no room for another for so long")

@@ -27,15 +27,19 @@ from gateway.placement import Device
 
 SETTLED_S = 5.0  # memory that others have held for so long is theirs
 UNTOLD_BYTES = 1_500_000_000  # in use on a GPU that shows no process: more than its driver takes
+USUAL_HEADROOM_BYTES = 2**30  # of the machine's memory
 HOLDERS = 5  # told of each device
 CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a site leaves free, and how much of the machine's memory engines may have; None: all there is."""
+    """What a site leaves free, and how much of the machine's memory engines may have.
+
+    None: all there is, and a usual head-room of it.
+    """
 
     ram_limit: int | None = None
-    ram_headroom: int = 0
+    ram_headroom: int | None = 0
     gpu_headroom: int = 0
 
 
@@ -43,7 +47,7 @@ def limits_of(settings: Settings) -> Limits:
     """As the settings say."""
     return Limits(
         ram_limit=None if settings.ram_limit is None else bytes_of(settings.ram_limit),
-        ram_headroom=bytes_of(settings.ram_headroom),
+        ram_headroom=None if settings.ram_headroom is None else bytes_of(settings.ram_headroom),
         gpu_headroom=bytes_of(settings.gpu_headroom),
     )
 
@@ -167,7 +171,7 @@ def _ram_device(seen: Seen, held: Sequence[Held], limits: Limits) -> Device:
         key=RAM,
         total_bytes=seen.ram_total_bytes,
         foreign_bytes=max(0, seen.ram_used_bytes - ours),
-        headroom_bytes=limits.ram_headroom,
+        headroom_bytes=_usual_headroom(seen.ram_total_bytes) if limits.ram_headroom is None else limits.ram_headroom,
         holders=_holders(_own(held, RAM)),
         limit=seen.ram_limit,
     )
@@ -176,6 +180,10 @@ def _ram_device(seen: Seen, held: Sequence[Held], limits: Limits) -> Device:
             device, total_bytes=limits.ram_limit, foreign_bytes=beyond, headroom_bytes=0, limit="ram_limit"
         )
     return device
+
+
+def _usual_headroom(total_bytes: int) -> int:
+    return min(USUAL_HEADROOM_BYTES, total_bytes // 10)  # 1 GiB is much of a small machine
 
 
 def _own(held: Sequence[Held], key: str) -> list[tuple[int, str]]:
@@ -210,18 +218,21 @@ def _names(pids: Collection[int]) -> dict[int, str]:
 
 
 def _ram() -> tuple[int, int, str]:
-    """All of it, what of it cannot be had, and where the limit is from; a control group's where that is less."""
+    """All of it, what of it cannot be had, and where the limit is from; of the control group that has least left, where
+    that is less than the machine has.
+    """
     memory = psutil.virtual_memory()
     total, used, limit = memory.total, memory.total - memory.available, ""
     for folder, names in _control_groups():
         most = _number(folder / names[0])
         now = _number(folder / names[1])
-        if most is None or now is None or not 0 < most < total:
+        if most is None or now is None or most <= 0:
             continue
         statistics = _statistics(folder / "memory.stat")
         kept = sum(statistics.get(names[2] + name, 0) for name in ("inactive_file", "active_file"))
-        total, used = most, max(0, now - kept - statistics.get("slab_reclaimable", 0))
-        limit = "the limit of our control group"
+        held = max(0, now - kept - statistics.get("slab_reclaimable", 0))
+        if most - held < total - used:
+            total, used, limit = most, held, "the limit of our control group"
     return total, used, limit
 
 

@@ -129,6 +129,8 @@ def size_up(
         beside_bytes: of `bytes_beside`, without what is among `sizes`.
     """
     on_gpu = has_gpus and needs.n_gpu != 0 and needs.gpu_idx != ()
+    if needs.chooses and on_gpu and needs.n_gpu is None and needs.gpu_idx is None and launch.memory_bytes is None:
+        return Sizing(needs=needs, basis="unknown, as it picks among the GPUs by itself")
     estimated = _estimated(launch, needs, sizes, facts, specs, beside_bytes, on_gpu=on_gpu)
     seen = None if needs.is_elastic else experience.peak_bytes(launch, on_gpu=on_gpu)
     if launch.memory_bytes is not None:
@@ -158,6 +160,8 @@ def _estimated(
     *,
     on_gpu: bool,
 ) -> Sizing | None:
+    if not launch.artifact.has_files:  # nothing of the model is loaded here
+        return None
     spec = launch.artifact.spec
     billions = billions_of(spec.model_size_in_billions) if spec.model_size_in_billions is not None else None
     weight_bytes, basis = _weight_bytes(sizes, facts, spec, billions)
@@ -204,7 +208,8 @@ def _lighter(chosen: ModelSpec, specs: Sequence[ModelSpec], weight_bytes: int, r
             continue
         fewer = usual_weight_bytes(billions, spec.model_format, spec.quantization)
         if fewer < weight_bytes:
-            found.setdefault(f"{spec.model_size_in_billions}B {spec.quantization}", fewer + rest_bytes)
+            quantization = "" if spec.quantization in (None, "none") else f" {spec.quantization}"
+            found.setdefault(f"{spec.model_size_in_billions}B{quantization}", fewer + rest_bytes)
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gateway.placement import Device
     from gateway.plan import Row
     from gateway.sizing import Sizing
-    from registry.resolve import Artifact
+    from registry.schema import Source
 
 
 @click.command("plan")
@@ -97,12 +97,12 @@ def _prepare(file: str, machine: SimulatedMachine | None) -> tuple[list[tuple[La
     has_gpus = any(device.gpu for device in devices)
 
     def size(launch: Launch) -> Sizing:
-        path = _files_here(launch.artifact, settings)
+        path, *added = (_files_here(source, settings) for source in launch.artifact.sources)
         facts = weights.read(path) if path else None
         family = registry.find(launch.artifact.family.model_name, launch.artifact.family.model_type)
         needs = engines.find(launch.engine, known).needs(launch)
         specs = family.specs if family else ()
-        beside = bytes_beside(launch, path)
+        beside = bytes_beside(launch, path, tuple(filter(None, added)))
         return size_up(launch, needs, None, facts, [], experience, has_gpus=has_gpus, specs=specs, beside_bytes=beside)
 
     return [(launch, size(launch)) for launch in launches], devices
@@ -120,15 +120,16 @@ def _as_installed(engine: Engine) -> Engine:
     return made
 
 
-def _files_here(artifact: Artifact, settings: Settings) -> Path | None:
+def _files_here(source: Source, settings: Settings) -> Path | None:
     from registry.hubs import find_cached, local
+    from registry.schema import NO_FILES
 
-    if not artifact.has_files:
+    if source.model_hub == NO_FILES:
         return None
-    if artifact.source.model_hub == "local":
-        found = local.find(artifact.source)
+    if source.model_hub == "local":
+        found = local.find(source)
         return found.path if found else None
-    return find_cached(artifact.source, settings.cache_path, is_use=False)
+    return find_cached(source, settings.cache_path, is_use=False)
 
 
 def _data(rows: Sequence[Row], devices: Sequence[Device]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -18,7 +19,18 @@ from nvml import Driver
 
 from engines.base import RAM
 from gateway import devices
-from gateway.devices import Held, Limits, Observer, Seen, SimulatedMachine, devices_of, look_here, machine_of
+from gateway.config import Settings
+from gateway.devices import (
+    Held,
+    Limits,
+    Observer,
+    Seen,
+    SimulatedMachine,
+    devices_of,
+    limits_of,
+    look_here,
+    machine_of,
+)
 from gateway.footprint import Footprint, families, footprint
 from gateway.gpus import Gpu, GpuProcess, list_gpus
 from gateway.placement import Device
@@ -251,6 +263,29 @@ def test_a_limit_of_the_control_group_counts(tmp_path: Path, monkeypatch: pytest
     assert [folder for folder, _ in groups] == [group, group.parent]
     monkeypatch.setattr(devices, "_control_groups", lambda: groups)
     assert devices._ram() == (page * 1000, page * 449, "the limit of our control group")
+
+
+def test_the_control_group_that_has_least_left_counts_and_the_machine_where_it_has_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("memory.max", "memory.current", "")
+    for name, most, now in (("own", 4 * GB, GB), ("above", 8 * GB, 7 * GB)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "memory.max").write_text(str(most))
+        (tmp_path / name / "memory.current").write_text(str(now))
+    monkeypatch.setattr(devices, "_control_groups", lambda: [(tmp_path / name, names) for name in ("own", "above")])
+    machine = SimpleNamespace(total=64 * GB, available=32 * GB)
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: machine)
+    assert devices._ram() == (8 * GB, 7 * GB, "the limit of our control group")
+    machine.available = GB // 2
+    assert devices._ram() == (64 * GB, 64 * GB - GB // 2, "")
+
+
+@pytest.mark.parametrize(("total", "kept"), [(2 * GB, GB // 5), (64 * GB, 2**30)])
+def test_a_small_machine_keeps_a_tenth_free_unless_it_is_said(total: int, kept: int) -> None:
+    seen = Seen(ram_total_bytes=total)
+    assert devices_of(seen, (), limits_of(Settings()))[-1].headroom_bytes == kept
+    assert devices_of(seen, (), limits_of(Settings(ram_headroom="1GiB")))[-1].headroom_bytes == 2**30
 
 
 # --- made-up machines

@@ -55,7 +55,7 @@ def test_twelve_models_on_eight_gpus_one_of_them_held_by_somebody_else(tmp_path:
     assert rows["half/0"]["memory"] == {"GPU-5": 40 * GIB}
     beside = rows["beside/0"]["text"]
     assert "GPU 0 has 19,327 MB of 85,899 MB free: 65,498 MB are held by others (process 1, train.py" in beside
-    assert "Another spec of the family: 4B none" in beside
+    assert "Another spec of the family: 4B, 1_7B, 0_6B." in beside
     assert "on each of 7 GPUs" in rows["giant/0"]["text"]
     devices = {device["name"]: device for device in json.loads(done.output)["devices"]}
     given: dict[str, int] = {}

@@ -10,15 +10,15 @@ import pytest
 from llms import a_launch, an_artifact
 from model_files import F32, gguf
 
-from engines.base import Launch, Needs
+from engines.base import Launch, Needs, Placement
 from engines.llama_cpp import LlamaCpp
 from engines.remote import Remote
 from gateway.experience import Experience
+from gateway.gpus import Gpu
 from gateway.placement import Device, NoRoom, place
 from gateway.sizing import needs_now, size_up
 from registry.memory import CPU_ENGINE_BYTES, GPU_ENGINE_BYTES, Cache
-from registry.resolve import NO_FILES
-from registry.schema import ModelSpec, Source
+from registry.schema import NO_FILES, ModelSpec, Source
 from registry.weights import Facts
 
 GB = 10**9
@@ -30,6 +30,10 @@ LLAMA = {
     "llama.attention.head_count": 4,
 }
 NOTHING = Experience()
+TWO_GPUS: dict[str, dict[str, Any]] = {
+    f"U{index}": {"index": index, "uuid": f"U{index}", "name": "a", "total_bytes": 8 * GB, "used_bytes": 0}
+    for index in range(2)
+}
 
 
 class Known(Experience):
@@ -119,10 +123,25 @@ def test_lighter_specs_of_the_family_are_known_for_advice() -> None:
 
 
 async def test_what_is_served_elsewhere_takes_nothing_here() -> None:
-    artifact = msgspec.structs.replace(an_artifact(), source=Source(model_hub=NO_FILES, model_id="x"))
+    source = Source(model_hub=NO_FILES, model_id="x")
+    artifact = msgspec.structs.replace(an_artifact(), spec=a_spec(72), source=source)
     launch = a_launch({"url": "http://127.0.0.1:1/v1"}, artifact=artifact)
     needs = await needs_now(launch, Remote(), 0, [Path()], NOTHING, has_gpus=True)
     assert (needs.memory_bytes, needs.n_gpu) == (0, 0)
+
+
+def test_what_picks_its_gpus_by_itself_is_not_held_to_one_by_an_estimate() -> None:
+    needs = Needs(chooses=True)
+    gpus = [Device(key=name, total_bytes=8 * GB, gpu=Gpu(**gpu)) for name, gpu in TWO_GPUS.items()]
+
+    def asked(launch: Launch) -> Needs:
+        return size_up(launch, needs, None, None, [], Known(9 * GB), has_gpus=True).needs
+
+    assert place(asked(of_spec(a_spec(14))), gpus, {}) == Placement()
+    said = place(asked(of_spec(a_spec(14), memory_bytes=GB)), gpus, {})
+    assert isinstance(said, Placement)
+    assert said.memory == {"U0": GB}
+    assert size_up(of_spec(a_spec(14)), needs, None, None, [], NOTHING, has_gpus=False).needs.memory_bytes > 7 * GB
 
 
 async def test_what_is_loaded_beside_the_model_counts(tmp_path: Path) -> None:
