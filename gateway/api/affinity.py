@@ -14,9 +14,10 @@ import msgspec
 from gateway.api.heads import ChatHead, PromptHead
 
 SESSION_HEADERS = frozenset((b"x-session-id", b"x_session_id", b"x-litellm-session-id", b"x-smg-routing-key"))
+WORTH_BYTES = 1024  # a conversation that is shorter is read again in no time
 MESSAGES_READ = 4  # of a conversation, until one is the user's
 READ_BYTES = 2048  # of each message
-PROMPT_BYTES = 256
+PROMPT_BYTES = 512
 KEY_BYTES = 8
 
 
@@ -38,11 +39,21 @@ def key_of(headers: Iterable[tuple[bytes, bytes]], head: object, *, reads_openin
             return _hash([value])
     if not reads_opening:
         return 0
-    if isinstance(head, ChatHead):
+    if isinstance(head, ChatHead) and _is_worth(head.messages):
         return _hash(_opening(head.messages))
-    if isinstance(head, PromptHead):
+    if isinstance(head, PromptHead) and _is_worth([head.prompt]):
         return _hash([bytes(memoryview(head.prompt)[:PROMPT_BYTES])])
     return 0
+
+
+def _is_worth(parts: Sequence[msgspec.Raw]) -> bool:
+    """Whether there is so much that reading it again would cost more than waiting for a busier replica."""
+    size_bytes = 0
+    for part in parts:
+        size_bytes += memoryview(part).nbytes
+        if size_bytes >= WORTH_BYTES:
+            return True
+    return False
 
 
 def _opening(messages: Sequence[msgspec.Raw]) -> list[bytes]:
