@@ -15,9 +15,10 @@ from gateway.api.heads import ChatHead, PromptHead
 from gateway.queue import Key
 
 SESSION_HEADERS = frozenset((b"x-session-id", b"x_session_id", b"x-litellm-session-id", b"x-smg-routing-key"))
+WORTH_BYTES = 1024  # a conversation that is shorter is read again in no time
 MESSAGES_READ = 4  # of a conversation, until one is the user's
 READ_BYTES = 2048  # of each message
-PROMPT_BYTES = 256  # a shorter one is read in no time
+PROMPT_BYTES = 512
 KEY_BYTES = 8
 SESSION_BUSIER_BY = 4  # requests that a replica may have more than another and still get what belongs to it
 OPENING_BUSIER_BY = 0  # what was read before is not worth a wait
@@ -41,11 +42,21 @@ def key_of(headers: Iterable[tuple[bytes, bytes]], head: object, *, reads_openin
             return Key(_hash([value]), SESSION_BUSIER_BY)
     if not reads_opening:
         return None
-    if isinstance(head, ChatHead):
+    if isinstance(head, ChatHead) and _is_worth(head.messages):
         return Key(_hash(_opening(head.messages)), OPENING_BUSIER_BY)
-    if isinstance(head, PromptHead) and len(prompt := memoryview(head.prompt)) >= PROMPT_BYTES:
-        return Key(_hash([bytes(prompt[:PROMPT_BYTES])]), OPENING_BUSIER_BY)
+    if isinstance(head, PromptHead) and _is_worth([head.prompt]):
+        return Key(_hash([bytes(memoryview(head.prompt)[:PROMPT_BYTES])]), OPENING_BUSIER_BY)
     return None
+
+
+def _is_worth(parts: Sequence[msgspec.Raw]) -> bool:
+    """Whether there is so much that it matters who has read it before."""
+    size_bytes = 0
+    for part in parts:
+        size_bytes += memoryview(part).nbytes
+        if size_bytes >= WORTH_BYTES:
+            return True
+    return False
 
 
 def _opening(messages: Sequence[msgspec.Raw]) -> list[bytes]:

@@ -171,7 +171,7 @@ async def test_a_crash_lets_who_waits_go_on_with_the_next_life(start_gateway: St
 # --- conversations and copies
 
 
-def chat(*texts: str, system: str = "You are a test.") -> dict[str, Any]:
+def chat(*texts: str, system: str = "You are a test. " * 100) -> dict[str, Any]:
     messages = [{"role": "system", "content": system}]
     roles = ("user", "assistant")
     messages += [{"role": roles[number % 2], "content": text} for number, text in enumerate(texts)]
@@ -196,5 +196,7 @@ async def test_a_conversation_goes_back_to_the_copy_that_knows_it(start_gateway:
     # A session that is named counts for more than the words.
     for name in ("x-session-id", "X-Session-ID"):
         assert len({await copy_for(gateway, chat(f"other {n}"), **{name: "s1"}) for n in range(10)}) == 1
+    # What is short goes where there is least to do, whatever it says.
+    assert await copy_for(gateway, chat("hi", system="")) == "0"
     sessions = {await copy_for(gateway, chat("same"), **{"x-session-id": f"s{number}"}) for number in range(30)}
     assert sessions == {"0", "1", "2"}
