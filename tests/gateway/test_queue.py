@@ -378,8 +378,8 @@ def test_a_key_is_of_the_opening_and_stays_as_the_conversation_grows() -> None:
     assert key_of_chat(*opening) == key_of_chat(*grown) is not None
     assert key_of_chat(*opening) != key_of_chat(opening[0], ("user", "other"))
     asked = ("user", "q" * 2000)
-    assert key_of_chat(asked) == key_of_chat(asked, ("assistant", "hi"), ("user", "more")) != 0
-    assert key_of_chat(("user", "short")) == 0  # nothing that would be worth it
+    assert key_of_chat(asked) == key_of_chat(asked, ("assistant", "hi"), ("user", "more")) is not None
+    assert key_of_chat(("user", "short")) is None  # nothing that would be worth it
     assert key_of_chat(*opening, x_session_id="a") == key_of_chat(("user", "other"), x_session_id="a")
     assert key_of([], ChatHead(model="m", messages=[msgspec.Raw(b"3" * 2000)]), reads_opening=True)  # no message at all
     assert key_of([], ChatHead(model="m", messages=[]), reads_opening=False) is None
