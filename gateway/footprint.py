@@ -6,7 +6,6 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
-from pathlib import Path
 
 import msgspec
 import psutil
@@ -55,13 +54,19 @@ def _relations() -> Iterator[tuple[int, int, int, int]]:
     """Of each process its pid, its parent's, its group and its session."""
     for pid in psutil.pids():
         try:
-            facts = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+            facts = _told(pid, "stat").rpartition(b")")[2].split()
             yield pid, int(facts[1]), int(facts[2]), int(facts[3])
         except (OSError, IndexError):
             try:  # gone, or a system without /proc
                 yield pid, psutil.Process(pid).ppid(), os.getpgid(pid), os.getsid(pid)
             except (psutil.Error, OSError):
                 continue
+
+
+def _told(pid: int, name: str) -> bytes:
+    """What the system tells of a process. A Path would intern the name of each."""
+    with open(f"/proc/{pid}/{name}", "rb") as file:
+        return file.read()
 
 
 def footprint(pids: Iterable[int]) -> Footprint:
@@ -79,7 +84,7 @@ def footprint(pids: Iterable[int]) -> Footprint:
 def _read(pid: int) -> dict[str, int]:
     seen = dict.fromkeys(("RssAnon", "RssShmem", "RssFile", "VmHWM"), 0)
     try:
-        text = Path(f"/proc/{pid}/status").read_bytes()
+        text = _told(pid, "status")
     except OSError:
         try:  # gone, or a system without /proc
             rss = psutil.Process(pid).memory_info().rss
