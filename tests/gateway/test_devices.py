@@ -249,8 +249,8 @@ async def test_this_machine_is_seen() -> None:
 def test_a_limit_of_the_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = mmap.PAGESIZE
     own = tmp_path / "own"
-    own.write_text("12:cpu:/x\n0::/work/a\n")
-    group = tmp_path / "cg" / "work" / "a"
+    own.write_text("12:cpu:/x\n0::/b/a\n")
+    group = tmp_path / "cg" / "b" / "a"
     group.mkdir(parents=True)
     (group / "memory.max").write_text("max\n")
     (group.parent / "memory.max").write_text(f"{page * 1000}\n")
