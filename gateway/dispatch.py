@@ -175,6 +175,7 @@ def _holder(deployment: Deployment, replica: Replica, now: float) -> Holder:
         idle_since=replica.last_used,
         work=replica.in_flight + (0 if deployment.is_held else deployment.waiting),
         is_leaving=deployment.is_leaving(replica),
+        is_held=deployment.is_held,
         is_pinned=launch.pinned,
         load_s=replica.load_s or USUAL_LOAD_S,
         priority=launch.priority,

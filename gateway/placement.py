@@ -45,6 +45,11 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
         """What people call it."""
         return f"GPU {self.gpu.index}" if self.gpu else "the machine's memory"
 
+    @property
+    def at_best(self) -> Device:
+        """As it may be in a moment: without what others hold only since a moment ago."""
+        return msgspec.structs.replace(self, foreign_bytes=max(0, self.foreign_bytes - self.passing_bytes))
+
     def free(self, promised: Mapping[str, int]) -> int:
         """Bytes that may be promised; ENDLESS where the device does not tell. Below 0 if too much was."""
         if not self.total_bytes:
@@ -123,11 +128,7 @@ def place(
     found = _try(needs, devices, promised, cpu_fallback, apart_from)
     if isinstance(found, Placement):
         return found
-    at_best = [
-        msgspec.structs.replace(device, foreign_bytes=max(0, device.foreign_bytes - device.passing_bytes))
-        for device in devices
-    ]
-    for_ever = isinstance(_try(needs, at_best, {}, cpu_fallback, ()), NoRoom)
+    for_ever = isinstance(_try(needs, [device.at_best for device in devices], {}, cpu_fallback, ()), NoRoom)
     return msgspec.structs.replace(found, for_ever=for_ever)
 
 

@@ -205,10 +205,12 @@ class Replica:
                 except Exception as exc:
                     self._record(_of_fault(self, exc))
                 if self.state is State.FAILED:
+                    await self._end_left_behind()
                     await self._until_retry(self.retry_s)
                 else:
                     await self._until_retry(self.retry_at - time.monotonic())
         except asyncio.CancelledError:
+            await self._end_left_behind()
             self._begin_anew()
             self._enter(State.STOPPED)
             raise
@@ -357,6 +359,13 @@ class Replica:
         finally:
             self.in_flight -= 1
             self.last_used = time.monotonic()
+            self._changed()
+
+    async def _end_left_behind(self) -> None:
+        """The engine that was to be taken over, if that never came about: nobody else would ever end it."""
+        if self.left_behind is not None and not self._node.leaves_engines:
+            await self._node.end([self.left_behind.folder])
+            self.left_behind = self.placement = None
             self._changed()
 
     async def _needs(self, paths: Sequence[Path]) -> Needs:

@@ -3,17 +3,17 @@
 A *claim* is a replica that wants to start, a *holder* one that has a place. Room is memory, and how many models may be
 loaded at once. What was promised counts until the process is gone, so that no two promises overlap.
 
-The order of claims: who has waited too long, then by priority, then who came first. A claim that has to wait keeps
-what it is going to get: a later one may only start where that delays nobody before it. Room is made by holders that
-are idle for a moment at least, so that all who ask for a model are answered before it goes; and of those by the ones
-that have been idle longest for what it costs to load them again. Who answers is never ended: if somebody has waited
-for `max_wait_s`, the busy are given no more requests, and answer what they have.
+The order of claims: who has waited too long, the longest first; then by priority, then who came first. A claim that
+has to wait keeps what it is going to get: a later one may only start where that delays nobody before it. Room is made
+by holders that are idle for a moment at least, so that all who ask for a model are answered before it goes; and of
+those by the ones that have been idle longest for what it costs to load them again. Who answers is never ended: if
+somebody has waited for `max_wait_s`, the busy are given no more requests, and answer what they have.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 import msgspec
@@ -59,7 +59,8 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     """A replica that has a place. `work` is how many requests it answers, or that wait for its model.
 
     `ready_since` is None until it can answer; `idle_since` is when it last ended a request; both in monotonic seconds.
-    `is_leaving`: it is being stopped, and its room comes back. `load_s` is what it takes to load it again.
+    `is_leaving`: it is being stopped, and its room comes back. `is_held`: the last plan held its model back. `load_s`
+    is what it takes to load it again.
     """
 
     key: Key
@@ -68,6 +69,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     idle_since: float = 0.0
     work: int = 0
     is_leaving: bool = False
+    is_held: bool = False
     is_pinned: bool = False
     load_s: float = LEAST_LOAD_S
     priority: int = 0
@@ -99,8 +101,7 @@ def decide(
 ) -> Plan:
     """What becomes of each claim."""
     yard = _Yard(holders, devices, rules, now)
-    order = sorted(claims, key=lambda one: (one.is_extra, not yard.is_late(one), -one.priority, one.since, one.key))
-    for claim in order:
+    for claim in sorted(claims, key=yard.turn):
         yard.settle(claim)
     return yard.plan()
 
@@ -145,6 +146,11 @@ class _Yard:
         """Whether it has waited for too long."""
         return self._now - claim.since >= self._rules.max_wait_s
 
+    def turn(self, claim: Claim) -> tuple[bool, bool, int, float, Key]:
+        """By what claims are ordered. No priority counts among the late: it could keep one of them waiting for ever."""
+        is_late = self.is_late(claim)
+        return claim.is_extra, not is_late, 0 if is_late else -claim.priority, claim.since, claim.key
+
     def settle(self, claim: Claim) -> None:
         """Start it, or say for what it waits, or why it never will."""
         staying = list(self._staying.values())
@@ -154,7 +160,7 @@ class _Yard:
             self._starting[claim.key[0]] = claim.group
             self._book(claim, found)
             return
-        if refusal := self._never(claim):
+        if refusal := self._never(claim, self._devices):
             self._refuse_or_settle(claim, refusal)
             return
         if isinstance(found, Placement):
@@ -186,9 +192,10 @@ class _Yard:
             found = self._victims(claim, free, busy)
             if found is not None:
                 victims, placement = found
-                held = [victim for victim in victims if victim in busy]
-                self._hold |= {victim.key[0] for victim in held if victim.ready_since is not None}
-                self._wait[claim.key] = f"{_names(held)} ends what it has begun, then makes room"
+                # The idle ones too: they would be busy again by the time that the last of the others is idle.
+                self._hold |= {victim.key[0] for victim in victims if victim.ready_since is not None}
+                ending = _names(victim for victim in victims if victim in busy)
+                self._wait[claim.key] = f"{ending} ends what it has begun, then makes room"
                 for victim in victims:  # it stays until it is idle, but nobody else gets its room
                     self._leaving.append(self._staying.pop(victim.key))
                 self._book(claim, placement)
@@ -224,17 +231,17 @@ class _Yard:
             held.update(placement.memory)
         return held
 
-    def _never(self, claim: Claim) -> tuple[str, bool] | None:
+    def _never(self, claim: Claim, devices: Sequence[Device]) -> tuple[str, bool] | None:
         """Why it cannot have room whoever of ours goes, and whether that is for ever."""
-        pinned = [one for one in [*self._staying.values(), *self._leaving] if one.is_pinned]
+        pinned = [one for one in self._staying.values() if one.is_pinned]
         promised = Counter[str]()
         for one in pinned:
             promised.update(one.memory)
         if why := _over(claim, _loaded(pinned), self._rules):
             return f"{why}, and {_names(pinned)} is pinned", False
-        if not isinstance(refusal := place(claim.needs, self._devices, promised, **_wishes(claim)), NoRoom):
+        if not isinstance(refusal := place(claim.needs, devices, promised, **_wishes(claim)), NoRoom):
             return None
-        empty = [msgspec.structs.replace(device, foreign_bytes=0) for device in self._devices]
+        empty = [msgspec.structs.replace(device, foreign_bytes=0) for device in devices]
         for_ever = isinstance(place(claim.needs, empty, {}, **_wishes(claim)), NoRoom)
         by_pinned = f" {_names(pinned)} is pinned." if pinned and not for_ever else ""
         return refusal.text + by_pinned, for_ever
@@ -242,7 +249,8 @@ class _Yard:
     def _refuse_or_settle(self, claim: Claim, refusal: tuple[str, bool]) -> None:
         """Memory that was given back a moment ago may yet be told as taken."""
         _, for_ever = refusal
-        if for_ever or self._now - claim.since >= SETTLE_S:
+        is_new = self._now - claim.since < SETTLE_S
+        if for_ever or not (is_new or self._never(claim, [device.at_best for device in self._devices]) is None):
             self._refuse[claim.key] = refusal
         else:
             self._wait[claim.key] = refusal[0]
@@ -284,8 +292,8 @@ class _Yard:
         return victims, placement
 
     def _by_score(self, holders: Iterable[Holder]) -> list[Holder]:
-        score: Callable[[Holder], float] = lambda one: -one.keep_score(self._now)  # noqa: E731
-        return sorted(holders, key=score)
+        """Who is held stays so until it has gone: by the score alone, each answer would change who is to go."""
+        return sorted(holders, key=lambda one: (not one.is_held, -one.keep_score(self._now)))
 
     # --- what is told
 

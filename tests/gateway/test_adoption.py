@@ -190,6 +190,20 @@ async def test_an_engine_that_is_not_what_would_be_started_now_is_ended(
         assert (await gateway.complete()).status == 200
 
 
+async def test_an_engine_whose_model_is_no_longer_there_is_ended(start_gateway: StartGateway, tmp_path: Path) -> None:
+    gateway = await start_gateway(env=KEEP)
+    (file := tmp_path / "of_its_own.gguf").write_bytes(b"GGUF")
+    launch = fake_model(file, {}) | {"model_uid": "fake"}
+    assert (await gateway.post("/v1/models", launch)).status == 200
+    engine = await engine_of(gateway)
+    await gateway.end(signal.SIGKILL)
+    file.unlink()
+    gateway = await start_gateway(home=gateway.home)
+    await gateway.until(state="failed")
+    await until(lambda: not is_running(engine))
+    await until(lambda: not folders(gateway))
+
+
 @pytest.mark.parametrize("ending", ENDINGS, ids=str)
 async def test_engines_whose_gateway_is_gone_for_too_long_end_and_leave_nothing(
     start_gateway: StartGateway, tmp_path: Path, ending: int

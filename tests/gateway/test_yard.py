@@ -1,0 +1,97 @@
+"""Single decisions of the yard, and that nobody waits for ever where the others never stop asking."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from simulated import GB, Model, World
+from virtual_time import virtual_time
+
+from engines.base import RAM, Needs
+from gateway.config import Settings
+from gateway.placement import Device
+from gateway.yard import SETTLE_PAUSE_S, Claim, Holder, Rules, decide
+
+MACHINE = Device(key=RAM, total_bytes=10 * GB)
+
+
+def claim(gigabytes: int, **fields: object) -> Claim:
+    needs = Needs(n_gpu=0, memory_bytes=gigabytes * GB)
+    return Claim(**({"key": ("new", 0), "needs": needs, "since": 0.0} | fields))  # type: ignore[arg-type]
+
+
+def wait_beside(load: list[tuple[str, float]], models: list[Model], *, gigabytes: int, limit_s: float = 600) -> float:
+    """How long a request for the model `late` waits, while clients ask for others without a pause."""
+    with virtual_time() as loop:
+        world = World(Settings(max_wait_s=5), {RAM: gigabytes * GB})
+
+        async def client(uid: str, service_s: float) -> None:
+            while True:
+                await world.ask(uid, service_s)
+
+        async def main() -> float:
+            world.begin()
+            for model in models:
+                world.deploy(model)
+            clients = [asyncio.create_task(client(*one)) for one in load]
+            await asyncio.sleep(30)
+            asked = loop.time()
+            assert await world.ask("late", 1.0, leaves_after_s=limit_s) == "answered"
+            waited_s = loop.time() - asked
+            for one in clients:
+                one.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
+            await world.end()
+            world.raise_faults()
+            return waited_s
+
+        return loop.run_until_complete(main())
+
+
+# At most: 5 s until it is late, 5 s for what the others have begun, 0.5 s to unload, 5 s to load, 1 s to answer.
+
+
+def test_one_that_needs_the_room_of_two_busy_models_gets_it() -> None:
+    load = [("y", 3.0), ("y", 4.1), ("z", 3.7), ("z", 4.9)]
+    models = [Model(uid="y"), Model(uid="z"), Model(uid="late", memory=2 * GB)]
+    assert wait_beside(load, models, gigabytes=2) < 17
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_who_ends_what_it_has_begun_is_not_let_off_for_another(count: int) -> None:
+    load = [("y", 3.0 + 0.37 * number) for number in range(count)]
+    load += [("z", 3.2 + 0.41 * number) for number in range(count)]
+    models = [Model(uid="y"), Model(uid="z"), Model(uid="small", memory=0), Model(uid="late")]
+    assert wait_beside([*load, ("small", 0.05)], models, gigabytes=2) < 17
+
+
+def test_those_of_higher_priority_keep_nobody_waiting_for_ever() -> None:
+    models = [Model(uid="y", fields={"priority": 1}), Model(uid="z", fields={"priority": 1}), Model(uid="late")]
+    assert wait_beside([("y", 3.0), ("z", 3.7)], models, gigabytes=1) < 60
+
+
+def test_who_is_late_is_served_by_age_the_others_by_priority() -> None:
+    room = Device(key=RAM, total_bytes=GB)
+    old, new = claim(1, key=("old", 0), since=1.0), claim(1, key=("new", 0), since=2.0, priority=3)
+    assert list(decide([old, new], [], [room], Rules(max_wait_s=30), 10.0).start) == [("new", 0)]
+    assert list(decide([old, new], [], [room], Rules(max_wait_s=5), 10.0).start) == [("old", 0)]
+
+
+def test_memory_that_others_have_only_just_taken_refuses_nobody_yet() -> None:
+    passing = Device(key=RAM, total_bytes=10 * GB, foreign_bytes=6 * GB, passing_bytes=6 * GB)
+    plan = decide([claim(6)], [], [passing], Rules(), 20.0)
+    assert plan.look_again_s == SETTLE_PAUSE_S
+    assert list(plan.wait) == [("new", 0)]
+    settled = Device(key=RAM, total_bytes=10 * GB, foreign_bytes=6 * GB)
+    text, for_ever = decide([claim(6)], [], [settled], Rules(), 20.0).refuse["new", 0]
+    assert "held by others" in text
+    assert not for_ever
+
+
+def test_a_pinned_model_refuses_nobody_once_it_is_being_stopped() -> None:
+    pinned = {"key": ("p", 0), "memory": {RAM: 6 * GB}, "is_pinned": True, "ready_since": 0.0}
+    stays = decide([claim(6)], [Holder(**pinned)], [MACHINE], Rules(), 20.0)  # type: ignore[arg-type]
+    assert "p is pinned" in stays.refuse["new", 0][0]
+    goes = decide([claim(6)], [Holder(**pinned, is_leaving=True)], [MACHINE], Rules(), 20.0)  # type: ignore[arg-type]
+    assert goes.wait == {("new", 0): "p is being unloaded"}
