@@ -153,13 +153,14 @@ class Dispatcher:
 
     def _claim(self, waiting: _Waiting) -> Claim:
         deployment, launch = waiting.deployment, waiting.deployment.launch
+        key = _key(waiting.replica)
         siblings = [one.placement for one in deployment.staying if one is not waiting.replica and one.placement]
         return Claim(
-            key=_key(waiting.replica),
+            key=key,
             needs=waiting.needs,
             since=waiting.since,
             cpu_fallback=launch.cpu_fallback,
-            is_extra=bool(siblings),
+            is_extra=bool(siblings) or any(uid == launch.uid and index < key[1] for uid, index in self._waiting),
             apart_from=tuple(uuid for placement in siblings for uuid in placement.gpu_uuids or ()),
             priority=launch.priority,
             group=launch.group,

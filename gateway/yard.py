@@ -41,8 +41,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """A replica that wants to start. `since` is when somebody began to wait for it, in monotonic seconds.
 
-    `is_extra`: the model is loaded already, this would be one more copy, for which nobody else has to go. It rather
-    goes to other devices than those that the other copies have, `apart_from`.
+    `is_extra`: another copy of the model has a place, or waits for it before this one, for which nobody else has to go
+    then. It rather goes to other devices than those that the other copies have, `apart_from`.
     """
 
     key: Key
@@ -221,7 +221,7 @@ class _Yard:
             now.update(one.memory)
         for one in staying:
             then.update(one.memory)
-        placement = place(claim.needs, self._devices, now | then, **_wishes(claim))
+        placement = place(claim.needs, self._devices, now | then, **self._wishes(claim))
         return placement.text if isinstance(placement, NoRoom) else placement
 
     def _held(self) -> Counter[str]:
@@ -231,6 +231,12 @@ class _Yard:
             held.update(placement.memory)
         return held
 
+    def _wishes(self, claim: Claim) -> _Wishes:
+        """Copies that start in the same round are as far apart as others."""
+        beside = [one for key, one in self._start.items() if key[0] == claim.key[0]]
+        starting = tuple(uuid for placement in beside for uuid in placement.gpu_uuids or ())
+        return _Wishes(cpu_fallback=claim.cpu_fallback, apart_from=(*claim.apart_from, *starting))
+
     def _never(self, claim: Claim, devices: Sequence[Device]) -> tuple[str, bool] | None:
         """Why it cannot have room whoever of ours goes, and whether that is for ever."""
         pinned = [one for one in self._staying.values() if one.is_pinned]
@@ -239,10 +245,10 @@ class _Yard:
             promised.update(one.memory)
         if why := _over(claim, _loaded(pinned), self._rules):
             return f"{why}, and {_names(pinned)} is pinned", False
-        if not isinstance(refusal := place(claim.needs, devices, promised, **_wishes(claim)), NoRoom):
+        if not isinstance(refusal := place(claim.needs, devices, promised, **self._wishes(claim)), NoRoom):
             return None
         empty = [msgspec.structs.replace(device, foreign_bytes=0) for device in devices]
-        for_ever = isinstance(place(claim.needs, empty, {}, **_wishes(claim)), NoRoom)
+        for_ever = isinstance(place(claim.needs, empty, {}, **self._wishes(claim)), NoRoom)
         by_pinned = f" {_names(pinned)} is pinned." if pinned and not for_ever else ""
         return refusal.text + by_pinned, for_ever
 
@@ -339,10 +345,6 @@ def _over(claim: Claim, loaded: Mapping[str, str | None], rules: Rules) -> str |
 
 def _loaded(holders: Iterable[Holder]) -> dict[str, str | None]:
     return {one.key[0]: one.group for one in holders}
-
-
-def _wishes(claim: Claim) -> _Wishes:
-    return _Wishes(cpu_fallback=claim.cpu_fallback, apart_from=claim.apart_from)
 
 
 def _names(holders: Iterable[Holder]) -> str:

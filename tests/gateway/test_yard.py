@@ -10,6 +10,7 @@ from virtual_time import virtual_time
 
 from engines.base import RAM, Needs
 from gateway.config import Settings
+from gateway.gpus import Gpu
 from gateway.placement import Device
 from gateway.yard import SETTLE_PAUSE_S, Claim, Holder, Rules, decide
 
@@ -76,6 +77,38 @@ def test_who_is_late_is_served_by_age_the_others_by_priority() -> None:
     old, new = claim(1, key=("old", 0), since=1.0), claim(1, key=("new", 0), since=2.0, priority=3)
     assert list(decide([old, new], [], [room], Rules(max_wait_s=30), 10.0).start) == [("new", 0)]
     assert list(decide([old, new], [], [room], Rules(max_wait_s=5), 10.0).start) == [("old", 0)]
+
+
+def test_a_second_copy_unloads_nobody_though_the_first_has_no_place_yet() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(), {RAM: 2 * GB})
+
+        async def main() -> dict[str, str]:
+            world.begin()
+            for model in (Model(uid="a"), Model(uid="b"), Model(uid="two", replica=2)):
+                world.deploy(model)
+            await world.ask("a", 1.0)
+            await world.ask("b", 1.0)
+            await asyncio.sleep(30)
+            assert await world.ask("two", 1.0) == "answered"
+            await asyncio.sleep(30)
+            states = {uid: str(deployment.state) for uid, deployment in world.deployments.items()}
+            await world.end()
+            return states
+
+        assert loop.run_until_complete(main()) == {"a": "stopped", "b": "ready", "two": "ready"}
+        world.raise_faults()
+
+
+def test_copies_that_start_at_once_get_gpus_of_their_own() -> None:
+    gpus = [
+        Gpu(index=index, uuid=f"GPU-{index}", name="made up", total_bytes=20 * GB, used_bytes=0) for index in (0, 1)
+    ]
+    devices = [Device(key=gpu.uuid, total_bytes=gpu.total_bytes, gpu=gpu) for gpu in gpus]
+    needs = Needs(memory_bytes=GB)
+    copies = [claim(1, key=("two", 0), needs=needs), claim(1, key=("two", 1), needs=needs, is_extra=True)]
+    started = decide(copies, [], devices, Rules(), 1.0).start
+    assert {placement.gpu_uuids for placement in started.values()} == {("GPU-0",), ("GPU-1",)}
 
 
 def test_memory_that_others_have_only_just_taken_refuses_nobody_yet() -> None:
