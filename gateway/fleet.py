@@ -23,7 +23,7 @@ from gateway.config import NOWHERE, Settings, Source
 from gateway.deployment import Deployment
 from gateway.devices import Held, Observer, limits_of, look_here
 from gateway.dispatch import Dispatcher
-from gateway.errors import BadRequest, Busy, CannotKeep, ModelNotFound, SettingsError, ShuttingDown
+from gateway.errors import BadRequest, Busy, CannotKeep, ModelNotFound, ModelStopped, SettingsError, ShuttingDown
 from gateway.events import EventLog
 from gateway.experience import Experience
 from gateway.export import Exported, differs, export
@@ -115,12 +115,15 @@ class Fleet:
 
         Raises:
             ModelNotFound: naming those that look like it.
+            ModelStopped: it was removed, is still ending, and is to be there again right after that.
             ShuttingDown: the gateway takes no new requests.
         """
         if self.is_closing:
             raise ShuttingDown("The gateway is shutting down.")
         deployment = self._deployments.get(uid)
         if deployment is None or deployment.is_closed:
+            if uid in self._coming:
+                raise ModelStopped(f"{uid} ends what it has begun, and is there again after that. Try again.")
             hint = did_you_mean(uid, self._deployments, what="Served here")
             raise ModelNotFound(f"Model not found in the model list, uid: {uid}. {hint}", param="model")
         return deployment

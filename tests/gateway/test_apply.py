@@ -351,9 +351,14 @@ async def test_a_model_that_comes_back_while_it_ends_is_there_afterwards(
     save(gateway, whole)
     assert await steps(gateway) == {"fake": "added"}
     assert await steps(gateway) == {"fake": "untouched"}
+    meanwhile = await gateway.complete()
+    assert (meanwhile.status, meanwhile.error["code"]) == (503, "model_stopped")
+    assert "retry-after" in meanwhile.headers
     assert (await stream)[-1] == "data: [DONE]"
-    await gateway.until(state="ready")
-    assert (await gateway.complete()).status == 200
+    async with asyncio.timeout(20):
+        while (answer := await gateway.complete()).status == 503:
+            await asyncio.sleep(0.05)
+    assert answer.status == 200
 
 
 async def test_an_engine_that_is_another_takes_over_without_losing_a_request(
