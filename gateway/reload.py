@@ -17,6 +17,9 @@ from gateway.replica import Replica, State
 
 logger = logging.getLogger("hostler.reload")
 
+ROOM_LIMIT_S = 30.0
+LOOK_S = 1.0
+
 MakeReplica = Callable[[Deployment, int], Replica]
 
 
@@ -95,9 +98,11 @@ class Reload(msgspec.Struct, kw_only=True):
         """Wait for a copy that was started anew; why it does not come, or None."""
         self.stage = "loading"
         while _is_coming(new, deployment):
-            await deployment.changed()
+            await deployment.changed(limit_s=LOOK_S)
         if deployment.is_closed:
             return f"{self.model_uid} was terminated meanwhile."
+        if _is_spare(new, deployment):
+            return f"{new.name} has no room: {new.waits_for}. Try again once there is."
         return None if new.failure is None else f"{new.name} does not start: {new.failure}"
 
     async def _replace_all(self, deployment: Deployment, make: MakeReplica) -> list[Replica]:
@@ -126,4 +131,15 @@ def is_current(replica: Replica, deployment: Deployment) -> bool:
 def _is_coming(replica: Replica, deployment: Deployment) -> bool:
     """Whether it is to be ready, and may yet be."""
     is_wanted = deployment.is_loaded and replica in deployment.staying
-    return is_wanted and replica.state is not State.READY and replica.failure is None
+    return (
+        is_wanted
+        and replica.state is not State.READY
+        and replica.failure is None
+        and not _is_spare(replica, deployment)
+    )
+
+
+def _is_spare(replica: Replica, deployment: Deployment) -> bool:
+    """Whether it waits for room while others serve: nobody makes room for it then, so that may take for ever."""
+    waits_s = time.monotonic() - replica.state_since if replica.waits_for else 0.0
+    return waits_s > ROOM_LIMIT_S and bool(deployment.ready())

@@ -9,11 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 from harness import Gateway, StartGateway, fake_model
 from hostler import AsyncClient, Client
+from simulated import GB, Model, World
+from virtual_time import virtual_time
 from xinference_client import AsyncRESTfulClient, RESTfulClient
+
+from engines.base import RAM
+from gateway.config import Settings
+from gateway.reload import Reload
 
 
 async def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -249,3 +256,45 @@ async def test_our_clients_and_our_verb_reload(start_gateway: StartGateway, tmp_
     assert "n_threads" in await reload("-u", "m", "--n-thread", "4")
     kept = json.loads((gateway.home / "launches" / "m.json").read_text())
     assert kept["options"] == {"n_threads": 4}
+
+
+def test_a_copy_whose_room_went_to_another_model_ends_the_reload_with_a_sentence() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(min_residency_s=600, max_wait_s=3600), {RAM: 2 * GB})
+
+        async def scenario() -> Reload:
+            world.begin()
+            deployment = world.deploy(Model(uid="a", replica=2))
+            world.deploy(Model(uid="b"))
+            deployment.start()
+            await asyncio.sleep(10)
+            assert len(deployment.ready()) == 2
+            other = world.ask("b", 1)  # has to wait, as both copies were loaded a moment ago
+            await asyncio.sleep(1)
+            before = deployment.launch
+            deployment.launch = after = msgspec.structs.replace(before, options={"n": 1})
+            reload = Reload(
+                model_uid="a",
+                operation_id="1",
+                before=before,
+                engine_before=deployment.engine,
+                after=after,
+                replicas=2,
+                drain_timeout_s=1,
+            )
+
+            def take_back() -> None:
+                deployment.launch = before
+
+            await reload.run(deployment, world.replica, take_back)
+            assert await other == "answered"
+            assert [one.index for one in deployment.ready()] == [1]  # it serves as before
+            return reload
+
+        reload = loop.run_until_complete(asyncio.wait_for(scenario(), 300))
+        world.raise_faults()
+        loop.run_until_complete(world.end())
+    assert reload.stage == "error"
+    assert reload.error is not None
+    assert reload.error.startswith("a-rep0 has no room: there is no room for another copy")
+    assert reload.error.endswith("Its options are what they were.")
