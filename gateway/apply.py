@@ -31,8 +31,9 @@ DECIDING = tuple(name for name in Launch.__struct_fields__ if name not in ("uid"
 ENGINE_SETTINGS = "settings of the engine"
 
 # Settings by when a change of them takes effect; the others do at once.
-AT_RESTART = ("host", "port", "home", "cache")
-AT_ENGINE_START = ("orphan_timeout_s", "wheel_folders", "environment_builder", "probe_interval_s", "probe_failures")
+AT_NEXT_START = ("host", "port", "home")  # `hostler restart` keeps the door and the data folder
+AT_RESTART = ("cache",)
+AT_ENGINE_START = ("wheel_folders", "environment_builder", "probe_interval_s", "probe_failures")
 OF_MODELS = ("models", "engines")  # shown as changes of the models
 
 
@@ -54,6 +55,7 @@ class Effect(enum.StrEnum):
     AT_ONCE = "at once"
     AT_ENGINE_START = "at the next start of each engine"
     AT_RESTART = "at the next `hostler restart`"
+    AT_NEXT_START = "once the gateway is stopped and started"
     NEVER = "never by this file: it is a setting of the site"
 
 
@@ -120,10 +122,12 @@ def setting_steps(now: Settings, wished: Settings) -> list[SettingStep]:
 
 def effective(now: Settings, wished: Settings) -> Settings:
     """The wished settings, but for those that need a restart of the gateway."""
-    return msgspec.structs.replace(wished, **{name: getattr(now, name) for name in AT_RESTART})
+    return msgspec.structs.replace(wished, **{name: getattr(now, name) for name in (*AT_NEXT_START, *AT_RESTART)})
 
 
 def _effect(name: str) -> Effect:
+    if name in AT_NEXT_START:
+        return Effect.AT_NEXT_START
     if name in AT_RESTART:
         return Effect.AT_RESTART
     return Effect.AT_ENGINE_START if name in AT_ENGINE_START else Effect.AT_ONCE

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 
 from engines.base import Launch
-from gateway.apply import AT_RESTART, steps
+from gateway.apply import AT_NEXT_START, AT_RESTART, steps
 from gateway.config import Settings, escaped
 from gateway.launch import LaunchRequest, request_of
 
-NOT_EXPORTED = (*AT_RESTART, "api_keys", "models")
+NOT_EXPORTED = (*AT_NEXT_START, *AT_RESTART, "api_keys", "models")
 SECRET_OPTIONS = ("api_key", "headers", "env")  # of engines; their values are not shown
 # Values of variables that tell nothing, unless the variable's name says otherwise.
 HARMLESS = re.compile(r"[-+]?\d{1,9}(\.\d*)?|true|false|on|off|yes|no|auto|debug|info|warning|error|", re.IGNORECASE)

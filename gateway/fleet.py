@@ -438,6 +438,7 @@ class Fleet:
                 self.settings, self.engines = settings, wanted.engines
                 logging.getLogger().setLevel(settings.log_level.upper())
                 self._carry_out(difference)
+                await asyncio.to_thread(self._keep_engines_for, settings.orphan_timeout_s)
                 self._note(str(difference), "INFO")
             return difference
 
@@ -584,6 +585,14 @@ class Fleet:
         for uid, launch in self._wishes().items():
             if launch.group is not None and uid not in settings.models and launch.group not in settings.groups:
                 raise SettingsError(f"$.groups: {uid} was launched into the group {launch.group!r}, which is gone.")
+
+    def _keep_engines_for(self, orphan_timeout_s: float) -> None:
+        run_folder = self.node.run_folder
+        try:
+            if orphan_timeout_s != run_folder.orphan_timeout_s:
+                run_folder.keep_for(orphan_timeout_s)
+        except OSError as exc:
+            logger.error("`orphan_timeout_s` holds for new engines only: it cannot be written down: %s", exc)
 
     def _check_running(self) -> None:
         if self.is_closing:

@@ -76,7 +76,9 @@ def predecessor() -> Predecessor | None:
     """The gateway that hands over to us, if one does; asked once, and nobody that we start inherits from it."""
     if not (said := os.environ.pop(VARIABLE, "")):
         return None
-    pid, *descriptors = map(int, said.split(","))
+    pid, ignores_hang_up, *descriptors = map(int, said.split(","))
+    if ignores_hang_up:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
     listener, lock, channel = descriptors
@@ -93,9 +95,11 @@ class Successor:
         self._writer = writer
 
     @classmethod
-    async def start(cls, listener: int, lock: int) -> Successor:
+    async def start(cls, listener: int, lock: int, *, ignores_hang_up: bool) -> Successor:
         """Start it as we were started, with the settings that are there now.
 
+        Args:
+            ignores_hang_up: SIGHUP was ignored as we were started, as under nohup; our handler of it hides that.
         Raises:
             HandoverFailed: it cannot be started.
         """
@@ -105,9 +109,8 @@ class Successor:
             try:
                 process = subprocess.Popen(  # noqa: ASYNC220 (it returns at once)
                     [sys.executable, *sys.orig_argv[1:]],
-                    stdin=subprocess.DEVNULL,
                     pass_fds=lent,
-                    env=os.environ | {VARIABLE: ",".join(map(str, (os.getpid(), *lent)))},
+                    env=os.environ | {VARIABLE: ",".join(map(str, (os.getpid(), int(ignores_hang_up), *lent)))},
                 )
             except OSError as exc:
                 ours.close()

@@ -82,6 +82,10 @@ class RunFolder:
         home = home.resolve()  # as the system tells the working folders of processes
         self.lock = lock_path(home)
         self.path = _private_folder(_path_for(home))
+        self.keep_for(orphan_timeout_s)
+
+    def keep_for(self, orphan_timeout_s: float) -> None:
+        """How long engines, also those that run, outlive their gateway. Raises OSError: it cannot be written."""
         self.orphan_timeout_s = orphan_timeout_s
         write_durably(self.path / ORPHANS, str(orphan_timeout_s).encode())
 
@@ -208,10 +212,15 @@ class Hold:
             self._file = None
 
 
-def fingerprint(command: Command, engine: str) -> str:
-    """What is run, as a short text: the same command, of a program, libraries and files that have not changed since."""
+def fingerprint(command: Command, engine: str, asked: Sequence[object] = ()) -> str:
+    """What is run, as a short text: the same command, of a program, libraries and files that have not changed since.
+
+    Args:
+        asked: what was asked of its place, which the command need not show.
+    """
     told = (
         engine,
+        asked,
         command.argv,
         sorted(command.env.items()),
         sorted(command.files.items()),

@@ -299,6 +299,7 @@ class Replica:
             index=self.index,
             placement=placement,
             engine=self.engine.name,
+            asked=self._asked_of_place(),
         )
         return Begun(
             command=command,
@@ -317,7 +318,7 @@ class Replica:
             command = self.engine.command(
                 _with_paths(self.launch, paths[1:]), paths[0], life.placement, life.endpoint, python
             )
-            is_same = fingerprint(command, self.engine.name) == life.fingerprint
+            is_same = fingerprint(command, self.engine.name, self._asked_of_place()) == life.fingerprint
         finally:
             if not is_same:
                 self._tell("INFO", f"{self.name}: what it runs has changed, so its engine is started anew")
@@ -335,6 +336,10 @@ class Replica:
             if was_ready(found.folder)
             else max(1.0, life.started_at + self.launch.start_timeout_s - time.time()),
         )
+
+    def _asked_of_place(self) -> tuple[object, ...]:
+        launch = self.launch
+        return launch.gpus_of(self.index), launch.n_gpu, launch.memory_bytes
 
     def _tell_ready(self, process: EngineProcess | NoProcess, *, on_gpu: bool) -> None:
         if isinstance(process, EngineProcess):

@@ -29,7 +29,7 @@ from gateway.handover import HandoverFailed, Predecessor, Successor, adopt_heirs
 from gateway.home import only_one_in, sign
 from gateway.limits import raise_open_files
 from gateway.lives import lock_path
-from gateway.stand_in import pass_on
+from gateway.stand_in import pass_all_on, pass_on
 from gateway.upstream import Upstream
 from gateway.watch import Watch
 
@@ -56,6 +56,7 @@ class Server(uvicorn.Server):
         self._lock = lock
         self._should_drain = True
         self._is_restarting = False
+        self._ignores_hang_up = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
     async def restart(self) -> int:
         """Have another gateway take over; its pid.
@@ -82,7 +83,7 @@ class Server(uvicorn.Server):
     async def _hand_over(self) -> Successor:
         """The gateway that serves in our place. Raises HandoverFailed; then everything is as before."""
         fleet, node = self._fleet, self._fleet.node
-        successor = await Successor.start(self._listener.fileno(), self._lock)
+        successor = await Successor.start(self._listener.fileno(), self._lock, ignores_hang_up=self._ignores_hang_up)
         door: asyncio.Future[Upstream | None] = asyncio.get_running_loop().create_future()
         try:
             await successor.until_prepared()
@@ -195,12 +196,19 @@ async def _serve(
         config.app = Crowd(create_app(fleet), server.server_state.connections, open_files)
         fleet.restart = server.restart
         with metrics.watching(fleet.deployments):
+            path = str(lock_path(settings.home_path))
+            watch = Watch(
+                fleet,
+                end=partial(server.handle_exit, signal.SIGTERM, None),
+                pass_on=partial(pass_on, path, signal.SIGHUP),
+            )
+            watcher = asyncio.create_task(watch.run())  # first: who reads the greeting may send SIGHUP
             greeter = asyncio.create_task(_greet(server, greeting, fleet, address, lock, before))
-            watch = Watch(fleet, end=partial(server.handle_exit, signal.SIGTERM, None))
-            watcher = asyncio.create_task(watch.run())
             try:
                 await server.serve(sockets=[listener])
             finally:
+                if server.successor:  # until we stand in for it, a signal must not be the end of us
+                    pass_all_on(path)
                 greeter.cancel()
                 watcher.cancel()
                 await asyncio.gather(greeter, watcher, return_exceptions=True)
@@ -233,11 +241,28 @@ def _endpoint_of(listener: socket.socket) -> Endpoint:
     return Endpoint(host=f"[{host}]" if ":" in host else host, port=port)
 
 
+def _tell_other_address(settings: Settings, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    try:
+        wished = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        wished = []
+    if not any(address[0] == host and settings.port in (0, port) for *_, address in wished):
+        logger.warning(
+            "It listens on %s:%d as before, and not on %s:%d: a restart keeps the door. Stop and start it for that.",
+            host,
+            port,
+            settings.host,
+            settings.port,
+        )
+
+
 @contextlib.contextmanager
 def _listening_socket(settings: Settings, lent: int | None) -> Iterator[socket.socket]:
     """Bound before anything is started, so that a taken port costs nothing; or that of the gateway before us."""
     if lent is not None:
         with socket.socket(fileno=lent) as listener:
+            _tell_other_address(settings, listener)
             yield listener
         return
     try:

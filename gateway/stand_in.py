@@ -19,8 +19,7 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signa
 def main() -> None:
     """Stand in until the last successor has ended."""
     lock = sys.argv[1]
-    for number in PASSED_ON:
-        signal.signal(number, lambda number, frame: pass_on(lock, number))
+    pass_all_on(lock)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     while True:
         ended, status = os.waitpid(-1, 0)  # engines' keepers are among our children, too
@@ -32,6 +31,12 @@ def main() -> None:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
+
+
+def pass_all_on(lock: str) -> None:
+    """From now on, pass on every signal of PASSED_ON."""
+    for number in PASSED_ON:
+        signal.signal(number, lambda number, frame: pass_on(lock, number))
 
 
 def pass_on(lock: str, number: int) -> None:

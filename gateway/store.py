@@ -31,7 +31,7 @@ class Store:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._under_way = folder / ".change"
         if self._under_way.exists():
-            self._carry_out(msgspec.json.decode(self._under_way.read_bytes(), type=_Change))
+            self._end_change()
 
     def change(self, kept: Sequence[Launch], forgotten: Sequence[str]) -> None:
         """Keep and forget several: all of it, even if we are killed in the midst, or nothing.
@@ -49,6 +49,20 @@ class Store:
             _write_beside(self._path(launch.uid), _content(launch))
         change = _Change(kept=tuple(launch.uid for launch in kept), forgotten=tuple(forgotten))
         write_durably(self._under_way, msgspec.json.encode(change))
+        self._carry_out(change)
+
+    def _end_change(self) -> None:
+        try:
+            change = msgspec.json.decode(self._under_way.read_bytes(), type=_Change)
+        except msgspec.MsgspecError as exc:
+            aside = self._under_way.replace(self.folder / ".change.damaged")
+            logger.error(
+                "Some launches may be those of before the last `hostler apply`, so apply the file again: the note of "
+                "what was to be kept, %s, cannot be read: %s",
+                aside,
+                exc,
+            )
+            return
         self._carry_out(change)
 
     def _carry_out(self, change: _Change) -> None:

@@ -7,6 +7,7 @@ import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from gateway.config import digest_of
@@ -31,14 +32,17 @@ class Watch:
     """Looks at the settings file about once a second, unless `watch_settings` is off.
 
     A file that was just written is read at the next look, if it still is the same: so a half of it is never read.
+    While another gateway takes over nothing is read, and once it has, the settings are its affair.
 
     Args:
         end: ends the gateway; called when the terminal that it runs in is closed.
+        pass_on: has the gateway that took over read them again.
     """
 
-    def __init__(self, fleet: Fleet, *, end: Callable[[], None]) -> None:
+    def __init__(self, fleet: Fleet, *, end: Callable[[], None], pass_on: Callable[[], None]) -> None:
         self._fleet = fleet
         self._end = end
+        self._pass_on = pass_on
         self._asked = asyncio.Event()
         self._known = fleet.source.digest_at_start
         self._last: Look | None = None
@@ -55,12 +59,17 @@ class Watch:
             else:
                 self._asked.set()
 
-        loop.add_signal_handler(signal.SIGHUP, hang_up)
+        def heard(number: int, frame: FrameType | None) -> None:
+            loop.call_soon_threadsafe(hang_up)
+
+        # Not by the loop, which would let go of the signal for an instant before another one takes it.
+        before = signal.signal(signal.SIGHUP, heard)
         try:
             while True:
                 await self._once_it_is_time()
         finally:
-            loop.remove_signal_handler(signal.SIGHUP)
+            if signal.getsignal(signal.SIGHUP) is heard:
+                signal.signal(signal.SIGHUP, before)
 
     async def _once_it_is_time(self) -> None:
         try:
@@ -69,6 +78,11 @@ class Watch:
         except TimeoutError:
             if not await self._has_changed():
                 return
+        if (next_door := self._fleet.next_door) is not None and await asyncio.shield(next_door) is not None:
+            if self._asked.is_set():
+                self._asked.clear()
+                self._pass_on()
+            return
         self._asked.clear()
         try:
             if (file := self._fleet.source.file) is not None:

@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from engines.base import Command, Endpoint, Placement
@@ -66,9 +66,12 @@ class LocalNode:
         index: int,
         placement: Placement,
         engine: str,
+        asked: Sequence[object] = (),
     ) -> AsyncIterator[EngineProcess | NoProcess]:
         """The command as an engine with a keeper, for the length of a block.
 
+        Args:
+            asked: as of `fingerprint`.
         Raises:
             CannotStart: with the reason.
             OSError: the folder of the life, or the log, cannot be written.
@@ -86,7 +89,7 @@ class LocalNode:
                 index=index,
                 endpoint=endpoint,
                 placement=placement,
-                fingerprint=lives.fingerprint(command, engine),
+                fingerprint=lives.fingerprint(command, engine, asked),
                 argv=command.argv,
                 grace_s=command.grace_s,
                 log=str(log),

@@ -228,8 +228,11 @@ async def test_stop_is_stop(start_gateway: StartGateway) -> None:
     assert folders(gateway) == []
 
 
+@pytest.mark.parametrize("is_restarted", [False, True])
 @pytest.mark.parametrize("has_terminal", [True, False])
-async def test_unless_the_settings_say_it_a_terminal_decides(tmp_path: Path, has_terminal: bool) -> None:
+async def test_unless_the_settings_say_it_a_terminal_decides(
+    tmp_path: Path, has_terminal: bool, is_restarted: bool
+) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     model = fake_model(tmp_path / "m.gguf", {}) | {"preload": True}
     settings = {"engines": {"llama.cpp": {"binary": str(FAKE_ENGINE)}}, "models": {"fake": model}}
@@ -238,6 +241,8 @@ async def test_unless_the_settings_say_it_a_terminal_decides(tmp_path: Path, has
         env = {"HOSTLER_ON_EXIT": ""}
         gateway = await Gateway.start(tmp_path / "home", settings, env, other_end if has_terminal else None)
         engine = await engine_of(gateway)
+        if is_restarted:
+            assert (await gateway.post("/v1/restart")).status == 200
         await gateway.end(signal.SIGTERM)
         assert is_running(engine) is not has_terminal
         await until(lambda: not is_running(engine))  # at the latest as an orphan

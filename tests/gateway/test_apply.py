@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import yaml
 from harness import FAKE_ENGINE, Gateway, StartGateway, fake_model, is_running
@@ -146,7 +148,7 @@ async def test_the_answer_says_what_each_field_would_take_and_a_dry_run_does_not
     assert {step["name"]: step["takes_effect"] for step in told["settings"]} == {
         "drain_timeout_s": "at once",
         "watch_settings": "at once",
-        "orphan_timeout_s": "at the next start of each engine",
+        "orphan_timeout_s": "at once",
     }
     assert {card["id"] for card in (await gateway.get("/v1/models")).json["data"]} == {"m", "out"}
     assert await pids(gateway) == before
@@ -534,9 +536,28 @@ async def test_a_gateway_without_a_file_reads_its_environment_again(start_gatewa
     assert (await taken_up(gateway))["steps"] == "nothing is other than it was"
 
 
+async def test_how_long_engines_outlive_the_gateway_holds_for_those_that_run(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    env = {"HOSTLER_ON_EXIT": "keep", "HOSTLER_ORPHAN_TIMEOUT_S": ""}
+    gateway = await start_gateway(models={"m": model(tmp_path, preload=True)}, orphan_timeout_s=600, env=env)
+    await until(lambda: all_of(gateway, "m"))
+    engine = (await pids(gateway))["m"][0]
+    save(gateway, settings_of(gateway) | {"orphan_timeout_s": 1})
+    await taken_up(gateway)
+    await gateway.end(signal.SIGTERM)
+    assert is_running(engine)
+
+    async def has_ended() -> bool:
+        return not is_running(engine)
+
+    await until(has_ended)
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
 @pytest.mark.parametrize("is_ignored", [False, True])
 async def test_a_terminal_that_closes_ends_the_gateway_unless_it_was_to_outlive_it(
-    is_ignored: bool, tmp_path: Path
+    is_ignored: bool, is_restarted: bool, tmp_path: Path
 ) -> None:
     program = (
         "import os,signal,sys;"
@@ -555,13 +576,23 @@ async def test_a_terminal_that_closes_ends_the_gateway_unless_it_was_to_outlive_
         return said
 
     await asyncio.wait_for(asyncio.to_thread(read_until_it_listens), LIMIT_S)
+    if is_restarted:
+        address = re.findall(rb"http://127\.0\.0\.1:\d+", said)[-1].decode()
+        async with aiohttp.ClientSession() as session, session.post(f"{address}/v1/restart") as answer:
+            assert answer.status == 200
+            gateway = (await answer.json())["pid"]
+    else:
+        gateway = pid
     os.kill(pid, signal.SIGHUP)
     await asyncio.sleep(0.5)
     assert is_running(pid), "while the terminal is there, it is about the settings"
+    assert is_running(gateway)
     os.close(terminal)
     if is_ignored:
+        os.kill(gateway, signal.SIGHUP)  # as a shell does that ends
         await asyncio.sleep(1)
         assert is_running(pid)
+        assert is_running(gateway)
         os.kill(pid, signal.SIGTERM)
     _, status = await asyncio.wait_for(asyncio.to_thread(os.waitpid, pid, 0), LIMIT_S)
     assert os.waitstatus_to_exitcode(status) == 0

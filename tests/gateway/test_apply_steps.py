@@ -66,14 +66,15 @@ def test_a_model_whose_engine_has_other_settings_starts_anew() -> None:
 
 def test_settings_that_need_a_restart_are_named_and_not_half_applied() -> None:
     now = Settings(port=1)
-    wished = Settings(port=2, home="/x", access_log=False, orphan_timeout_s=5)
+    wished = Settings(port=2, home="/x", cache="/y", access_log=False, orphan_timeout_s=5)
     assert {step.name: step.effect for step in setting_steps(now, wished)} == {
-        "port": Effect.AT_RESTART,
-        "home": Effect.AT_RESTART,
+        "port": Effect.AT_NEXT_START,
+        "home": Effect.AT_NEXT_START,
+        "cache": Effect.AT_RESTART,
         "access_log": Effect.AT_ONCE,
-        "orphan_timeout_s": Effect.AT_ENGINE_START,
+        "orphan_timeout_s": Effect.AT_ONCE,
     }
-    assert effective(now, wished) == msgspec.structs.replace(wished, port=1, home=now.home)
+    assert effective(now, wished) == msgspec.structs.replace(wished, port=1, home=now.home, cache=now.cache)
 
 
 # --- on disk, all or none

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +278,81 @@ async def test_a_new_gateway_that_is_killed_ends_the_old_process_in_the_same_way
     await until(lambda: is_stand_in(gateway.process.pid))
     os.kill(after, signal.SIGKILL)
     assert await gateway.process.wait() == -signal.SIGKILL
+
+
+async def test_the_settings_file_is_read_by_the_gateway_that_is_there(start_gateway: StartGateway) -> None:
+    """SIGHUP to the old process while it drains, SIGHUP to what stands in for it, and a saved file."""
+    gateway = await start_gateway(fake=SLOW, model={"preload": True}, drain_timeout_s=20)
+    await engine_of(gateway)
+    file = gateway.home / "settings.yaml"
+    settings = yaml.safe_load(file.read_text())
+
+    async def take_up(number: int | None, **fields: Any) -> None:
+        file.write_text(yaml.safe_dump(settings | fields))
+        if number is not None:
+            os.kill(gateway.process.pid, number)
+        async with asyncio.timeout(10):
+            while (await gateway.get("/v1/config")).json["taken_up"] in seen:
+                await asyncio.sleep(0.05)
+        seen.append((await gateway.get("/v1/config")).json["taken_up"])
+        assert "drain_timeout_s at once" in seen[-1]["steps"]
+
+    file.write_text(yaml.safe_dump(settings | {"watch_settings": False}))
+    stream = asyncio.create_task(gateway.stream())
+    await gateway.until(in_flight=1)
+    await restart(gateway)
+    seen: list[Any] = [None]
+    await take_up(signal.SIGHUP, watch_settings=False, drain_timeout_s=21)
+    assert not stream.done()
+    assert (await stream)[-1] == "data: [DONE]"
+    await until(lambda: is_stand_in(gateway.process.pid))
+    await take_up(signal.SIGHUP, watch_settings=True, drain_timeout_s=22)
+    await take_up(None, watch_settings=True, drain_timeout_s=23)
+
+
+async def test_signals_about_settings_never_end_the_old_process_as_it_becomes_the_stand_in(
+    start_gateway: StartGateway,
+) -> None:
+    gateway = await start_gateway(fake={}, watch_settings=False)
+    after = await restart(gateway)
+
+    def hang_up_all_the_time() -> None:
+        while is_running(gateway.process.pid) and not is_stand_in(gateway.process.pid):
+            for _ in range(20):
+                os.kill(gateway.process.pid, signal.SIGHUP)
+                time.sleep(0.0005)
+
+    await asyncio.wait_for(asyncio.to_thread(hang_up_all_the_time), 20)
+    await asyncio.sleep(0.3)
+    assert gateway.process.returncode is None
+    assert is_running(after)
+    assert (await gateway.complete()).status == 200
+
+
+async def test_what_a_change_of_the_address_takes_is_told(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={})
+    file = gateway.home / "settings.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"host": "127.0.0.2"}))
+    step = (await gateway.post("/v1/config/apply", {})).json["settings"][0]
+    assert (step["name"], step["takes_effect"]) == ("host", "once the gateway is stopped and started")
+    await restart(gateway)
+    assert (await gateway.complete()).status == 200
+    await until(lambda: "It listens on 127.0.0.1:" in gateway.log.read_text())
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+async def test_an_engine_that_was_given_other_memory_is_not_gone_on_with(
+    start_gateway: StartGateway, is_killed: bool
+) -> None:
+    """Its command may be the same; what decides its place is not. So it is with `gpu_idx` and `n_gpu`."""
+    gateway = await start_gateway(fake={}, model={"preload": True, "memory": "64MiB"})
+    engine = await engine_of(gateway)
+    if is_killed:
+        await gateway.end(signal.SIGKILL)
+        gateway = await start_gateway(fake={}, model={"preload": True, "memory": "96MiB"}, home=gateway.home)
+    else:
+        file = gateway.home / "settings.yaml"
+        file.write_text(file.read_text().replace("64MiB", "96MiB"))
+        await restart(gateway)
+    await until(lambda: not is_running(engine))
+    assert await engine_of(gateway) != engine

@@ -135,3 +135,15 @@ def test_a_writer_that_is_killed_leaves_only_whole_files(kill_after: int, tmp_pa
         assert int(there[f"m{number % 3}"].envs["turn"]) in (number, number + 3)
     for launch in there.values():
         assert len(launch.envs["padding"]) == int(launch.envs["turn"]) * 7919 % 200_000
+
+
+def test_a_damaged_note_of_a_change_is_told_and_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whole launches lie beside it; which of them were to be kept, nobody knows any more."""
+    folder = tmp_path / "launches"
+    Store(folder).write(a_launch("m"))
+    (folder / ".change").write_bytes(b"\0" * 40)
+    assert [launch.uid for launch in Store(folder).read_all()] == ["m"]
+    assert ".change" in caplog.text
+    caplog.clear()
+    Store(folder)
+    assert not caplog.text
