@@ -426,7 +426,8 @@ async def test_an_engine_killed_while_it_hears_ends_the_stream_with_an_error(
 ) -> None:
     await hear(gateway, b"none")
     pid = (await gateway.until("ear", state="ready"))["pid"]
-    stream = await client.audio.transcriptions.create(model="ear", file=("a.wav", long_sound), stream=True)
+    sound = repeated(long_sound, 12)  # minutes of it: no machine hears that before the first words have come back
+    stream = await client.audio.transcriptions.create(model="ear", file=("a.wav", sound), stream=True)
 
     async def listen() -> None:
         async for _ in stream:
