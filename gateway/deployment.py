@@ -24,7 +24,7 @@ from gateway.errors import (
     TooManyRequests,
 )
 from gateway.queue import Key, Queue, Ticket
-from gateway.replica import Replica, State
+from gateway.replica import PLACE_RETRY_S, Replica, State
 
 logger = logging.getLogger("hostler.deployment")
 
@@ -40,6 +40,12 @@ def _draw(key: int, index: int) -> int:
     mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & BITS_64
     mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & BITS_64
     return mixed ^ mixed >> 31
+
+
+def _lacks_room(replica: Replica) -> bool:
+    """Whether it was refused for room that there may be later."""
+    is_refused = replica.state is State.FAILED and replica.failure is not None and replica.failure.cause is Cause.PLACE
+    return is_refused and replica.retry_s is not None
 
 
 class Deployment:
@@ -65,7 +71,7 @@ class Deployment:
         self.replicas: Sequence[Replica] = ()
         self._leaving: dict[Replica, float | None] = {}  # those that are to end, and how long their requests may go on
         self._giving_way: set[Replica] = set()  # those that end to make room, and may start again later
-        self._is_held = False  # no request is begun, so that it makes room for a model that has waited too long
+        self._held: frozenset[Replica] = frozenset()  # those that are to make room for who has waited too long
         self._queue: Queue[Replica] = Queue()
         self._watchers: dict[object, float] = {}  # who waits until it is ready, and since when
         self._tell_change = changed
@@ -88,7 +94,7 @@ class Deployment:
 
     def acquire_now(self, avoid: Replica | None = None, key: Key | None = None) -> Replica | None:
         """A ready replica, counted as in use until `release`; None if the request has to wait for its turn."""
-        if self._queue or self._is_held:
+        if self._queue:
             return None
         replica = self.pick(avoid, key)
         return None if replica is None else self.take(replica)
@@ -123,6 +129,7 @@ class Deployment:
             ModelCoolingDown: none is there, and none is about to be tried.
             ShuttingDown: the deployment is ending.
         """
+        self._look_for_room_anew()
         if (why := self._refusal() or self._cooldown()) is not None:
             raise why
         if not is_again:
@@ -152,6 +159,7 @@ class Deployment:
             As `acquire`, but TooManyRequests and ModelCoolingDown: who launches waits for the last try.
         """
         stops = self.stops
+        self._look_for_room_anew()
         watcher = object()
         self._watchers[watcher] = time.monotonic()
         if self.waiting == 1:
@@ -179,14 +187,25 @@ class Deployment:
 
     @property
     def is_held(self) -> bool:
-        """Whether no new request gets a replica, as it has to make room once those in flight have ended."""
-        return self._is_held
+        """Whether no new request gets a replica, as all have to make room once those in flight have ended."""
+        return bool(self._held) and self._held.issuperset(self.ready())
 
-    @is_held.setter
-    def is_held(self, is_held: bool) -> None:
-        if is_held != self._is_held:
-            self._is_held = is_held
+    def holds(self, replica: Replica) -> bool:
+        """Whether the replica gets no new request, as it has to make room."""
+        return replica in self._held
+
+    def hold(self, replicas: Iterable[Replica]) -> None:
+        """Give these no new requests, and all others again."""
+        held = frozenset(replicas)
+        if held != self._held:
+            self._held = held
             self.notify()
+
+    def is_wished(self, replica: Replica) -> bool:
+        """Whether somebody waits for it, the model is to be loaded, or it is one of the copies of a model that is."""
+        return bool(self._start_wanted or self.waiting) or any(
+            one.placement is not None and not self.is_leaving(one) for one in self.staying if one is not replica
+        )
 
     def pick(self, avoid: Replica | None = None, key: Key | None = None) -> Replica | None:
         """Of the ready replicas that may have more the one with the least in flight; `avoid` only if there is no other.
@@ -204,6 +223,7 @@ class Deployment:
             and (limit is None or replica.in_flight < limit)
             and not (self._leaving and replica in self._leaving)
             and not (self._giving_way and replica in self._giving_way)
+            and not (self._held and replica in self._held)
         ]
         if len(free) < 2:
             return free[0] if free else None
@@ -216,7 +236,7 @@ class Deployment:
         return max(near, key=lambda replica: _draw(key.number, replica.index))
 
     def _give(self, ticket: Ticket[Replica]) -> Replica | None:
-        replica = None if self._is_held else self.pick(ticket.avoid, ticket.key)
+        replica = self.pick(ticket.avoid, ticket.key)
         return None if replica is None else self.take(replica)
 
     def _serve(self) -> None:
@@ -232,8 +252,15 @@ class Deployment:
         if self.is_handed_over or self.is_closed:
             return self._stop_told()
         if self.has_failed and not self._stopping:
-            return ModelFailed(self.failure_text())
+            retry_after_s = math.ceil(PLACE_RETRY_S) if any(map(_lacks_room, self.staying)) else None
+            return ModelFailed(self.failure_text(), retry_after_s=retry_after_s)
         return None
+
+    def _look_for_room_anew(self) -> None:
+        """Somebody asks: if all that it lacked was room, there may be some by now."""
+        if self.has_failed:
+            for replica in filter(_lacks_room, self.staying):
+                replica.retry()
 
     def _stop_told(self) -> HostlerError:
         """What those are told who wait, or are answered, when somebody stops it."""
@@ -247,7 +274,7 @@ class Deployment:
         """Raises TooManyRequests if one more may not wait."""
         busy, limit = self.launch.request_limits, self.launch.queue_limit
         ready = self.ready()
-        is_busy = limit is None and busy is not None and ready and not self._is_held and self.pick() is None
+        is_busy = limit is None and busy is not None and ready and not self._held and self.pick() is None
         if is_busy or busy == 0:
             metrics.REFUSED.labels(self.launch.uid, "busy").inc()
             raise TooManyRequests(
@@ -277,14 +304,17 @@ class Deployment:
 
     def take(self, replica: Replica) -> Replica:
         """Count the replica as in use until `release`."""
+        replica.pace.count(replica.in_flight, time.monotonic())
         replica.in_flight += 1
         return replica
 
     def release(self, replica: Replica, *, was_served: bool) -> None:
         """The request on the replica has ended."""
+        replica.last_used = now = time.monotonic()
+        replica.pace.count(replica.in_flight, now)
+        replica.pace.end()
         replica.in_flight -= 1
         replica.served += was_served
-        replica.last_used = time.monotonic()
         had_waiting = bool(self._queue)
         if had_waiting:
             self._serve()
@@ -387,6 +417,8 @@ class Deployment:
 
     def failure_text(self) -> str:
         """Why it does not serve, and what to do."""
+        if any(map(_lacks_room, self.staying)):
+            return f"{self.reason_text()} The next request looks for room anew."
         if (retry_s := min((one.retry_s for one in self.staying if one.retry_s), default=None)) is not None:
             return f"{self.reason_text()} It is tried again every {retry_s:g} s."
         remedy = f"after mending it, say `hostler start {self.launch.uid}`."
@@ -406,6 +438,8 @@ class Deployment:
         self.stops += 1
         self._queue.end(self._stop_told())
         self._unload(force=force)
+        for replica in self.replicas:
+            replica.begin_anew()
 
     def make_room(self, replica: Replica) -> None:
         """End one that answers nobody: it alone if others remain, else the model is unloaded."""
@@ -499,7 +533,7 @@ class Deployment:
             for replica in [gone for gone in lives if gone not in self.replicas]:
                 await lives.pop(replica)
             if self._waits_in_vain:
-                logger.info("%s has no room yet, and nobody waits for it any more", self.launch.uid)
+                logger.info("%s has no room, and nobody waits for it any more", self.launch.uid)
                 self._unload(force=False)
                 return
             if (rest_s := self._idle_rest_s()) is not None and rest_s <= 0:
@@ -510,11 +544,11 @@ class Deployment:
 
     @property
     def _waits_in_vain(self) -> bool:
-        """Whether all that it does is to wait for room, and for nobody."""
+        """Whether all that it does is to wait for room, or for another try to get some, and for nobody."""
         return (
             not (self._start_wanted or self.waiting)
             and bool(self.replicas)
-            and all(replica.waits_for for replica in self.replicas)
+            and all(replica.waits_for or _lacks_room(replica) for replica in self.replicas)
         )
 
     async def _live(self, replica: Replica) -> None:

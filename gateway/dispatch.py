@@ -133,7 +133,10 @@ class Dispatcher:
             if not waiting.place.done():
                 waiting.place.set_exception(NoPlace(sentence, for_ever=for_ever))
         for key, sentence in plan.wait.items():
-            self._waiting[key].replica.waits_for = sentence
+            waiting = self._waiting[key]
+            is_new, waiting.replica.waits_for = waiting.replica.waits_for is None, sentence
+            if is_new:
+                waiting.deployment.notify()  # it may be for nobody
         for key, claimant in plan.evict.items():
             deployment, replica = holders[key]
             self._tell(key[0], "INFO", f"{replica.name} makes room for {claimant[0]}")
@@ -141,7 +144,7 @@ class Dispatcher:
             metrics.EVICTIONS.labels(key[0]).inc()
             deployment.make_room(replica)
         for deployment in self._deployments():
-            deployment.is_held = deployment.launch.uid in plan.hold
+            deployment.hold(replica for replica in deployment.replicas if _key(replica) in plan.hold)
 
     def _placed(self) -> Iterable[tuple[Deployment, Replica]]:
         return (
@@ -160,6 +163,7 @@ class Dispatcher:
             needs=waiting.needs,
             since=waiting.since,
             cpu_fallback=launch.cpu_fallback,
+            is_wished=deployment.is_wished(waiting.replica),
             is_extra=bool(siblings) or any(uid == launch.uid and index < key[1] for uid, index in self._waiting),
             apart_from=tuple(uuid for placement in siblings for uuid in placement.gpu_uuids or ()),
             priority=launch.priority,
@@ -174,11 +178,12 @@ def _holder(deployment: Deployment, replica: Replica, now: float) -> Holder:
         memory=replica.placement.memory if replica.placement else {},
         ready_since=replica.ready_since if replica.state is State.READY else None,
         idle_since=replica.last_used,
-        work=replica.in_flight + (0 if deployment.is_held else deployment.waiting),
+        work=replica.in_flight + (0 if deployment.holds(replica) else deployment.waiting),
         is_leaving=deployment.is_leaving(replica),
-        is_held=deployment.is_held,
+        is_held=deployment.holds(replica),
         is_pinned=launch.pinned,
         load_s=replica.load_s or USUAL_LOAD_S,
+        busy_s=replica.busy_s,
         priority=launch.priority,
         group=launch.group,
     )

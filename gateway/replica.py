@@ -30,6 +30,7 @@ from gateway.kept import EngineProcess
 from gateway.limits import NO_NEW_THREAD, is_disk_full, oom_kills
 from gateway.lives import Found, fingerprint, mark_ready, was_ready
 from gateway.nodes.local import LocalNode
+from gateway.pace import Pace
 from gateway.placement import Device, fell_back
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
 from gateway.process import CannotStart, Exit, NoProcess
@@ -149,6 +150,7 @@ class Replica:
         self.upstream: Upstream | None = None
         self.placement: Placement | None = None  # what it holds; given by the dispatcher, given back here
         self.left_behind: Found | None = None  # its engine, which an earlier gateway has started
+        self.pace = Pace()
         self.load_s = experience.load_s(launch)  # of the last start that came to be ready, as far as that is known
         self.retry_s = engine.retry_s  # after how long it is tried again once it has failed
         self.engine = engine
@@ -166,6 +168,14 @@ class Replica:
         self._is_safer_tried = False
         self._oom_kills: int | None = None  # as this life began
         self._said: tuple[str, ...] = ()  # by the engine whose end was the last
+
+    @property
+    def busy_s(self) -> float:
+        """How long it is expected to load yet, or to answer what it has begun."""
+        now = time.monotonic()
+        if self.state is State.READY:
+            return self.pace.rest_s(self.in_flight, now)
+        return max(0.0, (self.load_s or 0.0) - (now - self.state_since))
 
     @property
     def rest_s(self) -> float:
@@ -186,7 +196,8 @@ class Replica:
 
         Nothing but cancellation leaves it.
         """
-        self._begin_anew()
+        if not self.failures_in_row:
+            self.begin_anew()
         try:
             while True:
                 self._retry.clear()
@@ -211,11 +222,12 @@ class Replica:
                     await self._until_retry(self.retry_at - time.monotonic())
         except asyncio.CancelledError:
             await self._end_left_behind()
-            self._begin_anew()
+            if self.ready_since is not None:
+                self.begin_anew()
             self._enter(State.STOPPED)
             raise
 
-    def _begin_anew(self) -> None:
+    def begin_anew(self) -> None:
         """What failed before counts no more, and the whole wish is tried."""
         self.failures_in_row = 0
         self.tried, self.degraded, self._is_safer_tried = self.launch, None, False
@@ -384,7 +396,7 @@ class Replica:
         try:
             await self._ask_for_place(self, needs)
         except NoPlace as exc:
-            advice = "Ask for less, or give it more." if exc.for_ever else f"It is tried again in {PLACE_RETRY_S:g} s."
+            advice = "Ask for less, or give it more."
             failure = _failure(f"it cannot be placed: {exc}", advice, Cause.PLACE, final=True)
             raise ReplicaFailed(failure, None if exc.for_ever else PLACE_RETRY_S) from exc
         if self.placement and fell_back(needs, self.placement):
@@ -492,8 +504,8 @@ class Replica:
 
     def retry(self) -> None:
         """Give it another chance if it has failed, and do not wait for the end of a back-off."""
-        if self.state in (State.FAILED, State.BACKOFF):
-            self._begin_anew()
+        if self.state in (State.FAILED, State.BACKOFF, State.STOPPED):
+            self.begin_anew()
             self.retry_at = 0.0
             self._retry.set()
         if self.state is State.FAILED:
@@ -526,7 +538,8 @@ class Replica:
         """A life has failed: remember why, and whether to try again."""
         ready_since = self.ready_since
         was_fine = ready_since is not None and (self.served > 0 or time.monotonic() - ready_since > STABLE_S)
-        self.failures_in_row = 1 if was_fine else self.failures_in_row + 1
+        if failure.cause is not Cause.PLACE:  # there is nothing wrong with it
+            self.failures_in_row = 1 if was_fine else self.failures_in_row + 1
         self.failure = failure
         metrics.ENGINE_RESTARTS.labels(self.launch.uid, failure.cause).inc()
         is_safer = self._try_safer(failure)

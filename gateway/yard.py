@@ -7,7 +7,8 @@ The order of claims: who has waited too long, the longest first; then by priorit
 has to wait keeps what it is going to get: a later one may only start where that delays nobody before it. Room is made
 by holders that are idle for a moment at least, so that all who ask for a model are answered before it goes; and of
 those by the ones that have been idle longest for what it costs to load them again. Who answers is never ended: if
-somebody has waited for `max_wait_s`, the busy are given no more requests, and answer what they have.
+somebody has waited for `max_wait_s`, the busy are given no more requests, and answer what they have. A claim for which
+nobody waits any more, of a model that is not to be loaded anyway, gets nothing and takes nothing.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """A replica that wants to start. `since` is when somebody began to wait for it, in monotonic seconds.
 
     `is_extra`: another copy of the model has a place, or waits for it before this one, for which nobody else has to go
-    then. It rather goes to other devices than those that the other copies have, `apart_from`.
+    then. It rather goes to other devices than those that the other copies have, `apart_from`. `is_wished`: somebody
+    waits for it, or it is to be loaded in any case.
     """
 
     key: Key
     needs: Needs
     since: float
     cpu_fallback: bool = False
+    is_wished: bool = True
     is_extra: bool = False
     apart_from: tuple[str, ...] = ()
     priority: int = 0
@@ -59,8 +62,8 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     """A replica that has a place. `work` is how many requests it answers, or that wait for its model.
 
     `ready_since` is None until it can answer; `idle_since` is when it last ended a request; both in monotonic seconds.
-    `is_leaving`: it is being stopped, and its room comes back. `is_held`: the last plan held its model back. `load_s`
-    is what it takes to load it again.
+    `is_leaving`: it is being stopped, and its room comes back. `is_held`: the last plan held it back. `load_s` is what
+    it takes to load it again; `busy_s` is how long it is expected to be loading or answering yet if it gets no more.
     """
 
     key: Key
@@ -72,6 +75,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     is_held: bool = False
     is_pinned: bool = False
     load_s: float = LEAST_LOAD_S
+    busy_s: float = 0.0
     priority: int = 0
     group: str | None = None
 
@@ -83,14 +87,14 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What to do now.
 
-    `evict`: holder -> the claim it makes room for. `hold`: models that get no more requests until one that has waited
+    `evict`: holder -> the claim it makes room for. `hold`: holders that get no more requests until one that has waited
     too long has its place. `wait` and `refuse` say why; whether a refusal is for ever is beside its sentence.
     `look_again_s`: after so long time alone may change the answer.
     """
 
     start: dict[Key, Placement] = {}
     evict: dict[Key, Key] = {}
-    hold: frozenset[str] = frozenset()
+    hold: frozenset[Key] = frozenset()
     wait: dict[Key, str] = {}
     refuse: dict[Key, tuple[str, bool]] = {}
     look_again_s: float | None = None
@@ -126,7 +130,7 @@ class _Yard:
         self._is_closed = False  # somebody who has waited too long waits for all there is
         self._start: dict[Key, Placement] = {}
         self._evict: dict[Key, Key] = {}
-        self._hold: set[str] = set()
+        self._hold: set[Key] = set()
         self._wait: dict[Key, str] = {}
         self._refuse: dict[Key, tuple[str, bool]] = {}
         self._looks: list[float] = []
@@ -153,6 +157,9 @@ class _Yard:
 
     def settle(self, claim: Claim) -> None:
         """Start it, or say for what it waits, or why it never will."""
+        if not claim.is_wished:
+            self._wait[claim.key] = "nobody asks for it now"
+            return
         staying = list(self._staying.values())
         found = self._fit(claim, [*staying, *self._leaving])
         if isinstance(found, Placement) and not (self._is_closed and found.memory):
@@ -176,7 +183,7 @@ class _Yard:
         self._make_room(claim, found)
 
     def _make_room(self, claim: Claim, why: str) -> None:
-        free = [one for one in self._staying.values() if self._free_in_s(one, claim) == 0]
+        free = self._by_score(one for one in self._staying.values() if self._free_in_s(one, claim) == 0)
         found = self._victims(claim, free)
         if found is not None:
             victims, placement = found
@@ -189,11 +196,11 @@ class _Yard:
         self._look_when_time_helps(claim)
         if self.is_late(claim):
             busy = [one for one in self._staying.values() if not one.is_pinned and one not in free]
-            found = self._victims(claim, free, busy)
+            found = self._victims(claim, [*free, *self._by_end(busy, claim)])
             if found is not None:
                 victims, placement = found
                 # The idle ones too: they would be busy again by the time that the last of the others is idle.
-                self._hold |= {victim.key[0] for victim in victims if victim.ready_since is not None}
+                self._hold |= {victim.key for victim in victims if victim.ready_since is not None}
                 ending = _names(victim for victim in victims if victim in busy)
                 self._wait[claim.key] = f"{ending} ends what it has begun, then makes room"
                 for victim in victims:  # it stays until it is idle, but nobody else gets its room
@@ -276,10 +283,9 @@ class _Yard:
         free_at = max(holder.ready_since + self._rules.min_residency_s, holder.idle_since + keep_s)
         return max(0.0, free_at - self._now)
 
-    def _victims(self, claim: Claim, *classes: Sequence[Holder]) -> tuple[list[Holder], Placement] | None:
-        """The fewest that have to go, those of the first class before those of the next; None if all do not suffice."""
+    def _victims(self, claim: Claim, order: Sequence[Holder]) -> tuple[list[Holder], Placement] | None:
+        """The fewest that have to go, the first before the next; None if all do not suffice."""
         victims: list[Holder] = []
-        order = [one for group in classes for one in self._by_score(group)]
 
         def without(gone: Sequence[Holder]) -> Placement | str:
             return self._fit(claim, [one for one in self._staying.values() if one not in gone])
@@ -300,6 +306,16 @@ class _Yard:
     def _by_score(self, holders: Iterable[Holder]) -> list[Holder]:
         """Who is held stays so until it has gone: by the score alone, each answer would change who is to go."""
         return sorted(holders, key=lambda one: (not one.is_held, -one.keep_score(self._now)))
+
+    def _by_end(self, holders: Iterable[Holder], claim: Claim) -> list[Holder]:
+        """Who is expected to end what it has begun first; a load that others wait for is the last to be thrown away."""
+
+        def turn(one: Holder) -> tuple[bool, bool, float, float]:
+            is_awaited = one.ready_since is None and one.work > 0
+            ends_in_s = max(one.busy_s, self._free_in_s(one, claim) or 0.0)
+            return is_awaited, not one.is_held, ends_in_s, -one.keep_score(self._now)
+
+        return sorted(holders, key=turn)
 
     # --- what is told
 
