@@ -128,6 +128,7 @@ class World:
         self._spans: list[tuple[str, float, float]] = []
         self.starts = 0
         self.evictions = 0
+        self.looks = 0
         self.steps = 0
         self.dispatcher = Dispatcher(self._all, lambda: self.settings, self._observe, self._tell)
         self._running: list[asyncio.Task[None]] = []
@@ -179,7 +180,7 @@ class World:
             log=Path("/"),
             settings=lambda: self.settings,
             changed=deployment.notify,
-            observe=self._observe,
+            has_gpus=self._has_gpus,
             experience=Experience(),
             place=partial(self.dispatcher.place, deployment),
             tell=lambda kind, text: None,
@@ -191,10 +192,14 @@ class World:
         return list(self.deployments.values())
 
     async def _observe(self) -> Sequence[Device]:
+        self.looks += 1
         await asyncio.sleep(0.001)
         return tuple(
             Device(key=key, total_bytes=total, foreign_bytes=self.foreign[key]) for key, total in self.totals.items()
         )
+
+    async def _has_gpus(self) -> bool:
+        return any(device.gpu for device in await self._observe())
 
     def change(self, **settings: Any) -> None:
         """Other settings from now on."""
