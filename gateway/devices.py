@@ -108,6 +108,10 @@ class Observer:
         """The devices now, GPUs first."""
         leaders = {one.pid for one in held if one.pid is not None}
         seen = await asyncio.get_running_loop().run_in_executor(self._threads, self._see, leaders)
+        return self.devices_of(seen, held, limits)
+
+    def devices_of(self, seen: Seen, held: Sequence[Held], limits: Limits) -> tuple[Device, ...]:
+        """The devices as they were seen now."""
         now = time.monotonic()
         self._note(seen.silence)
         return tuple(self._settled(device, now) for device in devices_of(seen, held, limits))
