@@ -26,12 +26,15 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass
 class Bench:
-    """One run. `models` has a folder for each model; `on_cpu`: no GPU is asked for, to try the parts without one."""
+    """One run. `models` has a folder for each model; `on_cpu`: no GPU is asked for, to try the parts without
+    one. `is_eager`: vLLM is started without CUDA graphs.
+    """
 
     notes: Notes
     work: Path
     models: Path
     on_cpu: bool = False
+    is_eager: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     _door: Door | None = None
 
@@ -67,6 +70,12 @@ class Bench:
     def device(self) -> dict[str, Any]:
         """What a launch says so that it is on the CPU, if that is wanted."""
         return {"device": "cpu"} if self.on_cpu else {}
+
+    async def clear(self, *kept: str) -> None:
+        """End all models but these, after a part that broke."""
+        if self._door:
+            listed = await self._door.get("/v1/models", limit_s=10)
+            await self._door.terminate(*(one["id"] for one in listed["data"] if one["id"] not in kept))
 
     async def end(self) -> None:
         """The gateway with its engines, and all logs into one archive."""

@@ -185,6 +185,24 @@ class Door:
         body = {"model": uid, "prompt": "The capital of France", "max_tokens": tokens, "temperature": 0}
         return str((await self.get("/v1/completions", "POST", body))["choices"][0]["text"])
 
+    def running(self, uid: str, index: int = 0) -> Engine:
+        """As `engine`. Raises RuntimeError if there is none."""
+        found = self.engine(uid, index)
+        if found is None:
+            raise RuntimeError(f"{uid} does not run: an earlier part has to launch it")
+        return found
+
+    @property
+    def port(self) -> int:
+        """Of the gateway."""
+        return int(self.address.rpartition(":")[2])
+
+    @property
+    def pid(self) -> int:
+        """Of the gateway."""
+        assert self.process
+        return self.process.pid
+
     def engine(self, uid: str, index: int = 0) -> Engine | None:
         """The newest life of that copy, as its run folder tells; None if there is none."""
         found: list[Engine] = []

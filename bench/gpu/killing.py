@@ -49,8 +49,7 @@ async def _running(door: Door) -> str:
 
 async def killed(bench: Bench, door: Door, uid: str, what: str, *, whole_group: bool) -> None:
     """Kill it and see, by the driver and the process table, what is left when the next one is started."""
-    notes, engine = bench.notes, door.engine(uid)
-    assert engine
+    notes, engine = bench.notes, door.running(uid)
     pids = card.family(engine.pid)
     held = card.held_by(pids)
     notes.say(f"{what}: processes {pids} hold {held / 1e9:.2f} GB")
@@ -101,8 +100,7 @@ async def killed(bench: Bench, door: Door, uid: str, what: str, *, whole_group: 
 
 async def gateway(bench: Bench, door: Door, uid: str) -> None:
     """kill -9 of the gateway: the engine goes on, is adopted with what it holds, and answers at once."""
-    notes, engine = bench.notes, door.engine(uid)
-    assert engine
+    notes, engine = bench.notes, door.running(uid)
     pids = card.family(engine.pid)
     before = card.held_by(pids)
     await door.kill()

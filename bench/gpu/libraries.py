@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 import statistics
@@ -20,24 +21,7 @@ from streams import Way, measure
 REPETITIONS = 4
 WINDOW_S = 2.0
 TEXTS_EACH, ASKED_AT_ONCE = 64, 8
-WORDS = [
-    "the",
-    "locomotive",
-    "turns",
-    "slowly",
-    "in",
-    "a",
-    "roundhouse",
-    "while",
-    "steam",
-    "and",
-    "smoke",
-    "rise",
-    "over",
-    "rails",
-    "at",
-    "night",
-]
+WORDS = ("the", "locomotive", "turns", "slowly", "in", "a", "roundhouse", "while", "steam", "and", "smoke", "rise")
 ROLES = ("direct", "gateway")
 
 
@@ -53,7 +37,7 @@ async def embeddings(bench: Bench) -> None:
     await door.terminate("words-cpu")
     notes.told(
         "devices",
-        {"placed on": door.engine("words").gpus, "bytes": card.held_by(card.family(door.engine("words").pid))},
+        {"placed on": door.running("words").gpus, "bytes": card.held_by(card.family(door.running("words").pid))},
     )
     body = {"model": "words", "input": texts}
     per_s = await _by_turns(bench, door, "words", "/v1/embeddings", body, ASKED_AT_ONCE)
@@ -73,10 +57,8 @@ async def transformers(bench: Bench) -> None:
     chat = {"model": "lm", "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8}
     answer = await door.get("/v1/chat/completions", "POST", chat)
     notes.told("usage of a chat", answer.get("usage"))
-    engine = door.engine("lm")
-    assert engine
-    assert door.process
-    ways = {"direct": _way(engine), "gateway": Way("gateway", port=int(door.address.rpartition(":")[2]))}
+    engine = door.running("lm")
+    ways = {"direct": _way(engine), "gateway": Way("gateway", port=door.port)}
     found: dict[str, list[float]] = {role: [] for role in ROLES}
     for _ in range(2):
         for role in random.sample(ROLES, 2):
@@ -96,13 +78,13 @@ async def diffusers(bench: Bench) -> None:
     door, notes = await bench.door(), bench.notes
     launch = {"model_path": bench.model("tiny-sd"), "model_type": "image", "model_engine": "diffusers"}
     notes.told("ready after s", round(await door.launch("brush", **launch, **bench.device), 1))
-    body = {"model": "brush", "prompt": "a locomotive", "size": "64x64", "n": 1, "response_format": "b64_json"}
+    body = {"model": "brush", "prompt": "a locomotive", "size": "64x64", "response_format": "b64_json"}
+    body |= {"kwargs": json.dumps({"num_inference_steps": 8})}
     answer = await door.get("/v1/images/generations", "POST", body)
     notes.told("bytes of a picture", len(answer["data"][0]["b64_json"]))
     per_s = await _by_turns(bench, door, "brush", "/v1/images/generations", body, 2)
     _ratios(bench, "pictures per second, 2 at once", per_s, 1)
-    engine = door.engine("brush")
-    notes.told("bytes of the card", card.held_by(card.family(engine.pid)) if engine else None)
+    notes.told("bytes of the card", card.held_by(card.family(door.running("brush").pid)))
     await door.terminate("brush")
 
 
@@ -124,8 +106,7 @@ async def _by_turns(
     bench: Bench, door: Door, uid: str, path: str, body: dict[str, Any], at_once: int
 ) -> dict[str, list[float]]:
     """Answers per second, by the way they were asked for, of each repetition."""
-    engine = door.engine(uid)
-    assert engine
+    engine = door.running(uid)
     found: dict[str, list[float]] = {role: [] for role in ROLES}
     async with direct(engine) as engine_session, aiohttp.ClientSession(base_url=door.address) as door_session:
         sessions = {"direct": engine_session, "gateway": door_session}

@@ -96,7 +96,7 @@ async def placement(bench: Bench) -> None:
         else:
             notes.told("the refusal has no numbers that can be read", text[:300])
         notes.told("a model beside the stranger, ready after s", round(await door.launch("one", **launch), 1))
-        await _row(bench, door, ["one"], "one model beside a stranger")
+        await _row(bench, door, ["one"], "one model beside a stranger, never seen before")
         await door.terminate("one")
     back = await card.until(lambda: card.used_bytes() <= idle + 2**28, 5)
     notes.told("the stranger's memory is back after s", back)
@@ -109,7 +109,7 @@ async def placement(bench: Bench) -> None:
     notes.told("three models on one card, started together, ready after s", round(time.monotonic() - began, 1))
     await asyncio.gather(door.text("one"), door.text("two"), _embedding(door, "words"))
     await asyncio.sleep(SAMPLE_S)
-    await _row(bench, door, ["one", "two", "words"], "estimated against seen, first launch")
+    await _row(bench, door, ["one", "two", "words"], "three models on one card")
     await door.terminate("one", "two", "words")
     gone = await card.until(lambda: card.used_bytes() <= idle + 2**28, 10)
     notes.told("all memory is back after s", gone)
@@ -118,7 +118,7 @@ async def placement(bench: Bench) -> None:
     )
     await asyncio.gather(door.text("one"), _embedding(door, "words"))
     await asyncio.sleep(SAMPLE_S)
-    await _row(bench, door, ["one", "words"], "estimated against seen, second launch")
+    await _row(bench, door, ["one", "words"], "the same again, by what was seen")
     for uid in ("one", "words"):
         body = launch if uid == "one" else {"model_path": bench.model("minilm"), "model_type": "embedding"}
         report = await door.get("/v1/models/check", "POST", {"model_uid": f"{uid}-again"} | body)

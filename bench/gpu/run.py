@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib.util
 import os
 import platform
@@ -36,6 +37,7 @@ import tokens  # noqa: E402
 from batch import Bench  # noqa: E402
 from notes import Notes  # noqa: E402
 
+SHARED = ("m1b", "big-a", "big-b")  # models that several parts use
 END_S = 15.0  # for the end of all, and the logs
 NEEDED = (
     "aiohttp",
@@ -173,6 +175,8 @@ async def run(bench: Bench, names: list[str], lacking: dict[str, list[str]], opt
                     broken.append(name)
                     notes.told("broke", f"{type(exc).__name__}: {str(exc)[:1500]}")
                     notes.keep("trace back", traceback.format_exc()[-3000:])
+                    with contextlib.suppress(Exception):
+                        await bench.clear(*SHARED)
     finally:
         await bench.end()
         notes.say(f"broke: {', '.join(broken) or 'nothing'}; the figures are in {notes.file}")

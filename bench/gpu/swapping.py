@@ -14,6 +14,7 @@ import psutil
 from batch import Bench
 from door import Door, Engine, Refused, direct
 from notes import gib, quantile
+from streams import Way, measure
 from tokens import started, vllm
 
 SHARE = 0.57  # of the card, for each of two that do not fit together
@@ -43,8 +44,7 @@ async def _large(bench: Bench) -> dict[str, Any]:
 
 async def sleeping(bench: Bench, door: Door, uid: str) -> None:
     """Level 1 and level 2, timed at the engine itself: what it holds, how long it takes, the first token after."""
-    notes, engine = bench.notes, door.engine(uid)
-    assert engine
+    notes, engine = bench.notes, door.running(uid)
     before = await door.text(uid)
     rows: list[list[Any]] = []
     async with direct(engine) as session:
@@ -90,8 +90,8 @@ async def tiers(bench: Bench) -> None:
             notes.told("left out", f"{NO_TIERS} {status}: {text[:200]}")
             return
         replica = await door.until_state(uid, "asleep", limit_s=30)
-        slept_s, engine = time.monotonic() - began, door.engine(uid)
-        held = card.held_by(card.family(engine.pid)) if engine else None
+        slept_s = time.monotonic() - began
+        held = card.held_by(card.family(door.running(uid).pid))
         shown = await door.card(uid)
         first = await door.first_token_s(uid)
         notes.told(
@@ -100,7 +100,7 @@ async def tiers(bench: Bench) -> None:
                 "asleep after s": round(slept_s, 3),
                 "state": replica.get("state"),
                 "tier": shown.get("tier") or replica.get("tier"),
-                "held asleep GB": held and round(held / 1e9, 2),
+                "held asleep GB": round(held / 1e9, 2),
                 "a request wakes it: first token after s": round(first, 3),
                 "next first token s": round(await door.first_token_s(uid), 3),
             },
@@ -284,23 +284,23 @@ async def copies(bench: Bench) -> None:
     launch = vllm(bench, await bench.made("1b", "1b"), "20GiB", enforce_eager=True) | {"replica": 2}
     notes.told("two copies ready after s", round(await door.launch("twin", **launch), 1))
     await _where(bench, door, "twin", 2)
-    from streams import Way, measure
-
-    way = Way("gateway", port=int(door.address.rpartition(":")[2]))
+    way = Way("gateway", port=door.port)
     for streams in (16, 64, 256):
-        one = await measure(way, "twin", streams, 2.5)
-        in_use = [(await door.replica("twin", index)).get("in_flight") for index in (0, 1)]
-        notes.told(f"tokens per second of two copies, {streams} streams", [round(one["tokens_per_s"]), in_use])
-    metrics = (await door.ask("GET", "/metrics"))[1]
-    notes.keep("metrics", [line for line in metrics.splitlines() if "twin" in line][:60])
+        measuring = asyncio.create_task(measure(way, "twin", streams, 2.5))
+        shared: list[list[int]] = []
+        while not measuring.done():
+            await asyncio.sleep(0.25)
+            shared.append([(await door.replica("twin", index)).get("in_flight", 0) for index in (0, 1)])
+        one = await measuring
+        busiest = max(shared, key=sum)
+        notes.told(f"two copies, {streams} streams", {"tokens/s": round(one["tokens_per_s"]), "in flight": busiest})
     await door.terminate("twin")
 
 
 async def _where(bench: Bench, door: Door, uid: str, count: int) -> None:
     names = {gpu.uuid: gpu.index for gpu in card.gpus()}
     for index in range(count):
-        engine: Engine | None = door.engine(uid, index)
-        assert engine
+        engine: Engine | None = door.running(uid, index)
         pids = card.family(engine.pid)
         real = {
             gpu.index: round(sum(one.used_bytes or 0 for one in gpu.processes if one.pid in pids) / 1e9, 2)
