@@ -70,7 +70,7 @@ async def killed(bench: Bench, door: Door, uid: str, what: str, *, whole_group: 
         holding = card.held_by(pids)
         if gone is None and not any(map(card.is_running, pids)):
             gone = now
-        if freed is None and not holding and card.used_bytes() <= used - held + SLACK_BYTES:
+        if freed is None and not holding and (following or card.used_bytes() <= used - held + SLACK_BYTES):
             freed = now
         if following is None:
             found = door.engine(uid)

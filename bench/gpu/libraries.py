@@ -12,10 +12,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
-import card
 from batch import Bench
 from door import Door, direct
 from notes import quantile
+from placing import share_of
 from streams import Way, measure
 
 REPETITIONS = 4
@@ -35,10 +35,7 @@ async def embeddings(bench: Bench) -> None:
     vectors = [await _vectors(door, uid, texts) for uid in ("words", "words-cpu")]
     notes.told("least cosine of the card's vectors to the processor's", round(min(map(_cosine, *vectors)), 5))
     await door.terminate("words-cpu")
-    notes.told(
-        "devices",
-        {"placed on": door.running("words").gpus, "bytes": card.held_by(card.family(door.running("words").pid))},
-    )
+    notes.told("promised and held GB, ratio", share_of(door, "words"))
     body = {"model": "words", "input": texts}
     per_s = await _by_turns(bench, door, "words", "/v1/embeddings", body, ASKED_AT_ONCE)
     _ratios(bench, f"vectors per second, {ASKED_AT_ONCE} x {TEXTS_EACH} texts at once", per_s, TEXTS_EACH)
@@ -57,6 +54,7 @@ async def transformers(bench: Bench) -> None:
     chat = {"model": "lm", "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8}
     answer = await door.get("/v1/chat/completions", "POST", chat)
     notes.told("usage of a chat", answer.get("usage"))
+    notes.told("promised and held GB, ratio", share_of(door, "lm"))
     engine = door.running("lm")
     ways = {"direct": _way(engine), "gateway": Way("gateway", port=door.port)}
     found: dict[str, list[float]] = {role: [] for role in ROLES}
@@ -84,7 +82,7 @@ async def diffusers(bench: Bench) -> None:
     notes.told("bytes of a picture", len(answer["data"][0]["b64_json"]))
     per_s = await _by_turns(bench, door, "brush", "/v1/images/generations", body, 2)
     _ratios(bench, "pictures per second, 2 at once", per_s, 1)
-    notes.told("bytes of the card", card.held_by(card.family(door.running("brush").pid)))
+    notes.told("promised and held GB, ratio", share_of(door, "brush"))
     await door.terminate("brush")
 
 

@@ -132,16 +132,16 @@ async def _embedding(door: Door, uid: str) -> int:
 
 
 async def _row(bench: Bench, door: Door, uids: list[str], name: str) -> None:
-    rows = []
-    for uid in uids:
-        engine = door.engine(uid)
-        if engine is None:
-            rows.append([uid, None, None, None])
-            continue
-        held = card.held_by(card.family(engine.pid))
-        promised = sum(size for key, size in engine.memory.items() if key != "ram")
-        rows.append([uid, promised / 1e9, held / 1e9, held / promised if promised else None])
-    bench.notes.table(name, ["model", "promised GB", "held now GB", "held / promised"], rows)
+    columns = ["model", "promised GB", "held now GB", "held / promised"]
+    bench.notes.table(name, columns, [[uid, *share_of(door, uid)] for uid in uids])
+
+
+def share_of(door: Door, uid: str) -> tuple[float, float, float | None]:
+    """What was promised to a model of the cards, what it holds now, both in GB, and the ratio."""
+    engine = door.running(uid)
+    held = card.held_by(card.family(engine.pid))
+    promised = sum(size for key, size in engine.memory.items() if key != "ram")
+    return promised / 1e9, held / 1e9, held / promised if promised else None
 
 
 async def several_cards(bench: Bench) -> None:

@@ -30,7 +30,7 @@ BEGIN_S = 0.8  # for the processes to start
 GRACE_S = 20.0
 STREAMS_EACH = 32  # of one process
 TOKENS = 96
-DATA, TOKEN, DONE = b"data: ", b'"choices":[{', b"[DONE]"
+DATA, TOKEN, DONE, WRONG = b"data: ", b'"choices":[{', b"[DONE]", b'data: {"error"'
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,15 @@ class Stream(asyncio.Protocol):
                 self.last = now
             elif event == DATA + DONE:
                 self.is_done = True
+            elif event.startswith(WRONG):
+                load.fail(f"an error within a stream: {event[:300]!r}")
 
     def on_message_complete(self) -> None:
         if not self.is_done:
             self.load.fail(f"a stream without its end: {self.rest[:200]!r}")
         elif self.load.is_open:
             self.load.whole += 1
+            self.load.events_of_whole += self.tokens
         self.ask()
 
 
@@ -106,7 +109,7 @@ class Load:
     def __init__(self, order: dict[str, Any]) -> None:
         self.order = order
         self.first, self.gaps = array("q"), array("q")
-        self.tokens = self.whole = self.asked = 0
+        self.tokens = self.whole = self.events_of_whole = self.asked = 0
         self.is_open = self.is_over = False
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -142,7 +145,13 @@ class Load:
         self.is_open = True
         await self.sleep_until(order["close_at"])
         self.is_open, self.is_over = False, True
-        return {"tokens": self.tokens, "whole": self.whole, "first": _packed(self.first), "gaps": _packed(self.gaps)}
+        return {
+            "tokens": self.tokens,
+            "whole": self.whole,
+            "events_of_whole": self.events_of_whole,
+            "first": _packed(self.first),
+            "gaps": _packed(self.gaps),
+        }
 
     async def sleep_until(self, at: float) -> None:
         """No longer than until something is wrong."""
@@ -164,7 +173,13 @@ def _unpacked(text: str) -> array[int]:
 async def measure(
     way: Way, model: str, streams: int, seconds: float, *, pid: int | None = None, more: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """One window; `pid` is the gateway's, whose processor time is counted. Raises RuntimeError for a wrong reply."""
+    """One window; `pid` is the gateway's, whose processor time is counted.
+
+    `more` goes with each request; without it streams have the same number of tokens.
+
+    Raises:
+        RuntimeError: a reply was wrong.
+    """
     count = max(1, min((os.cpu_count() or 2) - 4, -(-streams // STREAMS_EACH)))
     shares = [streams // count + (number < streams % count) for number in range(count)]
     open_at = time.monotonic() + BEGIN_S + WARM_UP_S
@@ -202,12 +217,16 @@ async def measure(
         if process.returncode:
             raise RuntimeError(f"{way.name}, {streams} streams: {errors.decode(errors='replace').strip()[-600:]}")
     found = [json.loads(out) for out, _ in said]
-    tokens = sum(one["tokens"] for one in found)
+    whole, events = (sum(one[name] for one in found) for name in ("whole", "events_of_whole"))
+    # An engine that is faster than its listener puts several tokens into one event.
+    each = TOKENS * whole / events if more is None and events else 1.0
+    tokens = round(sum(one["tokens"] for one in found) * each)
     return {
         "first_ms": [value / 1e6 for one in found for value in _unpacked(one["first"])],
         "gaps_ms": [value / 1e6 for one in found for value in _unpacked(one["gaps"])],
         "tokens": tokens,
-        "whole": sum(one["whole"] for one in found),
+        "tokens_per_event": each,
+        "whole": whole,
         "tokens_per_s": tokens / seconds,
         "cpu_s": cpu_s,
         "cpu_us_per_token": cpu_s * 1e6 / tokens if tokens else None,

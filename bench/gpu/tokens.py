@@ -9,6 +9,7 @@ import statistics
 import time
 from typing import Any
 
+import aiohttp
 import card
 from batch import Bench
 from door import Door, Refused, direct
@@ -59,7 +60,7 @@ async def started(bench: Bench, door: Door, uid: str, launch: dict[str, Any]) ->
             try:
                 async with direct(engine) as session, session.get("/health") as reply:
                     healthy = time.monotonic() if reply.status == 200 else None
-            except OSError:
+            except (OSError, aiohttp.ClientError):
                 continue
     ready_s = await launching
     engine = door.running(uid)
