@@ -16,7 +16,7 @@ from engines.base import Command, Endpoint, Placement
 from gateway import gpus, lives
 from gateway.gpus import Gpu
 from gateway.kept import EngineProcess, end_life, kept, launch
-from gateway.lives import Found, Life, RunFolder
+from gateway.lives import Found, Life, RunFolder, Safer
 from gateway.process import CannotStart, NoProcess, watchdog
 
 START_PAUSE_S = 0.01
@@ -67,11 +67,13 @@ class LocalNode:
         placement: Placement,
         engine: str,
         asked: Sequence[object] = (),
+        safer: Safer | None = None,
     ) -> AsyncIterator[EngineProcess | NoProcess]:
         """The command as an engine with a keeper, for the length of a block.
 
         Args:
             asked: as of `fingerprint`.
+            safer: if it is not the whole wish.
         Raises:
             CannotStart: with the reason.
             OSError: the folder of the life, or the log, cannot be written.
@@ -95,6 +97,7 @@ class LocalNode:
                 log=str(log),
                 log_start=_head(log, command),
                 started_at=time.time(),
+                safer=safer,
             )
         except OSError:
             lives.remove(folder)
