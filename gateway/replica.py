@@ -337,7 +337,7 @@ class Replica:
         finally:
             if not is_same:
                 self._tell("INFO", f"{self.name}: what it runs has changed, so its engine is started anew")
-                await self._node.end([found.folder])
+                await self._node.end([found.folder], self._settings().drain_timeout_s)
         if not is_same:
             self.placement = None
             return None
@@ -378,7 +378,7 @@ class Replica:
             return
         self.in_flight += 1
         try:
-            while process.hold.is_shared():
+            while process.hold.is_shared() and not self._node.has_successor:  # then it counts them
                 await asyncio.sleep(SHARED_PAUSE_S)
         finally:
             self.in_flight -= 1

@@ -36,7 +36,7 @@ PACKAGE_MAY_IMPORT = {
 GATEWAY_LAYERS = (
     ("amounts", "limits", "keeper", "stand_in"),
     ("addresses", "errors", "events", "files", "gpus", "metrics", "queue", "upstream", "launch"),
-    ("calls", "causes", "crowd", "handover", "watchdog"),
+    ("calls", "causes", "connections", "crowd", "handover", "watchdog"),
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),
     ("history", "lives"),
     ("config", "sdk", "kept", "home"),

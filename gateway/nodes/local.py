@@ -32,6 +32,7 @@ class LocalNode:
         self.folder = folder
         self.run_folder = run_folder
         self.leaves_engines = False  # to the next gateway, as we end
+        self.has_successor = False  # another gateway has taken over
         self._is_open = asyncio.Event()  # else no engine is started: another gateway is taking over
         self._is_open.set()
         self._starting = 0
@@ -140,9 +141,12 @@ class LocalNode:
         running = [found for found in looked.values() if isinstance(found, Found)]
         return running, {folder: why for folder, why in looked.items() if isinstance(why, str)}
 
-    async def end(self, folders: list[Path]) -> None:
-        """End what is there of these lives. Never raises."""
-        await asyncio.gather(*map(end_life, folders))
+    async def end(self, folders: list[Path], drain_s: float = 0.0) -> None:
+        """End what is there of these lives, once no other gateway answers by it or so much time has passed.
+
+        Never raises.
+        """
+        await asyncio.gather(*(end_life(folder, drain_s) for folder in folders))
 
 
 def _head(log: Path, command: Command) -> int:
