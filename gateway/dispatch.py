@@ -104,13 +104,7 @@ class Dispatcher:
         # No await from here on: what is decided on is what is there.
         now = time.monotonic()
         self.decisions += 1
-        settings = self._settings()
-        rules = Rules(
-            max_loaded=settings.max_loaded,
-            groups={name: (group.max_loaded, group.exclusive) for name, group in settings.groups.items()},
-            min_residency_s=settings.min_residency_s,
-            max_wait_s=settings.max_wait_s,
-        )
+        rules = rules_of(self._settings())
         holders = {_key(replica): (deployment, replica) for deployment, replica in self._placed()}
         plan = decide(
             [self._claim(waiting) for waiting in self._waiting.values()],
@@ -165,6 +159,16 @@ class Dispatcher:
             priority=launch.priority,
             group=launch.group,
         )
+
+
+def rules_of(settings: Settings) -> Rules:
+    """As the settings say."""
+    return Rules(
+        max_loaded=settings.max_loaded,
+        groups={name: (group.max_loaded, group.exclusive) for name, group in settings.groups.items()},
+        min_residency_s=settings.min_residency_s,
+        max_wait_s=settings.max_wait_s,
+    )
 
 
 def _holder(deployment: Deployment, replica: Replica, now: float) -> Holder:
