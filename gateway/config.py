@@ -67,6 +67,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float,
         Meta(ge=0, description="how long requests in flight may go on when a model or the gateway stops"),
     ] = 30.0
+    restart_drain_s: Annotated[
+        float,
+        Meta(ge=0, description="how long requests in flight may go on in a gateway that another one has taken over"),
+    ] = 6 * 3600.0
     on_exit: (
         Annotated[
             Literal["stop", "keep"],

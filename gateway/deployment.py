@@ -590,7 +590,10 @@ class Deployment:
     async def _drain(self, replica: Replica) -> None:
         """Let the replica's requests in flight end, for as long as the settings allow and its engine lives."""
         limit_s = self._leaving.get(replica)
-        deadline = time.monotonic() + (self._settings().drain_timeout_s if limit_s is None else limit_s)
+        if limit_s is None:
+            settings = self._settings()
+            limit_s = settings.restart_drain_s if self.is_handed_over else settings.drain_timeout_s
+        deadline = time.monotonic() + limit_s
         while replica.in_flight and replica.state is State.READY and not self._is_forced:
             if (rest_s := deadline - time.monotonic()) <= 0:
                 return

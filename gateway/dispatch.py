@@ -150,13 +150,7 @@ class Dispatcher:
         assert self._look is not None
         now = time.monotonic()
         self.decisions += 1
-        settings = self._settings()
-        rules = Rules(
-            max_loaded=settings.max_loaded,
-            groups={name: (group.max_loaded, group.exclusive) for name, group in settings.groups.items()},
-            min_residency_s=settings.min_residency_s,
-            max_wait_s=settings.max_wait_s,
-        )
+        rules = rules_of(self._settings())
         return decide(
             [self._claim(one) for one in self._waiting.values() if one.deployment.is_wished or one.deployment.is_kept],
             [_holder(deployment, replica, now) for deployment, replica in self._placed()],
@@ -217,6 +211,16 @@ class Dispatcher:
             priority=launch.priority,
             group=launch.group,
         )
+
+
+def rules_of(settings: Settings) -> Rules:
+    """As the settings say."""
+    return Rules(
+        max_loaded=settings.max_loaded,
+        groups={name: (group.max_loaded, group.exclusive) for name, group in settings.groups.items()},
+        min_residency_s=settings.min_residency_s,
+        max_wait_s=settings.max_wait_s,
+    )
 
 
 def _holder(deployment: Deployment, replica: Replica, now: float) -> Holder:

@@ -677,7 +677,7 @@ class Fleet:
         }
         for folder, why in useless.items():
             logger.info("What an earlier gateway left in %s is ended and removed: %s", folder, why)
-        self._tasks.create_task(self.node.end(list(useless)), name="end leftovers")
+        self._tasks.create_task(self.node.end(list(useless), self.settings.drain_timeout_s), name="end leftovers")
 
     def _deploy_all(self, declared: list[Launch]) -> None:
         for launch in declared:

@@ -17,6 +17,7 @@ import signal
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -32,8 +33,22 @@ LIFE, READY, HELD = "life.json", "ready", "held"
 NAME_BYTES = 4
 
 
+class Safer(msgspec.Struct, frozen=True, kw_only=True):
+    """What is run needs less memory than the wish: the launch's options for it, and how that is told.
+
+    `wish` is the fingerprint of the whole wish, at the same place.
+    """
+
+    wish: str
+    options: dict[str, Any]
+    degraded: str
+
+
 class Life(msgspec.Struct, frozen=True, kw_only=True):
-    """One life of an engine: whose it is, where it listens, what is run. `started_at` is a time of the epoch."""
+    """One life of an engine: whose it is, where it listens, what is run. `started_at` is a time of the epoch.
+
+    `safer` is None if the whole wish is run.
+    """
 
     uid: str
     index: int
@@ -45,6 +60,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
     log: str
     log_start: int
     started_at: float
+    safer: Safer | None = None
 
 
 class Started(msgspec.Struct, frozen=True):

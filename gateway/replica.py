@@ -28,7 +28,7 @@ from gateway.environments import CannotBuild, mark_used, prepare, recipe_of
 from gateway.experience import Experience
 from gateway.kept import EngineProcess
 from gateway.limits import NO_NEW_THREAD, is_disk_full, oom_kills
-from gateway.lives import Found, fingerprint, mark_ready, was_ready
+from gateway.lives import Found, Safer, fingerprint, mark_ready, was_ready
 from gateway.nodes.local import LocalNode
 from gateway.pace import Pace
 from gateway.placement import fell_back
@@ -299,7 +299,14 @@ class Replica:
         self.starts += 1
         folder, endpoint = self._node.new_endpoint(unix_socket=self.engine.listens_on_socket(self.tried))
         self._oom_kills = oom_kills()
-        command = self.engine.command(_with_paths(self.tried, paths[1:]), paths[0], placement, endpoint, python)
+
+        def command_of(launch: Launch) -> Command:
+            return self.engine.command(_with_paths(launch, paths[1:]), paths[0], placement, endpoint, python)
+
+        command, safer = command_of(self.tried), None
+        if self.degraded:
+            wish = self._fingerprint(command_of(self.launch))
+            safer = Safer(wish=wish, options=self.tried.options, degraded=self.degraded)
         if command.argv:
             mark_used(command.argv[0], self._settings().environments_path)
         process = self._node.run(
@@ -312,6 +319,7 @@ class Replica:
             placement=placement,
             engine=self.engine.name,
             asked=self._asked_of_place(),
+            safer=safer,
         )
         return Begun(
             command=command,
@@ -326,15 +334,22 @@ class Replica:
         if found is None:
             return None
         life, is_same = found.life, False
+
+        def command_of(launch: Launch) -> Command:
+            return self.engine.command(_with_paths(launch, paths[1:]), paths[0], life.placement, life.endpoint, python)
+
         try:
-            command = self.engine.command(
-                _with_paths(self.launch, paths[1:]), paths[0], life.placement, life.endpoint, python
-            )
-            is_same = fingerprint(command, self.engine.name, self._asked_of_place()) == life.fingerprint
+            command = command_of(self.launch)
+            is_same = self._fingerprint(command) == life.fingerprint
+            if not is_same and life.safer and self._fingerprint(command) == life.safer.wish:
+                safer = msgspec.structs.replace(self.launch, options=life.safer.options)
+                command = command_of(safer)
+                if is_same := self._fingerprint(command) == life.fingerprint:
+                    self.tried, self.degraded, self._is_safer_tried = safer, life.safer.degraded, True
         finally:
             if not is_same:
                 self._tell("INFO", f"{self.name}: what it runs has changed, so its engine is started anew")
-                await self._node.end([found.folder])
+                await self._node.end([found.folder], self._settings().drain_timeout_s)
         if not is_same:
             self.placement = None
             return None
@@ -349,6 +364,9 @@ class Replica:
             else max(1.0, life.started_at + self.launch.start_timeout_s - time.time()),
         )
 
+    def _fingerprint(self, command: Command) -> str:
+        return fingerprint(command, self.engine.name, self._asked_of_place())
+
     def _asked_of_place(self) -> tuple[object, ...]:
         launch = self.launch
         return launch.gpus_of(self.index), launch.n_gpu, launch.memory_bytes
@@ -358,7 +376,8 @@ class Replica:
             mark_ready(process.folder)
             if process.is_adopted:
                 metrics.ADOPTIONS.labels(self.launch.uid).inc()
-                self._tell("INFO", f"{self.name} is ready: its engine, process {process.pid}, ran on meanwhile")
+                text = f"{self.name} is ready: its engine, process {process.pid}, ran on meanwhile"
+                self._tell("INFO", f"{text}, with {self.degraded}" if self.degraded else text)
                 return
         self.load_s = load_s = time.monotonic() - self.state_since
         metrics.LOAD_SECONDS.labels(self.launch.uid).observe(load_s)
@@ -371,7 +390,7 @@ class Replica:
             return
         self.in_flight += 1
         try:
-            while process.hold.is_shared():
+            while process.hold.is_shared() and not self._node.has_successor:  # then it counts them
                 await asyncio.sleep(SHARED_PAUSE_S)
         finally:
             self.in_flight -= 1

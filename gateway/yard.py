@@ -242,7 +242,7 @@ class _Yard:
         leaving = {one.key for one in self._leaving}
         staying = [one for one in holders if one.key not in leaving]
         for loaded in (_loaded(holders) | self._starting, _loaded(staying) | self._coming):
-            if why := _over(claim, loaded, self._rules):
+            if why := over(claim, loaded, self._rules):
                 return why
         now, then = self._held(), Counter[str](self._promised)
         for one in holders:
@@ -271,7 +271,7 @@ class _Yard:
         promised = Counter[str]()
         for one in pinned:
             promised.update(one.memory)
-        if why := _over(claim, _loaded(pinned), self._rules):
+        if why := over(claim, _loaded(pinned), self._rules):
             return f"{why}, and {_names(pinned)} is pinned", False
         if not isinstance(refusal := place(claim.needs, devices, promised, **self._wishes(claim)), NoRoom):
             return None
@@ -362,7 +362,7 @@ class _Yard:
         return ", ".join(dict.fromkeys(parts))
 
 
-def _over(claim: Claim, loaded: Mapping[str, str | None], rules: Rules) -> str | None:
+def over(claim: Claim, loaded: Mapping[str, str | None], rules: Rules) -> str | None:
     """Which rule about models at once it would break beside those that are loaded: uid -> group."""
     uid = claim.key[0]
     others = {name: group for name, group in loaded.items() if name != uid}

@@ -16,7 +16,7 @@ from engines.base import Command, Endpoint, Placement
 from gateway import gpus, lives
 from gateway.gpus import Gpu
 from gateway.kept import EngineProcess, end_life, kept, launch
-from gateway.lives import Found, Life, RunFolder
+from gateway.lives import Found, Life, RunFolder, Safer
 from gateway.process import CannotStart, NoProcess, watchdog
 from gateway.question import NoAnswer, Question
 
@@ -34,6 +34,7 @@ class LocalNode:
         self.run_folder = run_folder
         self.list_gpus = Question(gpus.list_gpus, limit_s=gpus.LIMIT_S)  # as they are now; raises NoAnswer
         self.leaves_engines = False  # to the next gateway, as we end
+        self.has_successor = False  # another gateway has taken over
         self._is_open = asyncio.Event()  # else no engine is started: another gateway is taking over
         self._is_open.set()
         self._starting = 0
@@ -72,11 +73,13 @@ class LocalNode:
         placement: Placement,
         engine: str,
         asked: Sequence[object] = (),
+        safer: Safer | None = None,
     ) -> AsyncIterator[EngineProcess | NoProcess]:
         """The command as an engine with a keeper, for the length of a block.
 
         Args:
             asked: as of `fingerprint`.
+            safer: if it is not the whole wish.
         Raises:
             CannotStart: with the reason.
             OSError: the folder of the life, or the log, cannot be written.
@@ -100,6 +103,7 @@ class LocalNode:
                 log=str(log),
                 log_start=_head(log, command),
                 started_at=time.time(),
+                safer=safer,
             )
         except OSError:
             lives.remove(folder)
@@ -142,9 +146,12 @@ class LocalNode:
         running = [found for found in looked.values() if isinstance(found, Found)]
         return running, {folder: why for folder, why in looked.items() if isinstance(why, str)}
 
-    async def end(self, folders: list[Path]) -> None:
-        """End what is there of these lives. Never raises."""
-        await asyncio.gather(*map(end_life, folders))
+    async def end(self, folders: list[Path], drain_s: float = 0.0) -> None:
+        """End what is there of these lives, once no other gateway answers by it or so much time has passed.
+
+        Never raises.
+        """
+        await asyncio.gather(*(end_life(folder, drain_s) for folder in folders))
 
 
 def _head(log: Path, command: Command) -> int:
