@@ -11,7 +11,7 @@ from typing import Any
 
 import card
 import psutil
-from batch import Bench
+from batch import SETTINGS, Bench
 from door import Door, Engine, Refused, direct
 from notes import gib, quantile
 from streams import Way, measure
@@ -131,6 +131,7 @@ async def swaps(bench: Bench) -> None:
             if notes.left_s < 30:
                 notes.told(f"{tier}, swap {number}", "left out: no time")
                 break
+            await asyncio.sleep(2 * SETTINGS["min_residency_s"])  # who was just loaded stays for so long
             await _stage(bench, door, await _other(door), rows, tier, time.monotonic())
     await _tell(bench, door, {"sleep_memory": "64GiB"})
     for number in range(2):
