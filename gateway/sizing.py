@@ -84,7 +84,7 @@ async def needs_now(
         return weights.read(paths[0]), bytes_beside(launch, paths[0], paths[1:])
 
     facts, beside = await asyncio.to_thread(read)
-    weight_bytes = beside + (facts.weight_bytes if facts else 0)
+    weight_bytes = beside + ((facts and facts.weight_bytes) or 0)
     needs = msgspec.structs.replace(needs_of(launch, engine.needs(launch), index), weight_bytes=weight_bytes)
     if launch.memory_bytes is not None:
         facts, beside = None, 0
