@@ -7,7 +7,8 @@ The order of claims: who has waited too long, the longest first; then by priorit
 has to wait keeps what it is going to get: a later one may only start where that delays nobody before it. Room is made
 by holders that are idle for a moment at least, so that all who ask for a model are answered before it goes; and of
 those by the ones that have been idle longest for what it costs to have them back. Who answers is never ended: if
-somebody has waited for `max_wait_s`, the busy are given no more requests, and answer what they have.
+somebody has waited for `max_wait_s`, the busy are given no more requests, and answer what they have. A claim for which
+nobody waits any more, of a model that is not to be loaded anyway, gets nothing and takes nothing.
 
 A holder that can sleep keeps a little of its room and is back soon, so it sleeps rather than it ends, in the lightest
 *bed* that suffices. One that sleeps claims the rest again, on the same devices, once it is asked for; and it is ended
@@ -62,8 +63,9 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """A replica that wants to start. `since` is when somebody began to wait for it, in monotonic seconds.
 
     `is_extra`: another copy of the model has a place, or waits for it before this one, for which nobody else has to go
-    then. It rather goes to other devices than those that the other copies have, `apart_from`. `awake`: it sleeps, and
-    has to have all of this to wake; `needs` are those of a start anew.
+    then. It rather goes to other devices than those that the other copies have, `apart_from`. `is_wished`: somebody
+    waits for it, or it is to be loaded in any case. `awake`: it sleeps, and has to have all of this to wake; `needs`
+    are those of a start anew.
     """
 
     key: Key
@@ -71,6 +73,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     since: float
     awake: Placement | None = None
     cpu_fallback: bool = False
+    is_wished: bool = True
     is_extra: bool = False
     apart_from: tuple[str, ...] = ()
     priority: int = 0
@@ -81,8 +84,8 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     """A replica that has a place. `work` is how many requests it answers, or that wait for its model.
 
     `ready_since` is None until it can answer; `idle_since` is when it last ended a request; both in monotonic seconds.
-    `is_leaving`: it is being stopped, and its room comes back. `is_held`: the last plan held its model back. `load_s`
-    is what it takes to load it again.
+    `is_leaving`: it is being stopped, and its room comes back. `is_held`: the last plan held it back. `load_s` is what
+    it takes to load it again; `busy_s` is how long it is expected to be loading or answering yet if it gets no more.
 
     `beds` are those in which it could sleep, who wakes quickest first. `is_tired`: it is to sleep though nobody needs
     its room. `is_new_to_it`: the first bed takes long the first time, and it is well to try that now. `host_bytes` of
@@ -98,6 +101,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     is_held: bool = False
     is_pinned: bool = False
     load_s: float = LEAST_LOAD_S
+    busy_s: float = 0.0
     priority: int = 0
     group: str | None = None
     beds: tuple[Bed, ...] = ()
@@ -129,8 +133,9 @@ class Move(NamedTuple):
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What to do now.
 
-    `evict`: holder -> the claim it makes room for. `sleep`: holder -> the tier to sleep in; of those that make room, the
-    others end. `rehearse`: holder -> the tier to sleep in for a moment, with all its room kept. `hold`: models that get no more requests until one that has waited
+    `evict`: holder -> the claim it makes room for. `sleep`: holder -> the tier to sleep in; who makes room and is not
+    among these, ends. `rehearse`: holder -> the tier to sleep in for a moment, keeping all its room. `hold`: holders
+    that get no more requests until one that has waited
     too long has its place. `wait` and `refuse` say why; whether a refusal is for ever is beside its sentence.
     `look_again_s`: after so long time alone may change the answer.
     """
@@ -139,7 +144,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     evict: dict[Key, Key] = {}
     sleep: dict[Key, str] = {}
     rehearse: dict[Key, str] = {}
-    hold: frozenset[str] = frozenset()
+    hold: frozenset[Key] = frozenset()
     wait: dict[Key, str] = {}
     refuse: dict[Key, tuple[str, bool]] = {}
     look_again_s: float | None = None
@@ -182,7 +187,7 @@ class _Yard:
         self._evict: dict[Key, Key] = {}
         self._sleep: dict[Key, str] = {}
         self._rehearse: dict[Key, str] = {}
-        self._hold: set[str] = set()
+        self._hold: set[Key] = set()
         self._wait: dict[Key, str] = {}
         self._refuse: dict[Key, tuple[str, bool]] = {}
         self._looks: list[float] = []
@@ -211,6 +216,9 @@ class _Yard:
 
     def settle(self, claim: Claim) -> None:
         """Start it, or say for what it waits, or why it never will."""
+        if not claim.is_wished:
+            self._wait[claim.key] = "nobody asks for it now"
+            return
         if claim.awake is not None and claim.key not in self._staying:
             self._wait[claim.key] = "it makes room for another model, and is loaded anew"
             return
@@ -232,7 +240,7 @@ class _Yard:
             self._wait[claim.key] = f"there is no room for another copy: {found}"
             return
         if isinstance(soon := self._fit(claim, staying), Placement):
-            self._wait[claim.key] = f"{_names((*self._leaving, *self._waking))} is being unloaded"
+            self._wait[claim.key] = self._goers() or "another model wakes"
             self._book(claim, soon)
             return
         self._make_room(claim, found)
@@ -267,7 +275,7 @@ class _Yard:
         return found
 
     def _make_room(self, claim: Claim, why: str) -> None:
-        free = self._moves(claim)
+        free = self._by_score(self._moves(claim))
         found = self._victims(claim, free)
         if found is not None:
             beds, placement = found
@@ -279,9 +287,9 @@ class _Yard:
                 else:
                     self._sleep[victim.key] = bed.tier
                     self._shrink(victim, victim.in_bed(bed.memory, bed.host_bytes))
-            ends = _names(victim for victim in victims if beds[victim.key] is None)
-            sleeps = _names(victim for victim in victims if beds[victim.key] is not None)
-            told = (f"{ends} is unloaded" if ends else "", f"{sleeps} falls asleep" if sleeps else "")
+            ends = [victim for victim in victims if beds[victim.key] is None]
+            sleeps = [victim for victim in victims if beds[victim.key] is not None]
+            told = (f"{_names(ends)} is unloaded" if ends else "", f"{_names(sleeps)} falls asleep" if sleeps else "")
             self._wait[claim.key] = f"{' and '.join(filter(None, told))} to make room"
             self._book(claim, placement)
             return
@@ -293,12 +301,12 @@ class _Yard:
             idle = {move.holder.key for move in free}
             others = [one for one in self._staying.values() if not one.is_pinned and one.key != claim.key]
             busy = [Move(one, None, one.load_s) for one in others if one.key not in idle]
-            found = self._victims(claim, free, busy)
+            found = self._victims(claim, [*free, *self._by_end(busy, claim)])
             if found is not None:
                 beds, placement = found
                 victims = [self._staying.pop(key) for key in beds]
                 # The idle ones too: they would be busy again by the time that the last of the others is idle.
-                self._hold |= {victim.key[0] for victim in victims if victim.ready_since is not None}
+                self._hold |= {victim.key for victim in victims if victim.ready_since is not None}
                 ending = _names(victim for victim in victims if victim.key not in idle)
                 self._wait[claim.key] = f"{ending} ends what it has begun, then makes room"
                 self._leaving += victims  # they stay until they are idle, but nobody else gets their room
@@ -412,13 +420,13 @@ class _Yard:
         free_at = max(holder.ready_since + self._rules.min_residency_s, holder.idle_since + keep_s)
         return max(0.0, free_at - self._now)
 
-    def _victims(self, claim: Claim, *classes: Sequence[Move]) -> tuple[dict[Key, Bed | None], Placement] | None:
-        """The fewest that have to make room, each as lightly as suffices, by the moves of the first class before those
-        of the next; None if all do not suffice.
+    def _victims(self, claim: Claim, order: Sequence[Move]) -> tuple[dict[Key, Bed | None], Placement] | None:
+        """The fewest that have to make room, the first before the next, and each as lightly as suffices; None if all
+        do not suffice.
         """
         made: dict[Key, Bed | None] = {}
         placement: Placement | str = ""
-        for move in (move for group in classes for move in self._by_score(group)):
+        for move in order:
             key = move.holder.key
             if not _is_deeper(move, made) or (move.bed and not self._is_free(move.bed, move.holder, made)):
                 continue
@@ -470,6 +478,17 @@ class _Yard:
         """Who is held stays so until it has gone: by the score alone, each answer would change who is to go."""
         return sorted(moves, key=lambda move: (not move.holder.is_held, -move.score(self._now)))
 
+    def _by_end(self, moves: Iterable[Move], claim: Claim) -> list[Move]:
+        """Who is expected to end what it has begun first; a load that others wait for is the last to be thrown away."""
+
+        def turn(move: Move) -> tuple[bool, bool, float, float]:
+            one = move.holder
+            is_awaited = one.ready_since is None and one.work > 0
+            ends_in_s = max(one.busy_s, self._free_in_s(move, claim) or 0.0)
+            return is_awaited, not one.is_held, ends_in_s, -move.score(self._now)
+
+        return sorted(moves, key=turn)
+
     # --- what is told
 
     def _look_when_time_helps(self, claim: Claim) -> None:
@@ -479,6 +498,13 @@ class _Yard:
         if not self.is_late(claim):
             rests.append(claim.since + self._rules.max_wait_s - self._now)
         self._looks += rests
+
+    def _goers(self) -> str:
+        """Who makes room already, and how."""
+        ends = [one for one in self._leaving if one.key not in self._staying]
+        sleeps = [one for one in self._leaving if one.key in self._staying]
+        told = (f"{_names(ends)} is being unloaded" if ends else "", f"{_names(sleeps)} falls asleep" if sleeps else "")
+        return " and ".join(filter(None, told))
 
     def _blockers(self, claim: Claim) -> str:
         """Who is in the way, and with what."""

@@ -19,6 +19,7 @@ from gateway.api.heads import ChatHead
 from gateway.config import Settings
 from gateway.deployment import Deployment
 from gateway.errors import HostlerError, ModelFailed
+from gateway.pace import Pace
 from gateway.queue import Key, Queue, Ticket
 from gateway.replica import Failure, Replica, State
 from registry.resolve import Artifact
@@ -51,6 +52,7 @@ class Copy:
         self.progress = None
         self.waits_for = None
         self.load_s = 0.0
+        self.pace = Pace()
         self._changed = changed
 
     def enter(self, state: State) -> None:
@@ -70,6 +72,9 @@ class Copy:
             self.enter(State.WAITING)
 
     def hurry(self) -> None:
+        pass
+
+    def begin_anew(self) -> None:
         pass
 
 
@@ -224,7 +229,7 @@ async def play(world: World, steps: list[tuple[Any, ...]], *, is_loaded: bool) -
             case "arrive_again":
                 world.arrive(is_again=True)
             case "hold":
-                (world.deployment.is_held,) = arguments
+                world.deployment.hold(world.deployment.replicas if arguments[0] else ())
             case "start":
                 world.deployment.start()
             case "stop":
