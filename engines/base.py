@@ -105,6 +105,11 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     lighter: Mapping[str, int] = {}
     weight_bytes: int = 0
 
+    @property
+    def is_for_cpu(self) -> bool:
+        """Whether it is for the CPU alone, whatever there is."""
+        return self.gpu_idx == () or self.n_gpu == 0
+
 
 RAM = "ram"  # the machine's memory, among the devices of a placement
 

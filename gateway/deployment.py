@@ -90,6 +90,7 @@ class Deployment:
         self._is_told_to_sleep = False
         self._settings = settings
         self._start_wanted = launch.preload if should_start is None else should_start
+        self._is_kept = False  # it came to be ready, and nobody has unloaded it since
         self._is_running = False  # from the decision to start until all replicas have stopped
         self._stopping = False  # from the decision to stop until then
         self._is_forced = False
@@ -214,11 +215,15 @@ class Deployment:
             self._held = held
             self.notify()
 
-    def is_wished(self, replica: Replica) -> bool:
-        """Whether somebody waits for it, the model is to be loaded, or it is one of the copies of a model that is."""
-        return bool(self._start_wanted or self.waiting) or any(
-            one.placement is not None and not self.is_leaving(one) for one in self.staying if one is not replica
-        )
+    @property
+    def is_wished(self) -> bool:
+        """Whether somebody waits for it, or wants it to be loaded in any case."""
+        return self._start_wanted or self.waiting > 0
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is to be as it was, without anybody who waits: all copies of it, and again if they crash."""
+        return self._is_kept or any(one.placement is not None and not self.is_leaving(one) for one in self.staying)
 
     def pick(self, avoid: Replica | None = None, key: Key | None = None) -> Replica | None:
         """Of the ready replicas that may have more the one with the least in flight; `avoid` only if there is no other.
@@ -545,7 +550,7 @@ class Deployment:
         return [one for one in self.staying if one.placement is not None and not self.is_leaving(one)]
 
     def _unload(self, *, force: bool) -> None:
-        self._start_wanted = False
+        self._start_wanted = self._is_kept = False
         if self._is_running:
             self._stopping = True
             self._is_forced |= force
@@ -626,6 +631,7 @@ class Deployment:
                     lives[replica] = asyncio.create_task(self._live(replica), name=str(replica))
             for replica in [gone for gone in lives if gone not in self.replicas]:
                 await lives.pop(replica)
+            self._is_kept |= bool(self.ready())
             if self._waits_in_vain:
                 logger.info("%s has no room, and nobody waits for it any more", self.launch.uid)
                 self._unload(force=False)
@@ -656,7 +662,7 @@ class Deployment:
     def _waits_in_vain(self) -> bool:
         """Whether all that it does is to wait for room, or for another try to get some, and for nobody."""
         return (
-            not (self._start_wanted or self.waiting)
+            not self.is_wished
             and bool(self.replicas)
             and not any(replica.state in RESTING for replica in self.replicas)
             and all(replica.waits_for or _lacks_room(replica) for replica in self.replicas)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -24,6 +25,8 @@ from gateway.yard import Bed, Claim, Holder, Key, Plan, Rules, decide
 logger = logging.getLogger("hostler.dispatch")
 
 FAULT_PAUSE_S = 1.0
+LOOK_LEAST_S = 0.1  # from one look at the machine to the next if nothing of ours has come or gone
+LOOK_MOST_S = 1.0  # while somebody waits: what others give back is seen after so long at the latest
 USUAL_LOAD_S = 10.0  # of a model that was never loaded here
 USUAL_WAKE_S = 1.0  # of one that has never slept here
 
@@ -39,6 +42,20 @@ class _Waiting(msgspec.Struct, frozen=True, eq=False):
     awake: Placement | None = None
 
 
+class _Look(NamedTuple):
+    """What was seen of the machine, when our replicas had these places."""
+
+    devices: Sequence[Device]
+    silence: str | None
+    places: Mapping[Key, Placement]
+    at: float
+
+    def is_old(self, places: Mapping[Key, Placement]) -> bool:
+        """Whether there may be more or less room by now."""
+        is_same = places.keys() == self.places.keys() and all(places[key] is self.places[key] for key in places)
+        return not is_same or time.monotonic() - self.at >= LOOK_LEAST_S
+
+
 class Dispatcher:
     """Who is let into the yard. `run` drives it; replicas come by `place`."""
 
@@ -48,16 +65,21 @@ class Dispatcher:
         settings: Callable[[], Settings],
         observe: Callable[[], Awaitable[Sequence[Device]]],
         tell: Callable[[str, str, str], None],
+        *,
+        silence: Callable[[], str | None] = lambda: None,
     ) -> None:
         """
         Args:
             observe: the devices as they are now, and what is held on them by others than our replicas.
             tell: is told what happens to a model: uid, kind, sentence.
+            silence: why `observe`, when it last returned, did not know how the GPUs are.
         """
         self._deployments = deployments
         self._settings = settings
         self._observe = observe
         self._tell = tell
+        self._silence = silence
+        self._look: _Look | None = None  # the last one, if somebody waited then
         self._waiting: dict[Key, _Waiting] = {}
         self._poked = asyncio.Event()
         self.decisions = 0
@@ -84,6 +106,7 @@ class Dispatcher:
         place: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(replica, deployment, needs, time.monotonic(), place, awake)
         self._waiting[_key(replica)] = waiting
+        self._look = None
         self._poked.set()
         try:
             return await place
@@ -111,9 +134,33 @@ class Dispatcher:
 
     async def _round(self) -> float | None:
         """One decision, carried out; after how long the next may differ."""
-        is_of_interest = self._waiting or any(one.is_drowsy for one in self._deployments())
-        devices = await self._observe() if is_of_interest else ()
-        # No await from here on: what is decided on is what is there.
+        if not (self._waiting or any(one.is_drowsy for one in self._deployments())):
+            self._look = None
+            self._carry_out(Plan())
+            return None
+        is_new = self._look is None or self._look.is_old(self._places())
+        if is_new:
+            await self._look_again()
+        plan = self._decide()
+        if not is_new and (plan.start or plan.evict or plan.sleep or plan.rehearse or plan.refuse):
+            # What was seen a moment ago will do to let somebody wait, not to give or take.
+            is_new = True
+            await self._look_again()
+            plan = self._decide()
+        # No await since then: what is decided on is what is there.
+        self._carry_out(plan)
+        if not self._waiting:
+            return None
+        look_s = LOOK_MOST_S if is_new else LOOK_LEAST_S
+        return look_s if plan.look_again_s is None else min(look_s, plan.look_again_s)
+
+    async def _look_again(self) -> None:
+        places = self._places()
+        devices = await self._observe()
+        self._look = _Look(devices, self._silence(), places, time.monotonic())
+
+    def _decide(self) -> Plan:
+        assert self._look is not None
         now = time.monotonic()
         self.decisions += 1
         settings = self._settings()
@@ -122,21 +169,20 @@ class Dispatcher:
             groups={name: (group.max_loaded, group.exclusive) for name, group in settings.groups.items()},
             min_residency_s=settings.min_residency_s,
             max_wait_s=settings.max_wait_s,
-            sleep_bytes=sleep_bytes(settings, devices),
+            sleep_bytes=sleep_bytes(settings, self._look.devices),
         )
-        holders = {_key(replica): (deployment, replica) for deployment, replica in self._placed()}
-        is_crowded = any(not deployment.is_loaded or deployment.is_resting for deployment in self._deployments())
-        plan = decide(
-            [self._claim(waiting) for waiting in self._waiting.values()],
-            [_holder(*holder, now, is_crowded=is_crowded) for holder in holders.values()],
-            devices,
+        is_crowded = any(not one.is_loaded or one.is_resting for one in self._deployments())
+        return decide(
+            [self._claim(one) for one in self._waiting.values() if one.deployment.is_wished or one.deployment.is_kept],
+            [_holder(*one, now, is_crowded=is_crowded) for one in self._placed()],
+            self._look.devices,
             rules,
             now,
+            self._look.silence,
         )
-        self._carry_out(plan, holders)
-        return plan.look_again_s
 
-    def _carry_out(self, plan: Plan, holders: dict[Key, tuple[Deployment, Replica]]) -> None:
+    def _carry_out(self, plan: Plan) -> None:
+        holders = {_key(replica): (deployment, replica) for deployment, replica in self._placed()}
         for key, placement in plan.start.items():
             waiting = self._waiting.pop(key)
             if not waiting.place.done():
@@ -149,11 +195,11 @@ class Dispatcher:
             waiting = self._waiting.pop(key)
             if not waiting.place.done():
                 waiting.place.set_exception(NoPlace(sentence, for_ever=for_ever))
-        for key, sentence in plan.wait.items():
-            waiting = self._waiting[key]
-            is_new, waiting.replica.waits_for = waiting.replica.waits_for is None, sentence
+        for key, waiting in self._waiting.items():
+            is_new = waiting.replica.waits_for is None
+            waiting.replica.waits_for = plan.wait.get(key, "nobody asks for it now")
             if is_new:
-                waiting.deployment.notify()  # it may be for nobody
+                waiting.deployment.notify()  # it may be in vain
         for key, tier in plan.sleep.items():
             deployment, replica = holders[key]
             why = f"to make room for {plan.evict[key][0]}" if key in plan.evict else "as nobody asks for it"
@@ -175,6 +221,9 @@ class Dispatcher:
         for deployment in self._deployments():
             deployment.hold(replica for replica in deployment.replicas if _key(replica) in plan.hold)
 
+    def _places(self) -> dict[Key, Placement]:
+        return {_key(replica): replica.placement for _, replica in self._placed() if replica.placement}
+
     def _placed(self) -> Iterable[tuple[Deployment, Replica]]:
         return (
             (deployment, replica)
@@ -194,7 +243,7 @@ class Dispatcher:
             needs=waiting.needs,
             since=waiting.since,
             cpu_fallback=launch.cpu_fallback,
-            is_wished=deployment.is_wished(waiting.replica),
+            is_wished=deployment.is_wished,
             awake=waiting.awake,
             is_extra=bool(siblings) or any(_turn(one) < _turn(waiting) for one in others),
             apart_from=tuple(uuid for placement in siblings for uuid in placement.gpu_uuids or ()),

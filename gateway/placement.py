@@ -102,7 +102,7 @@ def needs_of(launch: Launch, needs: Needs, index: int) -> Needs:
 
 def fell_back(needs: Needs, placement: Placement) -> bool:
     """Whether it got the CPU because the GPUs have no room."""
-    return placement.gpu_uuids == () and needs.n_gpu != 0 and needs.gpu_idx != ()
+    return placement.gpu_uuids == () and not needs.is_for_cpu
 
 
 def place(
@@ -157,7 +157,7 @@ def _try(
     apart_from: Collection[str],
 ) -> Placement | NoRoom:
     gpus = {device.gpu.index: device for device in devices if device.gpu}
-    if needs.gpu_idx == () or needs.n_gpu == 0:
+    if needs.is_for_cpu:
         return _on_cpu(needs, devices, promised, ())
     if needs.gpu_idx is None and needs.n_gpu is None and not gpus:
         return _on_cpu(needs, devices, promised, None)

@@ -57,7 +57,8 @@ class Question(Generic[AnswerT]):
         try:
             return answer.result(self._limit_s)
         except concurrent.futures.TimeoutError:
-            if answer.done():  # just now, or its own
-                return answer.result()
             self._is_silent = True
+            if answer.done():  # just now, or it is the question that has raised this
+                self._is_silent = False
+                return answer.result()
             raise NoAnswer(self._last) from None

@@ -80,8 +80,6 @@ class Reload(msgspec.Struct, kw_only=True):
 
     async def _renew(self, deployment: Deployment, make: MakeReplica) -> str | None:
         """Replace one replica after the other; why it was given up, or None."""
-        if deployment.is_loaded:
-            deployment.start()  # who waits for a reload wants it loaded
         if any(replica.launch.engine != deployment.launch.engine for replica in deployment.staying):
             for new in await self._replace_all(deployment, make):
                 if reason := await self._until_there(new, deployment):

@@ -36,7 +36,7 @@ from gateway.limits import NO_NEW_THREAD, is_disk_full, oom_kills
 from gateway.lives import Found, Slumber, Stage, fingerprint, mark_ready, note_slumber, was_ready
 from gateway.nodes.local import LocalNode
 from gateway.pace import Pace
-from gateway.placement import Device, fell_back
+from gateway.placement import fell_back
 from gateway.probe import NotReady, ask_once, until_ready, until_silent
 from gateway.process import CannotStart, Exit, NoProcess
 from gateway.sizing import needs_now
@@ -139,7 +139,7 @@ class Replica:
         settings: Callable[[], Settings],
         changed: Callable[[], None],
         place: Callable[[Replica, Needs, Placement | None], Awaitable[Placement]],
-        observe: Callable[[], Awaitable[Sequence[Device]]],
+        has_gpus: Callable[[], Awaitable[bool]],
         experience: Experience,
         tell: Callable[[str, str], None],
         moved: Callable[[State, State], None] = lambda before, after: None,
@@ -176,7 +176,7 @@ class Replica:
         self._silence: Failure | None = None  # of this life
         self._changed = changed
         self._ask_for_place = place
-        self._observe = observe
+        self._has_gpus = has_gpus
         self._experience = experience
         self._tell = tell
         self._moved = moved
@@ -663,7 +663,7 @@ class Replica:
 
     async def _needs(self, paths: Sequence[Path]) -> Needs:
         """What it asks of the machine."""
-        has_gpus = any(device.gpu for device in await self._observe())
+        has_gpus = await self._has_gpus()
         return await needs_now(self.tried, self.engine, self.index, paths, self._experience, has_gpus=has_gpus)
 
     async def _place(self, needs: Needs) -> None:
@@ -673,7 +673,7 @@ class Replica:
             await self._ask_for_place(self, needs, None)
         except NoPlace as exc:
             advice = "Ask for less, or give it more."
-            failure = _failure(f"it cannot be placed: {exc}", advice, Cause.PLACE, final=True)
+            failure = _failure(f"it cannot be placed: {str(exc).rstrip('.')}", advice, Cause.PLACE, final=True)
             raise ReplicaFailed(failure, None if exc.for_ever else PLACE_RETRY_S) from exc
         if self.placement and fell_back(needs, self.placement):
             self._tell("WARNING", f"{self.name} runs on the CPU, as cpu_fallback allows: the GPUs have no room")

@@ -131,7 +131,7 @@ def size_up(
         specs: of the family, for advice.
         beside_bytes: of `bytes_beside`, without what is among `sizes`.
     """
-    on_gpu = has_gpus and needs.n_gpu != 0 and needs.gpu_idx != ()
+    on_gpu = has_gpus and not needs.is_for_cpu
     if needs.chooses and on_gpu and needs.n_gpu is None and needs.gpu_idx is None and launch.memory_bytes is None:
         return Sizing(needs=needs, basis="unknown, as it picks among the GPUs by itself")
     estimated = _estimated(launch, needs, sizes, facts, specs, beside_bytes, on_gpu=on_gpu)

@@ -7,8 +7,8 @@ The order of claims: who has waited too long, the longest first; then by priorit
 has to wait keeps what it is going to get: a later one may only start where that delays nobody before it. Room is made
 by holders that are idle for a moment at least, so that all who ask for a model are answered before it goes; and of
 those by the ones that have been idle longest for what it costs to have them back. Who answers is never ended: if
-somebody has waited for `max_wait_s`, the busy are given no more requests, and answer what they have. A claim for which
-nobody waits any more, of a model that is not to be loaded anyway, gets nothing and takes nothing.
+somebody has waited for `max_wait_s`, the busy are given no more requests, and answer what they have. Nobody goes for a
+model for which nobody waits, unless it is to be loaded in any case.
 
 A holder that can sleep keeps a little of its room and is back soon, so it sleeps rather than it ends, in the lightest
 *bed* that suffices. One that sleeps claims the rest again, on the same devices, once it is asked for; and it is ended
@@ -64,8 +64,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 
     `is_extra`: another copy of the model has a place, or waits for it before this one, for which nobody else has to go
     then. It rather goes to other devices than those that the other copies have, `apart_from`. `is_wished`: somebody
-    waits for it, or it is to be loaded in any case. `awake`: it sleeps, and has to have all of this to wake; `needs`
-    are those of a start anew.
+    waits for it, or it is to be loaded in any case; else it gets only what is left. `awake`: it sleeps, and has to have
+    all of this to wake; `needs` are those of a start anew.
     """
 
     key: Key
@@ -151,10 +151,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def decide(
-    claims: Iterable[Claim], holders: Sequence[Holder], devices: Sequence[Device], rules: Rules, now: float
+    claims: Iterable[Claim],
+    holders: Sequence[Holder],
+    devices: Sequence[Device],
+    rules: Rules,
+    now: float,
+    silence: str | None = None,
 ) -> Plan:
-    """What becomes of each claim."""
-    yard = _Yard(holders, devices, rules, now)
+    """What becomes of each claim.
+
+    Args:
+        silence: why nobody knows how the GPUs are; who may get one waits then.
+    """
+    yard = _Yard(holders, devices, rules, now, silence)
     for claim in sorted(claims, key=yard.turn):
         yard.settle(claim)
     yard.put_to_bed()
@@ -169,8 +178,16 @@ class _Wishes(TypedDict):
 class _Yard:
     """The books while claims are settled, one after the other."""
 
-    def __init__(self, holders: Sequence[Holder], devices: Sequence[Device], rules: Rules, now: float) -> None:
+    def __init__(
+        self,
+        holders: Sequence[Holder],
+        devices: Sequence[Device],
+        rules: Rules,
+        now: float,
+        silence: str | None,
+    ) -> None:
         self._devices = devices
+        self._silence = silence
         self._rules = rules
         self._now = now
         self._staying = {one.key: one for one in holders if not one.is_leaving}
@@ -212,12 +229,13 @@ class _Yard:
     def turn(self, claim: Claim) -> tuple[bool, bool, int, float, Key]:
         """By what claims are ordered. No priority counts among the late: it could keep one of them waiting for ever."""
         is_late = self.is_late(claim)
-        return claim.is_extra, not is_late, 0 if is_late else -claim.priority, claim.since, claim.key
+        is_modest = claim.is_extra or not claim.is_wished
+        return is_modest, not is_late, 0 if is_late else -claim.priority, claim.since, claim.key
 
     def settle(self, claim: Claim) -> None:
         """Start it, or say for what it waits, or why it never will."""
-        if not claim.is_wished:
-            self._wait[claim.key] = "nobody asks for it now"
+        if self._silence and not claim.needs.is_for_cpu:
+            self._wait[claim.key] = self._silence
             return
         if claim.awake is not None and claim.key not in self._staying:
             self._wait[claim.key] = "it makes room for another model, and is loaded anew"
@@ -229,6 +247,9 @@ class _Yard:
             self._starting[claim.key[0]] = claim.group
             self._staying.pop(claim.key, None)
             self._book(claim, found)
+            return
+        if not claim.is_wished:
+            self._wait[claim.key] = "nobody asks for it now, and no room is left for it"
             return
         if refusal := self._never(claim, self._devices):
             self._refuse_or_settle(claim, refusal)

@@ -34,7 +34,7 @@ PACKAGE_MAY_IMPORT = {
 
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
-    ("amounts", "limits", "keeper", "stand_in"),
+    ("amounts", "limits", "keeper", "pace", "question", "stand_in"),
     ("addresses", "errors", "events", "files", "gpus", "metrics", "queue", "upstream", "launch"),
     ("calls", "causes", "crowd", "handover", "watchdog"),
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),
@@ -66,7 +66,7 @@ GATEWAY_LAYERS = (
 # Leaves: all of the gateway that they may know.
 LEAF_MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "gpus": set(),
+    "gpus": {"question"},
     "metrics": set(),
     "config": {"addresses", "amounts", "client", "errors", "launch"},
     "apply": {"config"},

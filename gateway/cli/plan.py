@@ -92,7 +92,10 @@ def _prepare(file: str, machine: SimulatedMachine | None) -> tuple[list[tuple[La
     registry = open_registry(settings)
     launches = plan_declared(settings, registry, known)
     look = machine.look if machine else partial(look_here, list_gpus)
-    devices = asyncio.run(Observer(look).observe((), limits_of(settings)))
+    observer = Observer(look)
+    devices = asyncio.run(observer.observe((), limits_of(settings)))
+    if observer.silence:
+        raise click.ClickException(f"{observer.silence}. Mend that, or describe the machine (--machine, --gpus).")
     experience = Experience(settings.home_path / "experience.json")
     has_gpus = any(device.gpu for device in devices)
 

@@ -18,6 +18,7 @@ from gateway.gpus import Gpu
 from gateway.kept import EngineProcess, end_life, kept, launch
 from gateway.lives import Found, Life, RunFolder
 from gateway.process import CannotStart, NoProcess, watchdog
+from gateway.question import NoAnswer, Question
 
 START_PAUSE_S = 0.01
 PAUSE_LIMIT_S = 40.0  # more than a start may take
@@ -32,14 +33,18 @@ class LocalNode:
     def __init__(self, folder: Path, run_folder: RunFolder) -> None:
         self.folder = folder
         self.run_folder = run_folder
+        self.list_gpus = Question(gpus.list_gpus, limit_s=gpus.LIMIT_S)  # as they are now; raises NoAnswer
         self.leaves_engines = False  # to the next gateway, as we end
         self._is_open = asyncio.Event()  # else no engine is started: another gateway is taking over
         self._is_open.set()
         self._busy = 0
 
-    def list_gpus(self, *, with_processes: bool = False) -> list[Gpu]:
-        """The GPUs as they are now."""
-        return gpus.list_gpus(with_processes=with_processes)
+    def known_gpus(self) -> list[Gpu]:
+        """The GPUs as they are now, or were when they could be seen last. Takes a moment: not for the event loop."""
+        try:
+            return self.list_gpus()
+        except NoAnswer as exc:
+            return exc.last or []
 
     def new_endpoint(self, *, unix_socket: bool) -> tuple[Path, Endpoint]:
         """The folder of one more life, not made yet, and an address in it that has a key of its own.
