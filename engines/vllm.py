@@ -259,32 +259,8 @@ class Vllm(Engine, frozen=True, kw_only=True):
             return ()
         weight_bytes = needs.weight_bytes or sum(placement.memory.values())
         residual_bytes = ASLEEP_BYTES + round(weight_bytes / max(1, len(placement.gpu_uuids or ())) * ASLEEP_SHARE)
-        limit_s = SLEEP_LIMIT_S + weight_bytes / SLOWEST_BYTES_S
-        warm_up = (_warm_up(launch),)
-        in_ram = Tier(
-            name="ram",
-            sleep=(Call(path="/sleep?level=1", limit_s=limit_s),),
-            wake=(Call(path="/wake_up", limit_s=limit_s),),
-            warm_up=warm_up,
-            residual_bytes=residual_bytes,
-            host_bytes=BACKUP_BYTES + round(weight_bytes * BACKUP_FACTOR),
-            is_first_slow=True,
-        )
-        if not _reloads(options, launch, self._folder()):
-            return (in_ram,)
-        on_disk = Tier(
-            name="disk",
-            sleep=(Call(path="/sleep?level=2", limit_s=SLEEP_LIMIT_S),),
-            # In this order: what is awake before its weights are there again, answers garbage.
-            wake=(
-                Call(path="/wake_up?tags=weights", limit_s=SLEEP_LIMIT_S),
-                Call(path="/collective_rpc", body=b'{"method":"reload_weights"}', limit_s=launch.start_timeout_s),
-                Call(path="/wake_up?tags=kv_cache", limit_s=SLEEP_LIMIT_S),
-            ),
-            warm_up=warm_up,
-            residual_bytes=residual_bytes,
-        )
-        return in_ram, on_disk
+        reloads = _reloads(options, launch, self._folder())
+        return sleep_levels(launch, weight_bytes, residual_bytes, reloads=reloads)
 
     def safer(self, launch: Launch, said: Sequence[str]) -> tuple[Launch, str] | None:
         """No CUDA graphs, fewer requests at once, and no longer ones than it says that it has room for."""
@@ -378,6 +354,34 @@ class Vllm(Engine, frozen=True, kw_only=True):
         """The flags of the installed version, by their names in its code -> their types; none where it is not here."""
         folder = self._folder()
         return annotated_fields(folder, (*FRONTEND_FILES, ENGINE_FILE), ARGUMENTS) if folder else {}
+
+
+def sleep_levels(launch: Launch, weight_bytes: int, residual_bytes: int, *, reloads: bool) -> tuple[Tier, ...]:
+    """The levels of its sleep, of which the second is for models that come back from their files as they were."""
+    limit_s = SLEEP_LIMIT_S + weight_bytes / SLOWEST_BYTES_S
+    warm_up = (_warm_up(launch),)
+    in_ram = Tier(
+        name="ram",
+        sleep=(Call(path="/sleep?level=1", limit_s=limit_s),),
+        wake=(Call(path="/wake_up", limit_s=limit_s),),
+        warm_up=warm_up,
+        residual_bytes=residual_bytes,
+        host_bytes=BACKUP_BYTES + round(weight_bytes * BACKUP_FACTOR),
+        is_first_slow=True,
+    )
+    on_disk = Tier(
+        name="disk",
+        sleep=(Call(path="/sleep?level=2", limit_s=SLEEP_LIMIT_S),),
+        # In this order: what is awake before its weights are there again, answers garbage.
+        wake=(
+            Call(path="/wake_up?tags=weights", limit_s=SLEEP_LIMIT_S),
+            Call(path="/collective_rpc", body=b'{"method":"reload_weights"}', limit_s=launch.start_timeout_s),
+            Call(path="/wake_up?tags=kv_cache", limit_s=SLEEP_LIMIT_S),
+        ),
+        warm_up=warm_up,
+        residual_bytes=residual_bytes,
+    )
+    return (in_ram, on_disk) if reloads else (in_ram,)
 
 
 def _warm_up(launch: Launch) -> Call:
