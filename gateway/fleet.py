@@ -717,13 +717,16 @@ class Fleet:
             settings=self.in_effect,
             should_start=launch.preload and is_wanted,
             changed=self.dispatcher.poke,
+            tired=self.dispatcher.look,
         )
         deployment.replicas = [self._replica(deployment, index) for index in range(launch.replica)]
         for replica in deployment.replicas:
             if found := self._left_behind.get((launch.uid, replica.index)):
                 replica.take_over(found)
-        if any(replica.left_behind for replica in deployment.replicas):
+        if left_behind := [found for replica in deployment.replicas if (found := replica.left_behind)]:
             deployment.start()
+            if all(found.is_asleep for found in left_behind):
+                deployment.rest()
         self._deployments[launch.uid] = deployment
         self.events.add(launch.uid, "INFO", "Launch model")
         deployment.begin(self._tasks)

@@ -132,6 +132,23 @@ def place(
     return msgspec.structs.replace(found, for_ever=for_ever)
 
 
+def regain(awake: Placement, devices: Sequence[Device], promised: Mapping[str, int]) -> Placement | NoRoom:
+    """The whole of what an engine had that sleeps, on the same devices, or why there is no room for it.
+
+    Args:
+        promised: as of `place`, without what it has kept.
+    """
+    by_key = {device.key: device for device in devices}
+    full = {key: size for key, size in awake.memory.items() if key not in by_key or size > by_key[key].free(promised)}
+    if not full:
+        return awake
+    told = "; ".join(_told(by_key[key], promised) if key in by_key else f"{key} is gone" for key in full)
+    wanted = ", ".join(
+        f"{megabytes(size)} of {by_key[key].name if key in by_key else key}" for key, size in full.items()
+    )
+    return _refusal(f"it needs {wanted} again, and there is no room: {told}", ())
+
+
 def _try(
     needs: Needs,
     devices: Sequence[Device],

@@ -79,12 +79,15 @@ async def needs_now(
     """
 
     def read() -> tuple[Facts | None, int]:
-        if launch.memory_bytes is not None or not launch.artifact.has_files:
+        if not launch.artifact.has_files:
             return None, 0
         return weights.read(paths[0]), bytes_beside(launch, paths[0], paths[1:])
 
     facts, beside = await asyncio.to_thread(read)
-    needs = needs_of(launch, engine.needs(launch), index)
+    weight_bytes = beside + ((facts and facts.weight_bytes) or 0)
+    needs = msgspec.structs.replace(needs_of(launch, engine.needs(launch), index), weight_bytes=weight_bytes)
+    if launch.memory_bytes is not None:
+        facts, beside = None, 0
     return size_up(
         launch, needs, None, facts, [], experience, has_gpus=has_gpus, specs=specs, beside_bytes=beside
     ).needs

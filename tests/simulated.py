@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
-from engines.base import RAM, Engine, Launch, Needs, Placement
+from engines.base import RAM, Call, Engine, Launch, Needs, Placement, Tier
+from gateway.amounts import bytes_or_share
 from gateway.causes import Cause
 from gateway.config import Settings
 from gateway.deployment import Deployment
@@ -28,8 +29,10 @@ from gateway.errors import HostlerError
 from gateway.experience import Experience
 from gateway.footprint import Footprint
 from gateway.gpus import Gpu, GpuProcess
+from gateway.lives import Stage
 from gateway.placement import Device
-from gateway.replica import Replica, ReplicaFailed, State, _failure
+from gateway.replica import RESTING, Replica, ReplicaFailed, State, _failure
+from gateway.tiers import NotDone, asleep
 from registry.resolve import Artifact
 from registry.schema import LLMFamily, ModelSpec, Source
 
@@ -47,6 +50,11 @@ class Model(msgspec.Struct, kw_only=True):
     stop_s: float = 0.5
     replica: int = 1
     fails: int = 0  # so many of its next starts fail
+    tiers: tuple[str, ...] = ()  # in which it can sleep
+    residual: int = 0  # what it keeps of each device asleep
+    sleep_s: float = 0.5
+    wake_s: float = 0.5
+    sleeps_fail: int = 0  # so many of its next sleeps and wakes fail
     fields: dict[str, Any] = {}
 
 
@@ -55,10 +63,25 @@ class SimulatedEngine(Engine, frozen=True, kw_only=True):
 
     name = "simulated"
     model_types = ("LLM",)
+    is_asleep = Call(method="GET", path="/is_sleeping", limit_s=1)
 
     def needs(self, launch: Launch) -> Needs:
         """The launch's own word."""
         return Needs(n_gpu=launch.n_gpu, gpu_idx=launch.gpu_idx, memory_bytes=launch.memory_bytes or 0)
+
+    def tiers(self, launch: Launch, placement: Placement, needs: Needs) -> tuple[Tier, ...]:
+        """Those of the launch's options."""
+        return tuple(
+            Tier(
+                name=name,
+                sleep=(),
+                wake=(),
+                residual_bytes=launch.options["residual"],
+                host_bytes=needs.memory_bytes if name == "ram" else 0,
+                is_first_slow=name == "ram",
+            )
+            for name in launch.options["tiers"]
+        )
 
 
 class SimulatedReplica(Replica):
@@ -73,6 +96,7 @@ class SimulatedReplica(Replica):
     is_alive = False
     began = 0.0
     broken: asyncio.Event  # what this life answers is not answered to the end
+    has_weights = False  # else what it answers is garbage
 
     @property  # type: ignore[override]
     def placement(self) -> Placement | None:
@@ -81,9 +105,10 @@ class SimulatedReplica(Replica):
 
     @placement.setter
     def placement(self, placement: Placement | None) -> None:
+        before = self._placement.memory if self.world is not None and self._placement else {}
         self._placement = placement
         if placement is not None and self.world is not None:
-            self.world.granted(self, placement)
+            self.world.granted(self, placement, before)
 
     async def _fetch(self) -> list[Path]:
         return [Path("/")]
@@ -92,12 +117,14 @@ class SimulatedReplica(Replica):
         return None
 
     async def _run(self, paths: Sequence[Path], python: str | None) -> None:
-        await self._place(self.engine.needs(self.launch))
-        self._enter(State.STARTING)
-        self.starts += 1
-        self.crash, self.broken = asyncio.Event(), asyncio.Event()
+        needs = self._needs_of_start = self.engine.needs(self.launch)
+        await self._place(needs)
         assert self.world
         assert self.placement
+        self._enter(State.STARTING)
+        self.starts += 1
+        self._awake, self.tiers = self.placement, self.engine.tiers(self.launch, self.placement, needs)
+        self.crash, self.broken = asyncio.Event(), asyncio.Event()
         self.world.begins(self)
         try:
             await self._or_crash(self.model.load_s / 2)
@@ -107,9 +134,16 @@ class SimulatedReplica(Replica):
                 self.model.fails -= 1
                 raise ReplicaFailed(_failure("it does not load", "Try again.", Cause.UNKNOWN))
             self.load_s = self.model.load_s
+            self.has_weights = True
             self._enter(State.READY)
-            await self._or_crash(None)
+            crashed: asyncio.Future[Any] = asyncio.ensure_future(self.crash.wait())
+            try:
+                await self._until_exit(crashed, paths)
+            finally:
+                crashed.cancel()
+            self._crashed()
         finally:
+            self.has_weights = False
             if self.state is not State.BACKOFF:
                 self._leave(State.STOPPING)
             ending = asyncio.ensure_future(self._end())
@@ -119,12 +153,39 @@ class SimulatedReplica(Replica):
                 await ending
                 raise
 
-    async def _or_crash(self, limit_s: float | None) -> None:
-        try:
+    async def _change(self, calls: Sequence[Call], stage: Stage, *, ends_asleep: bool) -> None:
+        """Falling asleep it takes the machine's memory first, and gives back the rest in the end."""
+        assert self.world
+        assert self.placement
+        assert self.tier
+        assert self._awake
+        self.used, self.has_weights = self.placement.memory, False
+        await asyncio.sleep(self.model.sleep_s if ends_asleep else self.model.wake_s)
+        if self.model.sleeps_fail:
+            self.model.sleeps_fail -= 1
+            raise NotDone("it does not")
+        if ends_asleep:
+            before, self.used = self.used, asleep(self._awake, self.tier, self.host_bytes).memory
+            self.world.gives_back({key: size - self.used.get(key, 0) for key, size in before.items()})
+        else:
+            self.has_weights = True
+
+    async def _warm_up(self, tier: Tier) -> None:
+        await asyncio.sleep(0.01)
+
+    def fall_asleep(self, tier: str, *, is_rehearsal: bool = False) -> None:
+        """As it is told; the world sees that nobody is answered."""
+        super().fall_asleep(tier, is_rehearsal=is_rehearsal)
+        assert self.world
+        self.world.falls_asleep(self)
+
+    async def _or_crash(self, limit_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 await self.crash.wait()
-        except TimeoutError:
-            return
+            self._crashed()
+
+    def _crashed(self) -> NoReturn:
         self.broken.set()
         self._leave(State.BACKOFF)
         raise ReplicaFailed(_failure("it crashed", "Try again.", Cause.UNKNOWN))
@@ -172,6 +233,7 @@ class World:
         self._spans: list[tuple[str, float, float]] = []
         self.starts = 0
         self.evictions = 0
+        self.sleeps = 0
         self.looks = 0
         self.steps = 0
         self.dispatcher = Dispatcher(
@@ -209,9 +271,16 @@ class World:
             engine="simulated",
             replica=model.replica,
             memory_bytes=model.memory,
+            options={"tiers": model.tiers, "residual": model.residual},
             **model.fields,
         )
-        deployment = Deployment(launch, SimulatedEngine(), settings=lambda: self.settings, changed=self.dispatcher.poke)
+        deployment = Deployment(
+            launch,
+            SimulatedEngine(),
+            settings=lambda: self.settings,
+            changed=self.dispatcher.poke,
+            tired=self.dispatcher.look,
+        )
         self.models[model.uid] = model
         deployment.replicas = [self.replica(deployment, index) for index in range(model.replica)]
         self.deployments[model.uid] = deployment
@@ -308,6 +377,10 @@ class World:
         if " makes room for " in text:
             self.evictions += 1
             self._evicts(uid, text.split()[-1])
+        if " falls asleep " in text:
+            self.sleeps += 1
+        if " to make room for " in text:
+            self._evicts(uid, text.split()[-1])
 
     def _moved(self, deployment: Deployment, after: State) -> None:
         uid = deployment.launch.uid
@@ -344,6 +417,7 @@ class World:
         life, was_served = replica.lives, False
         try:
             self.must(replica.state is State.READY, f"{replica} was handed over while {replica.state}")
+            self.must(replica.has_weights, f"{replica} would answer garbage")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(service_s):
                     await replica.broken.wait()
@@ -429,8 +503,8 @@ class World:
         if not holds:
             self.faults.append(AssertionError(otherwise))
 
-    def granted(self, replica: SimulatedReplica, placement: Placement) -> None:
-        """A replica gets a place."""
+    def granted(self, replica: SimulatedReplica, placement: Placement, before: Mapping[str, int]) -> None:
+        """A replica gets a place, where it had another, or none, before."""
         deployment = self.deployments[replica.launch.uid]
         uid = deployment.launch.uid
         has_copies = any(one.placement for one in deployment.staying if one is not replica)
@@ -441,7 +515,7 @@ class World:
                 one.placement.memory.get(key, 0) for one in self._placed() if one.placement and one is not replica
             )
             self.must(
-                not size or size + others + self.foreign[key] <= self.totals[key],
+                size <= before.get(key, 0) or size + others + self.foreign[key] <= self.totals[key],
                 f"{replica} gets {size} of {key}, of which {others} and {self.foreign[key]} are taken",
             )
 
@@ -452,9 +526,29 @@ class World:
     def _evicts(self, uid: str, claimant: str) -> None:
         victim, deployment = self.deployments[uid], self.deployments[claimant]
         self.must(self._is_wished(deployment), f"{uid} goes for {claimant}, which nobody waits for")
-        copies = [one for one in deployment.staying if one.placement is not None and not deployment.is_leaving(one)]
+        placed = [one for one in deployment.staying if one.placement is not None and not deployment.is_leaving(one)]
+        copies = [one for one in placed if one.state not in RESTING]
         self.must(not copies, f"{uid} goes for another copy of {claimant}")
         self.must(not victim.launch.pinned, f"{uid} is pinned and goes")
+
+    def falls_asleep(self, replica: SimulatedReplica) -> None:
+        """A replica is put to sleep."""
+        deployment = self.deployments[replica.launch.uid]
+        self.must(not replica.in_flight, f"{replica} is put to sleep while it answers {replica.in_flight}")
+        is_free = deployment.holds(replica) or not deployment.waiting
+        self.must(is_free, f"{replica} is put to sleep while {deployment.waiting} wait for it")
+        self.must(
+            replica.tier is not None and replica.tier.name in self.models[replica.launch.uid].tiers, "no such tier"
+        )
+        taken = sum(max(one.host_bytes, one.tier.host_bytes if one.tier else 0) for one in self._placed())
+        limit = bytes_or_share(self.settings.sleep_memory, self.totals[RAM])
+        takes_more = replica.tier is not None and replica.tier.host_bytes > replica.host_bytes
+        self.must(not takes_more or taken <= limit, f"{taken} are taken for sleeping, and {limit} may be")
+        self.check()
+
+    def gives_back(self, memory: Mapping[str, int]) -> None:
+        """A process that goes on has so much less."""
+        self._lagging.append((time.monotonic() + self.lag_s, {key: size for key, size in memory.items() if size > 0}))
 
     def begins(self, replica: SimulatedReplica) -> None:
         """A process begins."""
@@ -500,7 +594,7 @@ class World:
             used.update(replica.placement.memory if replica.placement else {})
         for key, held in used.items():
             self.must(held <= self.totals[key], f"{key} has {self.totals[key]}, and {held} were promised")
-        loaded = {replica.launch.uid for replica in alive}
+        loaded = {replica.launch.uid for replica in alive if replica.state is not State.ASLEEP}
         if self.settings.max_loaded is not None:
             self.must(len(loaded) <= self.settings.max_loaded, f"{len(loaded)} models are loaded")
         for name, group in self.settings.groups.items():

@@ -38,7 +38,7 @@ GATEWAY_LAYERS = (
     ("amounts", "limits", "keeper", "pace", "question", "stand_in"),
     ("addresses", "errors", "events", "files", "gpus", "metrics", "queue", "upstream", "launch"),
     ("calls", "causes", "connections", "crowd", "handover", "watchdog"),
-    ("client", "async_client", "choice", "placement", "probe", "process", "store"),
+    ("client", "async_client", "choice", "placement", "probe", "process", "store", "tiers"),
     ("history", "lives"),
     ("config", "sdk", "kept", "home"),
     ("apply",),

@@ -112,7 +112,7 @@ def _prepare(
         beside = bytes_beside(launch, path, tuple(filter(None, added)))
         return size_up(launch, needs, None, facts, [], experience, has_gpus=has_gpus, specs=specs, beside_bytes=beside)
 
-    return [(launch, size(launch)) for launch in launches], devices, rules_of(settings)
+    return [(launch, size(launch)) for launch in launches], devices, rules_of(settings, devices)
 
 
 def _as_installed(engine: Engine) -> Engine:

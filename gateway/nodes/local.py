@@ -9,10 +9,10 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
-from engines.base import Command, Endpoint, Placement
+from engines.base import Command, Endpoint, Placement, Tier
 from gateway import gpus, lives
 from gateway.gpus import Gpu
 from gateway.kept import EngineProcess, end_life, kept, launch
@@ -21,6 +21,7 @@ from gateway.process import CannotStart, NoProcess, watchdog
 from gateway.question import NoAnswer, Question
 
 START_PAUSE_S = 0.01
+PAUSE_LIMIT_S = 40.0  # more than a start may take
 
 
 class LocalNode:
@@ -37,7 +38,7 @@ class LocalNode:
         self.has_successor = False  # another gateway has taken over
         self._is_open = asyncio.Event()  # else no engine is started: another gateway is taking over
         self._is_open.set()
-        self._starting = 0
+        self._busy = 0
 
     def known_gpus(self) -> list[Gpu]:
         """The GPUs as they are now, or were when they could be seen last. Takes a moment: not for the event loop."""
@@ -74,12 +75,14 @@ class LocalNode:
         engine: str,
         asked: Sequence[object] = (),
         safer: Safer | None = None,
+        tiers: Sequence[Tier] = (),
     ) -> AsyncIterator[EngineProcess | NoProcess]:
         """The command as an engine with a keeper, for the length of a block.
 
         Args:
             asked: as of `fingerprint`.
             safer: if it is not the whole wish.
+            tiers: how it can sleep.
         Raises:
             CannotStart: with the reason.
             OSError: the folder of the life, or the log, cannot be written.
@@ -104,15 +107,13 @@ class LocalNode:
                 log_start=_head(log, command),
                 started_at=time.time(),
                 safer=safer,
+                tiers=tuple(tiers),
             )
         except OSError:
             lives.remove(folder)
             raise
-        self._starting += 1
-        try:
+        with self._changing():
             process = await launch(self.run_folder, folder, life, command.env, cwd=command.folder)
-        finally:
-            self._starting -= 1
         async with kept(process, lambda: self.leaves_engines):
             yield process
 
@@ -130,14 +131,33 @@ class LocalNode:
         async with kept(process, lambda: self.leaves_engines):
             yield process
 
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+
+    @contextlib.asynccontextmanager
+    async def change(self) -> AsyncIterator[None]:
+        """For the length of the block, what is on disk of an engine may differ from what it does: no pause begins."""
+        await self._is_open.wait()
+        with self._changing():
+            yield
+
     async def pause(self) -> None:
-        """Start no engine from now on; returns once none is just being started."""
+        """Start no engine, and let none sleep or wake, from now on; returns once all that has begun is done.
+
+        What sleeps or wakes for longer than that is known as such by what is on disk of it.
+        """
         self._is_open.clear()
-        while self._starting:  # each has a limit
+        deadline = time.monotonic() + PAUSE_LIMIT_S
+        while self._busy and time.monotonic() < deadline:
             await asyncio.sleep(START_PAUSE_S)
 
     def go_on(self) -> None:
-        """Start engines again."""
+        """As before the pause."""
         self._is_open.set()
 
     def survey(self) -> tuple[list[Found], dict[Path, str]]:

@@ -40,6 +40,7 @@ class Copy:
     retry_s: float | None = None
     waits_for: str | None = None
     placement = None
+    is_wanted = True
 
     def __init__(self, launch: Launch, index: int, changed: Callable[[], None]) -> None:
         self.launch = launch
@@ -54,6 +55,9 @@ class Copy:
         self.load_s = 0.0
         self.pace = Pace()
         self._changed = changed
+
+    def rehearse_in_s(self, now: float) -> None:
+        """It never sleeps."""
 
     def enter(self, state: State) -> None:
         self.state = state

@@ -18,6 +18,7 @@ from virtual_time import virtual_time
 
 from engines.base import RAM
 from gateway.config import Group, Settings
+from gateway.errors import HostlerError
 from gateway.replica import State
 
 UIDS = ("a", "b", "c", "d", "e")
@@ -25,15 +26,21 @@ BOUND_S = 1500.0  # virtual seconds, in which everybody's answer has begun, or i
 EXAMPLES = int(os.environ.get("HOSTLER_YARD_EXAMPLES", "60"))
 STEPS = int(os.environ.get("HOSTLER_YARD_STEPS", "50"))
 
+RUNNING = (State.STARTING, State.READY, State.FALLING_ASLEEP, State.ASLEEP, State.WAKING)
 uids = st.sampled_from(UIDS)
 devices = st.sampled_from([RAM, "GPU-0", "GPU-1"])
 models = st.builds(
-    lambda memory, load_s, stop_s, replica, fails, **fields: {
+    lambda memory, load_s, stop_s, replica, fails, tiers, residual, sleep_s, wake_s, sleeps_fail, **fields: {
         "memory": memory * GB,
         "load_s": load_s,
         "stop_s": stop_s,
         "replica": replica,
         "fails": fails,
+        "tiers": tiers,
+        "residual": residual * GB // 4,
+        "sleep_s": sleep_s,
+        "wake_s": wake_s,
+        "sleeps_fail": sleeps_fail,
         "fields": fields,
     },
     memory=st.integers(0, 6),
@@ -45,6 +52,12 @@ models = st.builds(
     group=st.sampled_from([None, None, "few", "alone"]),
     idle_timeout_s=st.sampled_from([None, None, 5.0, 60.0]),
     fails=st.sampled_from([0, 0, 0, 1, 2]),
+    tiers=st.sampled_from([(), (), ("ram", "disk"), ("ram", "disk"), ("ram",), ("disk",)]),
+    residual=st.integers(0, 6),
+    sleep_s=st.floats(0, 8),
+    wake_s=st.floats(0, 5),
+    sleeps_fail=st.sampled_from([0, 0, 0, 0, 1, 2]),
+    sleep_after_s=st.sampled_from([None, None, 5.0, 30.0]),
     preload=st.sampled_from([False, False, False, True]),
     n_gpu=st.sampled_from([None, None, None, 0, 1, 2]),
     cpu_fallback=st.sampled_from([False, False, True]),
@@ -71,6 +84,7 @@ class Yard(RuleBasedStateMachine):
         max_loaded=st.sampled_from([None, None, 1, 2, 3]),
         min_residency_s=st.sampled_from([0.0, 3.0, 20.0]),
         max_wait_s=st.sampled_from([1.0, 10.0, 60.0]),
+        sleep_memory=st.sampled_from(["0", "25%", "100%"]),
         wishes=st.tuples(*[models] * len(UIDS)),
     )
     def begin(
@@ -80,6 +94,7 @@ class Yard(RuleBasedStateMachine):
         max_loaded: int | None,
         min_residency_s: float,
         max_wait_s: float,
+        sleep_memory: str,
         wishes: Any,
     ) -> None:
         settings = Settings(
@@ -88,6 +103,7 @@ class Yard(RuleBasedStateMachine):
             max_loaded=max_loaded,
             min_residency_s=min_residency_s,
             max_wait_s=max_wait_s,
+            sleep_memory=sleep_memory,
             groups={"few": Group(max_loaded=1), "alone": Group(max_loaded=2, exclusive=True)},
         )
         sizes = zip((RAM, "GPU-0", "GPU-1"), totals, strict=True)
@@ -139,12 +155,24 @@ class Yard(RuleBasedStateMachine):
         self.passes(later_s)
         deployment = self.world.deployments[uid]
         replicas: list[Any] = list(deployment.replicas)
-        if replicas and (replica := replicas[at % len(replicas)]).state in (State.READY, State.STARTING):
+        if replicas and (replica := replicas[at % len(replicas)]).state in RUNNING:
             replica.crash.set()
 
     @rule(uid=uids, count=st.integers(1, 3))
     def starts_will_fail(self, uid: str, count: int) -> None:
         self.world.models[uid].fails = count
+
+    @rule(uid=uids, count=st.integers(1, 3))
+    def sleeps_and_wakes_will_fail(self, uid: str, count: int) -> None:
+        self.world.models[uid].sleeps_fail = count
+
+    @rule(uid=uids)
+    def somebody_puts_it_to_sleep(self, uid: str) -> None:
+        async def sleep() -> None:
+            with contextlib.suppress(HostlerError):
+                await self.world.deployments[uid].sleep()
+
+        self.world.background(sleep())
 
     @rule(uid=uids)
     def somebody_starts_it(self, uid: str) -> None:
