@@ -285,7 +285,7 @@ def _holder(deployment: Deployment, replica: Replica, now: float, *, is_crowded:
         beds=_beds(replica) if replica.state is State.READY else (),
         is_tired=deployment.is_tired,
         is_new_to_it=is_crowded and replica.should_rehearse(now),
-        is_asleep=replica.state is State.ASLEEP,
+        is_asleep=replica.is_asleep,
         host_bytes=replica.host_bytes,
         falls_to=replica.falls_to,
     )

@@ -185,6 +185,7 @@ class Replica:
         self._is_safer_tried = False
         self.tiers: tuple[Tier, ...] = ()  # how the engine of this life can sleep
         self.tier: Tier | None = None  # in which it sleeps, falls asleep, or wakes
+        self.is_asleep = False  # or ends after that, without having been woken
         self.host_bytes = 0  # of the machine's memory, taken by this life for sleeping
         self._awake: Placement | None = None  # what it had before it ever slept
         self._is_wanted = False  # awake
@@ -286,7 +287,7 @@ class Replica:
             await self._run(paths, python)
         finally:
             self.process = self.placement = self.tier = self._awake = self._needs_of_start = None
-            self.tiers, self.host_bytes = (), 0
+            self.tiers, self.host_bytes, self.is_asleep = (), 0, False
             self._changed()
 
     async def _run(self, paths: Sequence[Path], python: str | None) -> None:
@@ -489,6 +490,7 @@ class Replica:
     def begin_waking(self, placement: Placement) -> None:
         """It has all its room again."""
         self.placement = placement
+        self.is_asleep = False
         self._enter(State.WAKING)
         self._turn.set()
 
@@ -874,6 +876,7 @@ class Replica:
         logger.debug("%s: %s -> %s", self, self.state, state)
         before, self.state = self.state, state
         self.state_since = time.monotonic()
+        self.is_asleep |= state is State.ASLEEP
         if before is not state:
             self._moved(before, state)
         if state is State.READY:

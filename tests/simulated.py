@@ -594,7 +594,7 @@ class World:
             used.update(replica.placement.memory if replica.placement else {})
         for key, held in used.items():
             self.must(held <= self.totals[key], f"{key} has {self.totals[key]}, and {held} were promised")
-        loaded = {replica.launch.uid for replica in alive if replica.state is not State.ASLEEP}
+        loaded = {replica.launch.uid for replica in alive if not replica.is_asleep}
         if self.settings.max_loaded is not None:
             self.must(len(loaded) <= self.settings.max_loaded, f"{len(loaded)} models are loaded")
         for name, group in self.settings.groups.items():
