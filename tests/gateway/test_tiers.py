@@ -215,13 +215,15 @@ async def test_who_cannot_sleep_or_is_busy_says_so(
     start_gateway: StartGateway, env: dict[str, str], model: Models
 ) -> None:
     slow = model("a", {"token_delay_s": 0.5}) | model("tight")
-    gateway = await start_gateway(fake={}, **swapping(slow, sleep_memory=0), env=env)
+    llama_cpp = {"fake": {}, "model": {"memory": "100MB"}}
+    gateway = await start_gateway(**llama_cpp, **swapping(slow, sleep_memory=0), env=env)
     asking = asyncio.create_task(ask(gateway, "a"))
     await gateway.until("a", in_flight=1)
     answer = await gateway.post("/v1/models/a/sleep")
     assert (answer.status, "answers 1 requests" in answer.error["message"]) == (409, True)
     assert await asking == "tok0 tok1"
-    assert (await gateway.complete("fake")).status == 200
+    answer = await gateway.complete("fake")
+    assert answer.status == 200, answer.body
     answer = await gateway.post("/v1/models/fake/sleep")
     assert (answer.status, "llama.cpp has no way to" in answer.error["message"]) == (400, True)
     answer = await gateway.post("/v1/models/tight/sleep")
