@@ -61,15 +61,17 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
     """A replica that has a place. `work` is how many requests it answers, or that wait for its model.
 
-    `ready_since` is None until it can answer; `idle_since` is when it last ended a request; both in monotonic seconds.
-    `is_leaving`: it is being stopped, and its room comes back. `is_held`: the last plan held it back. `load_s` is what
-    it takes to load it again; `busy_s` is how long it is expected to be loading or answering yet if it gets no more.
+    `ready_since` is None until it can answer; `idle_since` is when it last ended a request; `waiting_since` is since
+    when somebody waits for its model; all in monotonic seconds. `is_leaving`: it is being stopped, and its room comes
+    back. `is_held`: the last plan held it back. `load_s` is what it takes to load it again; `busy_s` is how long it is
+    expected to be loading or answering yet if it gets no more.
     """
 
     key: Key
     memory: Mapping[str, int] = {}
     ready_since: float | None = None
     idle_since: float = 0.0
+    waiting_since: float | None = None
     work: int = 0
     is_leaving: bool = False
     is_held: bool = False
@@ -185,10 +187,7 @@ class _Yard:
             self._starting[claim.key[0]] = claim.group
             self._book(claim, found)
             return
-        if not claim.is_wished:
-            self._wait[claim.key] = "nobody asks for it now, and no room is left for it"
-            return
-        if refusal := self._never(claim, self._devices):
+        if claim.is_wished and (refusal := self._never(claim, self._devices)):
             self._refuse_or_settle(claim, refusal)
             return
         if isinstance(found, Placement):
@@ -196,6 +195,9 @@ class _Yard:
             return
         if claim.is_extra:
             self._wait[claim.key] = f"there is no room for another copy: {found}"
+            return
+        if not claim.is_wished:
+            self._wait[claim.key] = f"nobody asks for it now, and there is no room: {found}"
             return
         if isinstance(soon := self._fit(claim, staying), Placement):
             self._wait[claim.key] = f"{_names(self._leaving)} is being unloaded"
@@ -220,10 +222,16 @@ class _Yard:
             found = self._victims(claim, [*free, *self._by_end(busy, claim)])
             if found is not None:
                 victims, placement = found
-                # The idle ones too: they would be busy again by the time that the last of the others is idle.
-                self._hold |= {victim.key for victim in victims if victim.ready_since is not None}
-                ending = _names(victim for victim in victims if victim in busy)
-                self._wait[claim.key] = f"{ending} ends what it has begun, then makes room"
+                turns = {victim.key: turn_s for victim in victims if (turn_s := self._turn_s(victim, claim)) != 0}
+                if turns:
+                    having = _names(victim for victim in victims if victim.key in turns)
+                    self._wait[claim.key] = f"{having} has its turn, then makes room"
+                    self._looks += filter(None, turns.values())
+                else:
+                    # The idle ones too: they would be busy again by the time that the last of the others is idle.
+                    self._hold |= {victim.key for victim in victims}
+                    ending = _names(victim for victim in victims if victim in busy)
+                    self._wait[claim.key] = f"{ending} ends what it has begun, then makes room"
                 for victim in victims:  # it stays until it is idle, but nobody else gets its room
                     self._leaving.append(self._staying.pop(victim.key))
                 self._book(claim, placement)
@@ -304,6 +312,18 @@ class _Yard:
         free_at = max(holder.ready_since + self._rules.min_residency_s, holder.idle_since + keep_s)
         return max(0.0, free_at - self._now)
 
+    def _turn_s(self, holder: Holder, claim: Claim) -> float | None:
+        """For how long it is not to be held back yet: it was loaded a moment ago, or answers who has waited for longer.
+
+        None while it loads.
+        """
+        if holder.ready_since is None:
+            return None
+        until = holder.ready_since + self._rules.min_residency_s
+        if holder.waiting_since is not None and holder.waiting_since < claim.since:
+            until = max(until, holder.ready_since + self._rules.max_wait_s)
+        return max(0.0, until - self._now)
+
     def _victims(self, claim: Claim, order: Sequence[Holder]) -> tuple[list[Holder], Placement] | None:
         """The fewest that have to go, the first before the next; None if all do not suffice."""
         victims: list[Holder] = []
@@ -333,7 +353,8 @@ class _Yard:
 
         def turn(one: Holder) -> tuple[bool, bool, float, float]:
             is_awaited = one.ready_since is None and one.work > 0
-            ends_in_s = max(one.busy_s, self._free_in_s(one, claim) or 0.0)
+            turn_s = self._turn_s(one, claim)
+            ends_in_s = one.busy_s + self._rules.min_residency_s if turn_s is None else max(one.busy_s, turn_s)
             return is_awaited, not one.is_held, ends_in_s, -one.keep_score(self._now)
 
         return sorted(holders, key=turn)
