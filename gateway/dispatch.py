@@ -274,6 +274,7 @@ def _holder(deployment: Deployment, replica: Replica, now: float, *, is_crowded:
         memory=replica.placement.memory if replica.placement else {},
         ready_since=replica.ready_since if replica.state in (State.READY, State.ASLEEP) else None,
         idle_since=replica.last_used,
+        waiting_since=deployment.waiting_since,
         work=replica.in_flight + (0 if deployment.holds(replica) else deployment.waiting),
         is_leaving=deployment.is_leaving(replica),
         is_held=deployment.holds(replica),

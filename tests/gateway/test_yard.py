@@ -17,7 +17,7 @@ from gateway.errors import ModelFailed
 from gateway.gpus import Gpu
 from gateway.placement import Device
 from gateway.replica import PLACE_RETRY_S, REHEARSE_AFTER_S
-from gateway.yard import SETTLE_PAUSE_S, Bed, Claim, Holder, Rules, decide
+from gateway.yard import SETTLE_PAUSE_S, Bed, Claim, Holder, Plan, Rules, decide
 
 MACHINE = Device(key=RAM, total_bytes=10 * GB)
 
@@ -150,8 +150,8 @@ def test_of_the_busy_those_go_that_end_first_and_a_load_that_others_wait_for_las
     assert decide([claim(2)], held, [room], Rules(), 100.0).hold == {("busy3.0", 0)}
     # Where all have to go, the load is ended by nobody: it answers first.
     plan = decide([claim(8)], [loading, *busy], [room], Rules(), 100.0)
-    assert plan.hold == {one.key for one in busy}
-    assert not plan.evict
+    assert (plan.hold, plan.evict) == (frozenset(), {})
+    assert plan.wait["new", 0].startswith("loading has its turn")
 
 
 def test_a_copy_that_makes_room_leaves_the_others_answering() -> None:
@@ -263,6 +263,48 @@ def test_while_nobody_knows_how_the_gpus_are_only_models_for_the_cpu_are_placed(
     assert list(plan.start) == [("new", 0)]
     assert plan.wait == {("gpu", 0): "NVML does not answer"}
     assert len(decide(claims, [], devices, Rules(), 0.0).start) == 2
+
+
+def test_who_was_loaded_a_moment_ago_answers_before_it_is_held_back() -> None:
+    room = Device(key=RAM, total_bytes=4 * GB)
+    rules = Rules(min_residency_s=20.0, max_wait_s=30.0)
+    late = claim(4, since=50.0)
+    idle = Holder(key=("idle", 0), memory={RAM: 2 * GB}, ready_since=0.0, work=1)
+
+    def plan_beside(now: float, **fields: Any) -> Plan:
+        return decide(
+            [late], [idle, Holder(key=("new", 1), memory={RAM: 2 * GB}, work=1, **fields)], [room], rules, now
+        )
+
+    loading = plan_beside(100.0)
+    assert (loading.hold, loading.wait["new", 0]) == (frozenset(), "new has its turn, then makes room")
+    resident = plan_beside(100.0, ready_since=90.0)
+    assert (resident.hold, resident.look_again_s) == (frozenset(), 10.0)
+    assert plan_beside(111.0, ready_since=90.0).hold == {("idle", 0), ("new", 1)}
+    # Those who have waited for longer than the late one are answered first, for as long as anybody may wait.
+    assert plan_beside(111.0, ready_since=90.0, waiting_since=40.0).look_again_s == 9.0
+    assert plan_beside(111.0, ready_since=90.0, waiting_since=60.0).hold
+    assert plan_beside(121.0, ready_since=90.0, waiting_since=40.0).hold
+
+
+def test_a_queue_of_one_at_a_time_gets_more_than_one_answer_between_two_loads() -> None:
+    models = [Model(uid="narrow", load_s=20.0, fields={"request_limits": 1, "queue_limit": 50}), Model(uid="late")]
+    with virtual_time() as loop:
+        world = World(Settings(max_wait_s=10, min_residency_s=20), {RAM: GB})
+
+        async def main() -> None:
+            world.begin()
+            for model in models:
+                world.deploy(model)
+            world.crowd("narrow", 6, 4.0)
+            world.crowd("late", 2, 4.0)
+            await asyncio.sleep(2000)
+            loads = world.starts
+            assert world.answered["narrow"] >= 4 * loads / 2
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
 
 
 # --- who can sleep
