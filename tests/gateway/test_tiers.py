@@ -6,14 +6,23 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from harness import Gateway, StartGateway, events_in, is_running, until
+from harness import Gateway, StartGateway, a_node, events_in, is_running, until
 from sleepy import installed_in
+
+from engines.base import RAM, Placement, Tier
+from gateway import tiers
+from gateway.amounts import bytes_or_share
+from gateway.async_client import AsyncClient
+from gateway.client import Client
+from gateway.config import Settings
+from gateway.lives import Slumber, Stage, note_slumber, slumber_of
 
 KEEP = {"HOSTLER_ON_EXIT": "keep", "HOSTLER_ORPHAN_TIMEOUT_S": "20"}
 GB = 10**9
@@ -324,6 +333,87 @@ async def test_a_reload_gives_a_model_that_sleeps_its_new_options(
             await asyncio.sleep(0.05)
     assert (await gateway.get("/v1/models/a/reload")).json["error"] is None
     assert await ask(gateway, "a") == "tok0 tok1"
+
+
+async def test_operators_and_programs_have_it_sleep_and_wake(
+    start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
+) -> None:
+    gateway = await start_gateway(**swapping(model("a", preload=True)), env=env)
+    await gateway.until("a", state="ready")
+
+    async def hostler(*words: str) -> str:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "gateway.cli", *words, "--endpoint", gateway.address),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        out, _ = await process.communicate()
+        assert process.returncode == 0
+        return out.decode()
+
+    assert await hostler("sleep", "a") == "a is asleep (tier ram).\n"
+    assert "asleep (ram)" in await hostler("list")
+    assert "asleep (ram)" in await hostler("ps")
+    assert await hostler("wake", "a") == "a is ready.\n"
+    async with AsyncClient(gateway.address) as client:
+        assert (await client.sleep("a"))["tier"] == "ram"
+        assert (await client.wake("a"))["status"] == "ready"
+    sync = Client(gateway.address)
+    assert (await asyncio.to_thread(sync.sleep, "a"))["status"] == "asleep"
+    assert (await asyncio.to_thread(sync.wake, "a"))["tier"] is None
+
+
+def test_what_is_on_disk_of_a_sleep_and_cannot_be_read_is_not_trusted(tmp_path: Path) -> None:
+    assert slumber_of(tmp_path) == Slumber()
+    note_slumber(tmp_path, Slumber(stage=Stage.ASLEEP, tier="ram", host_bytes=7))
+    assert slumber_of(tmp_path) == Slumber(stage=Stage.ASLEEP, tier="ram", host_bytes=7)
+    (tmp_path / "slumber.json").write_text("{")
+    assert slumber_of(tmp_path).stage is Stage.UNSURE
+
+
+async def test_a_pause_waits_for_who_falls_asleep_and_lets_nobody_begin(tmp_path: Path) -> None:
+    async with a_node(tmp_path) as node:
+        begun, end = asyncio.Event(), asyncio.Event()
+
+        async def fall_asleep() -> None:
+            async with node.change():
+                begun.set()
+                await end.wait()
+
+        first = asyncio.create_task(fall_asleep())
+        await begun.wait()
+        begun.clear()
+        pause = asyncio.create_task(node.pause())
+        second = asyncio.create_task(fall_asleep())
+        await asyncio.sleep(0.1)
+        assert not pause.done()
+        assert not begun.is_set()
+        end.set()
+        await asyncio.gather(first, pause)
+        await asyncio.sleep(0.1)
+        assert not begun.is_set()
+        node.go_on()
+        await second
+
+
+@pytest.mark.parametrize(
+    ("memory", "bytes_asleep"),
+    [({"GPU-0": 60 * GB}, {"GPU-0": 2 * GB, RAM: 9 * GB}), ({RAM: 5 * GB}, {RAM: 11 * GB}), ({"GPU-0": GB}, None)],
+    ids=str,
+)
+def test_what_is_held_asleep_and_awake_again(memory: dict[str, int], bytes_asleep: dict[str, int] | None) -> None:
+    awake = Placement(gpu_uuids=("GPU-0",), memory=memory)
+    tier = Tier(name="ram", sleep=(), wake=(), residual_bytes=2 * GB, host_bytes=9 * GB)
+    assert tiers.asleep(awake, tier).memory == (bytes_asleep or {"GPU-0": GB, RAM: 9 * GB})
+    assert tiers.awake_again(awake, 9 * GB).memory == {**memory, RAM: memory.get(RAM, 0) + 9 * GB}
+
+
+def test_a_size_or_a_share() -> None:
+    assert [bytes_or_share(size, 200) for size in ("25%", "1.5 %", "7KB", 3)] == [50, 3, 7000, 3]
+    for wrong in ("101%", "much", "-1%"):
+        with pytest.raises(ValueError, match=wrong):
+            bytes_or_share(wrong, 200)
+    with pytest.raises(ValueError, match="sleep_memory"):
+        Settings(sleep_memory="much")
 
 
 async def test_two_copies_sleep_and_wake_together(
