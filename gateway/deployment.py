@@ -489,8 +489,6 @@ class Deployment:
 
     def put_to_sleep(self, replica: Replica, tier: str) -> None:
         """One that answers nobody; if it was the last that was awake, the model sleeps until somebody asks for it."""
-        if replica.state is not State.READY or replica.in_flight:
-            return
         replica.fall_asleep(tier)
         if all(one.state in RESTING for one in self._placed()):
             self._is_resting, self._is_told_to_sleep = True, False

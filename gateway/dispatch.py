@@ -202,12 +202,16 @@ class Dispatcher:
                 waiting.deployment.notify()  # it may be in vain
         for key, tier in plan.sleep.items():
             deployment, replica = holders[key]
+            if replica.state is not State.READY or replica.in_flight:
+                continue  # a request has come by what was just done for another
             why = f"to make room for {plan.evict[key][0]}" if key in plan.evict else "as nobody asks for it"
             self._tell(key[0], "INFO", f"{replica.name} falls asleep (tier {tier}) {why}")
             logger.info("%s falls asleep (tier %s) %s", replica, tier, why)
             deployment.put_to_sleep(replica, tier)
         for key, tier in plan.rehearse.items():
             _, replica = holders[key]
+            if replica.state is not State.READY or replica.in_flight:
+                continue
             logger.info("%s sleeps for a moment, so that its first sleep (tier %s) keeps nobody waiting", replica, tier)
             replica.fall_asleep(tier, is_rehearsal=True)
         for key, claimant in plan.evict.items():

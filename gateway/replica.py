@@ -187,6 +187,7 @@ class Replica:
         self.tier: Tier | None = None  # in which it sleeps, falls asleep, or wakes
         self.is_asleep = False  # or ends after that, without having been woken
         self.host_bytes = 0  # of the machine's memory, taken by this life for sleeping
+        self._host_bytes_before = 0  # this time
         self._awake: Placement | None = None  # what it had before it ever slept
         self._is_wanted = False  # awake
         self._is_rehearsal = False
@@ -483,7 +484,9 @@ class Replica:
         assert self._awake is not None
         self.tier = next(one for one in self.tiers if one.name == tier)
         self._is_rehearsal = is_rehearsal
-        self.placement = tiers.awake_again(self._awake, max(self.host_bytes, self.tier.host_bytes))
+        self._host_bytes_before = self.host_bytes
+        self.host_bytes = max(self.host_bytes, self.tier.host_bytes)
+        self.placement = tiers.awake_again(self._awake, self.host_bytes)
         self._leave(State.FALLING_ASLEEP)
         self._turn.set()
 
@@ -512,15 +515,13 @@ class Replica:
         tier, awake, began = self.tier, self._awake, time.monotonic()
         assert tier is not None
         assert awake is not None
-        before = self.host_bytes
-        self.host_bytes = max(before, tier.host_bytes)
         last_used, ready_since = self.last_used, self.ready_since
         try:
             await self._change(tier.sleep, Stage.UNSURE if self._is_rehearsal else Stage.ASLEEP, ends_asleep=True)
         except OSError as exc:  # nothing was asked of it yet
             self._tell("WARNING", f"{self.name} stays awake: {exc}")
-            self.host_bytes, self.tier = before, None
-            self.placement = tiers.awake_again(awake, before)
+            self.host_bytes, self.tier = self._host_bytes_before, None
+            self.placement = tiers.awake_again(awake, self.host_bytes)
             self._tier_failures[tier.name] += 1
             self._be_ready()
             return
