@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import random
 import signal
 import sys
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from gateway.client import Client
 from gateway.config import Settings
 from gateway.lives import Slumber, Stage, note_slumber, slumber_of
 
-KEEP = {"HOSTLER_ON_EXIT": "keep", "HOSTLER_ORPHAN_TIMEOUT_S": "20"}
+KEEP = {"HOSTLER_ORPHAN_TIMEOUT_S": "20"}  # after a gateway that was killed
 GB = 10**9
 Models = Callable[..., dict[str, Any]]
 
@@ -258,6 +260,42 @@ async def test_a_gateway_that_was_killed_finds_its_models_asleep(
     assert await ask(gateway, "b") == "tok0 tok1"
     assert [await pid_of(gateway, uid) for uid in ("a", "b")] == pids
     assert len(events_in(tmp_path / "a.events", "start")) == 1
+
+
+@pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "restarted"])
+async def test_gateways_that_go_under_load_leave_nobody_to_answer_garbage_or_to_be_asked_asleep(
+    is_killed: bool, start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
+) -> None:
+    slow = {"sleep_s": 0.05, "wake_s": 0.05, "token_delay_s": 0.02}
+    settings = swapping(*(model(name, slow) for name in "abc"), max_wait_s=2)
+    gateway = await start_gateway(**settings, env=env | KEEP)
+    answers: list[str] = []
+
+    async def client() -> None:
+        with contextlib.suppress(aiohttp.ClientError):
+            while True:
+                answers.append(await ask(gateway, random.choice("abc")))
+
+    for _ in range(3):
+        clients = [asyncio.create_task(client()) for _ in range(6)]
+        await asyncio.sleep(random.uniform(0.5, 2))
+        if is_killed:
+            await gateway.end(signal.SIGKILL)
+            await asyncio.gather(*clients)
+            gateway = await start_gateway(**settings, env=env | KEEP, home=gateway.home)
+        else:
+            assert (await gateway.post("/v1/restart")).status == 200
+            await asyncio.sleep(1)
+            assert not any(one.done() for one in clients)  # none was refused, or lost its connection
+            for one in clients:
+                one.cancel()
+        assert await ask(gateway, random.choice("abc")) == "tok0 tok1"
+    assert set(answers) == {"tok0 tok1"}
+    events = [event for name in "abc" for event in events_in(tmp_path / f"{name}.events")]
+    assert not [event for event in events if event["event"] == "asked_asleep"]
+    assert not [event for event in events if event["event"] == "/sleep" and event["busy"]]
+    if not is_killed:
+        assert len([event for event in events if event["event"] == "start"]) == 3
 
 
 @pytest.mark.parametrize(("behaviour", "half_way"), [({"sleep_s": 3}, "/sleep"), ({"wake_s": 3}, "/wake_up")])
