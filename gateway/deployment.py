@@ -489,8 +489,6 @@ class Deployment:
 
     def put_to_sleep(self, replica: Replica, tier: str) -> None:
         """One that answers nobody; if it was the last that was awake, the model sleeps until somebody asks for it."""
-        if replica.state is not State.READY or replica.in_flight:
-            return
         replica.fall_asleep(tier)
         if all(one.state in RESTING for one in self._placed()):
             self._is_resting, self._is_told_to_sleep = True, False
@@ -508,8 +506,7 @@ class Deployment:
             BadRequest: it cannot sleep, or has no bed; the text says why.
         """
         uid = self.launch.uid
-        if self.in_flight or self.waiting:
-            raise Busy(f"{uid} answers {self.in_flight} requests, and {self.waiting} wait for it. Try again later.")
+        self._check_idle()
         if self._is_resting:
             return await self._until_asleep()
         if self.state is not State.READY:
@@ -527,11 +524,18 @@ class Deployment:
         finally:
             self._is_told_to_sleep = False
         if not self._is_resting:
+            self._check_idle()  # somebody may have come meanwhile
             raise BadRequest(
                 f"{uid} has no bed: what is free of the machine's memory, or of `sleep_memory`, does not suffice. "
                 f"`hostler stop {uid}` unloads it."
             )
         return await self._until_asleep()
+
+    def _check_idle(self) -> None:
+        """Raises Busy."""
+        if self.in_flight or self.waiting:
+            uid, count = self.launch.uid, self.in_flight
+            raise Busy(f"{uid} answers {count} requests, and {self.waiting} wait for it. Try again later.")
 
     async def _until_asleep(self) -> None:
         """Each step has its limit."""

@@ -195,12 +195,16 @@ class Dispatcher:
                 waiting.deployment.notify()  # it may be in vain
         for key, tier in plan.sleep.items():
             deployment, replica = holders[key]
+            if replica.state is not State.READY or replica.in_flight:
+                continue  # a request has come by what was just done for another
             why = f"to make room for {plan.evict[key][0]}" if key in plan.evict else "as nobody asks for it"
             self._tell(key[0], "INFO", f"{replica.name} falls asleep (tier {tier}) {why}")
             logger.info("%s falls asleep (tier %s) %s", replica, tier, why)
             deployment.put_to_sleep(replica, tier)
         for key, tier in plan.rehearse.items():
             _, replica = holders[key]
+            if replica.state is not State.READY or replica.in_flight:
+                continue
             logger.info("%s sleeps for a moment, so that its first sleep (tier %s) keeps nobody waiting", replica, tier)
             replica.fall_asleep(tier, is_rehearsal=True)
         for key, claimant in plan.evict.items():
@@ -278,6 +282,7 @@ def _holder(deployment: Deployment, replica: Replica, now: float, *, is_crowded:
         memory=replica.placement.memory if replica.placement else {},
         ready_since=replica.ready_since if replica.state in (State.READY, State.ASLEEP) else None,
         idle_since=replica.last_used,
+        waiting_since=deployment.waiting_since,
         work=replica.in_flight + (0 if deployment.holds(replica) else deployment.waiting),
         is_leaving=deployment.is_leaving(replica),
         is_held=deployment.holds(replica),
@@ -289,7 +294,7 @@ def _holder(deployment: Deployment, replica: Replica, now: float, *, is_crowded:
         beds=_beds(replica) if replica.state is State.READY else (),
         is_tired=deployment.is_tired,
         is_new_to_it=is_crowded and replica.should_rehearse(now),
-        is_asleep=replica.state is State.ASLEEP,
+        is_asleep=replica.is_asleep,
         host_bytes=replica.host_bytes,
         falls_to=replica.falls_to,
     )

@@ -167,10 +167,11 @@ def read(folder: Path) -> Found | str:
     for what, process in (("keeper", started.keeper), ("engine", started.engine)):
         if not is_running(process):
             return f"its {what} (process {process[0]}) is gone"
-    return Found(folder, life, started, _slumber_of(folder))
+    return Found(folder, life, started, slumber_of(folder))
 
 
-def _slumber_of(folder: Path) -> Slumber:
+def slumber_of(folder: Path) -> Slumber:
+    """Whether the engine sleeps, as it was last written down; unsure if that cannot be read."""
     try:
         return msgspec.json.decode((folder / SLUMBER).read_bytes(), type=Slumber)
     except FileNotFoundError:

@@ -185,7 +185,9 @@ class Replica:
         self._is_safer_tried = False
         self.tiers: tuple[Tier, ...] = ()  # how the engine of this life can sleep
         self.tier: Tier | None = None  # in which it sleeps, falls asleep, or wakes
+        self.is_asleep = False  # or ends after that, without having been woken
         self.host_bytes = 0  # of the machine's memory, taken by this life for sleeping
+        self._host_bytes_before = 0  # this time
         self._awake: Placement | None = None  # what it had before it ever slept
         self._is_wanted = False  # awake
         self._is_rehearsal = False
@@ -286,7 +288,7 @@ class Replica:
             await self._run(paths, python)
         finally:
             self.process = self.placement = self.tier = self._awake = self._needs_of_start = None
-            self.tiers, self.host_bytes = (), 0
+            self.tiers, self.host_bytes, self.is_asleep = (), 0, False
             self._changed()
 
     async def _run(self, paths: Sequence[Path], python: str | None) -> None:
@@ -501,13 +503,16 @@ class Replica:
         assert self._awake is not None
         self.tier = next(one for one in self.tiers if one.name == tier)
         self._is_rehearsal = is_rehearsal
-        self.placement = tiers.awake_again(self._awake, max(self.host_bytes, self.tier.host_bytes))
+        self._host_bytes_before = self.host_bytes
+        self.host_bytes = max(self.host_bytes, self.tier.host_bytes)
+        self.placement = tiers.awake_again(self._awake, self.host_bytes)
         self._leave(State.FALLING_ASLEEP)
         self._turn.set()
 
     def begin_waking(self, placement: Placement) -> None:
         """It has all its room again."""
         self.placement = placement
+        self.is_asleep = False
         self._enter(State.WAKING)
         self._turn.set()
 
@@ -529,15 +534,13 @@ class Replica:
         tier, awake, began = self.tier, self._awake, time.monotonic()
         assert tier is not None
         assert awake is not None
-        before = self.host_bytes
-        self.host_bytes = max(before, tier.host_bytes)
         last_used, ready_since = self.last_used, self.ready_since
         try:
             await self._change(tier.sleep, Stage.UNSURE if self._is_rehearsal else Stage.ASLEEP, ends_asleep=True)
         except OSError as exc:  # nothing was asked of it yet
             self._tell("WARNING", f"{self.name} stays awake: {exc}")
-            self.host_bytes, self.tier = before, None
-            self.placement = tiers.awake_again(awake, before)
+            self.host_bytes, self.tier = self._host_bytes_before, None
+            self.placement = tiers.awake_again(awake, self.host_bytes)
             self._tier_failures[tier.name] += 1
             self._be_ready()
             return
@@ -893,6 +896,7 @@ class Replica:
         logger.debug("%s: %s -> %s", self, self.state, state)
         before, self.state = self.state, state
         self.state_since = time.monotonic()
+        self.is_asleep |= state is State.ASLEEP
         if before is not state:
             self._moved(before, state)
         if state is State.READY:

@@ -83,9 +83,10 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
     """A replica that has a place. `work` is how many requests it answers, or that wait for its model.
 
-    `ready_since` is None until it can answer; `idle_since` is when it last ended a request; both in monotonic seconds.
-    `is_leaving`: it is being stopped, and its room comes back. `is_held`: the last plan held it back. `load_s` is what
-    it takes to load it again; `busy_s` is how long it is expected to be loading or answering yet if it gets no more.
+    `ready_since` is None until it can answer; `idle_since` is when it last ended a request; `waiting_since` is since
+    when somebody waits for its model; all in monotonic seconds. `is_leaving`: it is being stopped, and its room comes
+    back. `is_held`: the last plan held it back. `load_s` is what it takes to load it again; `busy_s` is how long it is
+    expected to be loading or answering yet if it gets no more.
 
     `beds` are those in which it could sleep, who wakes quickest first. `is_tired`: it is to sleep though nobody needs
     its room. `is_new_to_it`: the first bed takes long the first time, and it is well to try that now. `host_bytes` of
@@ -96,6 +97,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     memory: Mapping[str, int] = {}
     ready_since: float | None = None
     idle_since: float = 0.0
+    waiting_since: float | None = None
     work: int = 0
     is_leaving: bool = False
     is_held: bool = False
@@ -248,10 +250,7 @@ class _Yard:
             self._staying.pop(claim.key, None)
             self._book(claim, found)
             return
-        if not claim.is_wished:
-            self._wait[claim.key] = "nobody asks for it now, and no room is left for it"
-            return
-        if refusal := self._never(claim, self._devices):
+        if claim.is_wished and (refusal := self._never(claim, self._devices)):
             self._refuse_or_settle(claim, refusal)
             return
         if isinstance(found, Placement):
@@ -259,6 +258,9 @@ class _Yard:
             return
         if claim.is_extra:
             self._wait[claim.key] = f"there is no room for another copy: {found}"
+            return
+        if not claim.is_wished:
+            self._wait[claim.key] = f"nobody asks for it now, and there is no room: {found}"
             return
         if isinstance(soon := self._fit(claim, staying), Placement):
             self._wait[claim.key] = self._goers() or "another model wakes"
@@ -326,10 +328,16 @@ class _Yard:
             if found is not None:
                 beds, placement = found
                 victims = [self._staying.pop(key) for key in beds]
-                # The idle ones too: they would be busy again by the time that the last of the others is idle.
-                self._hold |= {victim.key for victim in victims if victim.ready_since is not None}
-                ending = _names(victim for victim in victims if victim.key not in idle)
-                self._wait[claim.key] = f"{ending} ends what it has begun, then makes room"
+                turns = {victim.key: turn_s for victim in victims if (turn_s := self._turn_s(victim, claim)) != 0}
+                if turns:
+                    having = _names(victim for victim in victims if victim.key in turns)
+                    self._wait[claim.key] = f"{having} has its turn, then makes room"
+                    self._looks += filter(None, turns.values())
+                else:
+                    # The idle ones too: they would be busy again by the time that the last of the others is idle.
+                    self._hold |= {victim.key for victim in victims}
+                    ending = _names(victim for victim in victims if victim.key not in idle)
+                    self._wait[claim.key] = f"{ending} ends what it has begun, then makes room"
                 self._leaving += victims  # they stay until they are idle, but nobody else gets their room
                 self._book(claim, placement)
                 return
@@ -441,6 +449,20 @@ class _Yard:
         free_at = max(holder.ready_since + self._rules.min_residency_s, holder.idle_since + keep_s)
         return max(0.0, free_at - self._now)
 
+    def _turn_s(self, holder: Holder, claim: Claim) -> float | None:
+        """For how long it is not to be held back yet: it was loaded a moment ago, or answers who has waited for longer.
+
+        None while it loads.
+        """
+        if holder.ready_since is None:
+            return None
+        if holder.is_asleep:
+            return 0.0
+        until = holder.ready_since + self._rules.min_residency_s
+        if holder.waiting_since is not None and holder.waiting_since < claim.since:
+            until = max(until, holder.ready_since + self._rules.max_wait_s)
+        return max(0.0, until - self._now)
+
     def _victims(self, claim: Claim, order: Sequence[Move]) -> tuple[dict[Key, Bed | None], Placement] | None:
         """The fewest that have to make room, the first before the next, and each as lightly as suffices; None if all
         do not suffice.
@@ -505,7 +527,8 @@ class _Yard:
         def turn(move: Move) -> tuple[bool, bool, float, float]:
             one = move.holder
             is_awaited = one.ready_since is None and one.work > 0
-            ends_in_s = max(one.busy_s, self._free_in_s(move, claim) or 0.0)
+            turn_s = self._turn_s(one, claim)
+            ends_in_s = one.busy_s + self._rules.min_residency_s if turn_s is None else max(one.busy_s, turn_s)
             return is_awaited, not one.is_held, ends_in_s, -move.score(self._now)
 
         return sorted(moves, key=turn)

@@ -208,7 +208,8 @@ class World:
         Args:
             totals: bytes by device; all but RAM are GPUs.
             lag_s: for how long memory that was given back is told as taken.
-            bound_s: how long one may wait for an answer to begin.
+            bound_s: how long one may wait for an answer to begin; where the model limits how many it answers at once,
+                how long all may wait until it begins the next.
         """
         self.settings = settings
         self.totals = totals
@@ -218,6 +219,7 @@ class World:
         self.is_silent = False  # the GPUs' driver hangs
         self.waiting: dict[object, tuple[str, float]] = {}  # who waits for which model, and since when
         self.longest_s = 0.0
+        self._moved_on: dict[str, float] = {}  # when the last of a model's queue was served or refused
         self._lagging: list[tuple[float, Mapping[str, int]]] = []
         self._kept: set[str] = set()  # models that have been ready since they were last unloaded
         self._crowds: dict[str, list[asyncio.Task[None]]] = {}
@@ -228,6 +230,7 @@ class World:
         self.models: dict[str, Model] = {}
         self.clients: set[asyncio.Task[str]] = set()
         self.outcomes = Counter[str]()
+        self.answered = Counter[str]()  # by model
         self.faults: list[BaseException] = []
         self.waits_s: list[float] = []
         self._spans: list[tuple[str, float, float]] = []
@@ -426,6 +429,7 @@ class World:
                 replica.lives == life and replica.state is State.READY, f"{replica} was stopped while it answered"
             )
             was_served = True
+            self.answered[deployment.launch.uid] += 1
             return "answered"
         finally:
             deployment.release(replica, was_served=was_served)
@@ -441,10 +445,23 @@ class World:
         me, since = object(), time.monotonic()
         self.waiting[me] = deployment.launch.uid, since
         try:
-            yield
-        finally:
-            del self.waiting[me]
-            self.longest_s = max(self.longest_s, time.monotonic() - since)
+            try:
+                yield
+            finally:
+                del self.waiting[me]
+                waits_s = time.monotonic() - self._waits_since(deployment.launch.uid, since)
+                self.longest_s = max(self.longest_s, waits_s)
+        except asyncio.CancelledError:  # it went by itself
+            raise
+        except HostlerError:
+            self._moved_on[deployment.launch.uid] = time.monotonic()
+            raise
+        self._moved_on[deployment.launch.uid] = time.monotonic()
+
+    def _waits_since(self, uid: str, since: float) -> float:
+        if self.deployments[uid].launch.request_limits is None:
+            return since
+        return max(since, self._moved_on.get(uid, 0.0))
 
     def crowd(self, uid: str, count: int, service_s: float) -> None:
         """So many clients that ask for a model again and again."""
@@ -585,7 +602,7 @@ class World:
         """What holds at all times."""
         self.steps += 1
         for uid, since in self.waiting.values():
-            waits_s = time.monotonic() - since
+            waits_s = time.monotonic() - self._waits_since(uid, since)
             self.must(waits_s <= self.bound_s, f"somebody has waited for {uid} for {waits_s:.0f} s")
         alive = [replica for replica in self._replicas() if replica.is_alive]
         used = Counter[str]()
@@ -594,7 +611,7 @@ class World:
             used.update(replica.placement.memory if replica.placement else {})
         for key, held in used.items():
             self.must(held <= self.totals[key], f"{key} has {self.totals[key]}, and {held} were promised")
-        loaded = {replica.launch.uid for replica in alive if replica.state is not State.ASLEEP}
+        loaded = {replica.launch.uid for replica in alive if not replica.is_asleep}
         if self.settings.max_loaded is not None:
             self.must(len(loaded) <= self.settings.max_loaded, f"{len(loaded)} models are loaded")
         for name, group in self.settings.groups.items():

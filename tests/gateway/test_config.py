@@ -352,6 +352,7 @@ EVERY_FIELD: dict[str, tuple[str, Any]] = {
     "ram_limit": ("48GiB", "48GiB"),
     "ram_headroom": ("2GiB", "2GiB"),
     "gpu_headroom": ("1GiB", "1GiB"),
+    "sleep_memory": ("40%", "40%"),
     "min_residency_s": ("1", 1.0),
     "max_wait_s": ("5", 5.0),
     "queue_limit": ("7", 7),

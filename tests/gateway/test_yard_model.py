@@ -22,7 +22,7 @@ from gateway.errors import HostlerError
 from gateway.replica import State
 
 UIDS = ("a", "b", "c", "d", "e")
-BOUND_S = 1500.0  # virtual seconds, in which everybody's answer has begun, or is refused, though others never stop
+BOUND_S = 500.0  # virtual seconds, in which everybody's answer has begun, or is refused, though others never stop
 EXAMPLES = int(os.environ.get("HOSTLER_YARD_EXAMPLES", "60"))
 STEPS = int(os.environ.get("HOSTLER_YARD_STEPS", "50"))
 
