@@ -303,7 +303,7 @@ async def test_unless_the_settings_say_it_a_terminal_decides(
 async def test_a_second_gateway_on_one_data_folder_is_refused_and_the_first_goes_on(
     start_gateway: StartGateway,
 ) -> None:
-    gateway = await start_gateway(fake={}, model={"preload": True})
+    gateway = await start_gateway(fake={}, model={"preload": True}, watch_settings=False)
     engine = await engine_of(gateway)
     with pytest.raises(AssertionError, match=rf"Another gateway \(pid {gateway.process.pid}\)"):
         await Gateway.start(gateway.home, {})
