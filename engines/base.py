@@ -84,6 +84,9 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     Its cache of keys and values: `cache` as it is set up at the start, None where the engine does not say, in whole
     ones of `cache_unit_bytes`, and for at least `cache_tokens` of all sequences; or else `cache_bytes`. `attention` is
     what it keeps of a token, `lighter` has the bytes that other specs of the family would take, by name.
+
+    `can_shorten`: the launch leaves its context to it, so that it may be shorter than the model's; `shorter` then has
+    the bytes of one copy by tokens of its context, the longest first.
     """
 
     gpu_idx: tuple[int, ...] | None = None
@@ -101,6 +104,8 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     cache_bytes: int | None = None
     attention: tuple[Attention, ...] = ()
     lighter: Mapping[str, int] = {}
+    can_shorten: bool = False
+    shorter: Mapping[int, int] = {}
 
 
 RAM = "ram"  # the machine's memory, among the devices of a placement
@@ -111,13 +116,15 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
     `gpu_uuids`: None leaves the choice to the engine, () hides them all. `memory` is bytes by device: the uuid of a
     GPU, or RAM; of it `cache_bytes` are for the cache of keys and values. `gpu_totals` is the whole memory of each of
-    its GPUs, for engines that take a share. 0 is what nobody knows.
+    its GPUs, for engines that take a share. 0 is what nobody knows. `context_tokens` are those that there is memory for
+    if it is fewer than the model's.
     """
 
     gpu_uuids: tuple[str, ...] | None = None
     memory: Mapping[str, int] = {}
     gpu_totals: Mapping[str, int] = {}
     cache_bytes: int = 0
+    context_tokens: int | None = None
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -234,6 +241,9 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
 
     refusals: ClassVar[Mapping[str, str]] = {}
     """How its errors begin that are the request's fault though it blames itself -> what users are told of the model."""
+
+    context_from: ClassVar[tuple[str, tuple[str | int, ...]] | None] = None
+    """Where it tells how many tokens a request may have: the path, and the keys in its answer."""
 
     keeps_prefixes: ClassVar[bool] = False
     """Whether it keeps what it has read, so that a conversation is answered faster where it was before."""

@@ -152,6 +152,7 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
     keeps_prefixes = True
     takes_flags = True
     options = LlamaCppOptions
+    context_from = ("/props", ("default_generation_settings", "n_ctx"))
     less_memory = "Lower context_length, n_parallel or n_gpu_layers, or say cache_type_k: q8_0 and cache_type_v: q8_0."
     refusals = {
         f"{what} input is not supported": (

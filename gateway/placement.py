@@ -120,6 +120,8 @@ def place(
     takes), else the fewest that have, if it can be split. The machine's memory is for those that ask for it, and for
     all where there is no GPU.
 
+    Where the context may be shorter, it is the longest that has room; rather a shorter one than more GPUs.
+
     Args:
         promised: bytes by device that our replicas hold or were promised.
         cpu_fallback: whether the machine's memory will do where the GPUs have no room.
@@ -133,6 +135,42 @@ def place(
 
 
 def _try(
+    needs: Needs,
+    devices: Sequence[Device],
+    promised: Mapping[str, int],
+    cpu_fallback: bool,
+    apart_from: Collection[str],
+) -> Placement | NoRoom:
+    if not needs.shorter:
+        return _try_as_it_is(needs, devices, promised, cpu_fallback, apart_from)
+    found: Placement | NoRoom | None = None
+    wishes = _from_long_to_short(needs)
+    for may_fall_back in (False, True) if cpu_fallback else (False,):
+        for one in wishes:
+            found = _try_as_it_is(one, devices, promised, may_fall_back, apart_from)
+            if isinstance(found, Placement):
+                tokens = one.cache.tokens if one.cache and one.cache != needs.cache else None
+                return msgspec.structs.replace(found, context_tokens=tokens)
+    assert found is not None
+    return found
+
+
+def _from_long_to_short(needs: Needs) -> list[Needs]:
+    assert needs.cache is not None
+    whole = msgspec.structs.replace(needs, shorter={})
+    shorter = [
+        msgspec.structs.replace(
+            whole, memory_bytes=size, cache=msgspec.structs.replace(needs.cache, tokens=tokens), lighter={}
+        )
+        for tokens, size in needs.shorter.items()
+    ]
+    lengths = [whole, *shorter]
+    if needs.can_spread and needs.n_gpu is None and needs.gpu_idx is None:
+        return [*(msgspec.structs.replace(one, can_spread=False) for one in lengths), *lengths]
+    return lengths
+
+
+def _try_as_it_is(
     needs: Needs,
     devices: Sequence[Device],
     promised: Mapping[str, int],

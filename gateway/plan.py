@@ -111,8 +111,10 @@ def _row(
     holders = [one for _, one in placed]
     plan = decide([claim], holders, devices, rules, LATER_S)
     if (placement := plan.start.get(claim.key)) is not None:
-        text = "On the CPU, as cpu_fallback allows: the GPUs have no room." if fell_back(needs, placement) else ""
-        return told("placed", placement, text), placement
+        said = ["On the CPU, as cpu_fallback allows: the GPUs have no room."] if fell_back(needs, placement) else []
+        if placement.context_tokens:
+            said.append(f"With a context of {placement.context_tokens:,} tokens: the model's own has no room.")
+        return told("placed", placement, " ".join(said)), placement
     if (refusal := plan.refuse.get(claim.key)) is not None:
         return told("refused", None, refusal[0]), None
     # For another copy nobody has to go, but it starts once they have gone.

@@ -31,7 +31,7 @@ from gateway.limits import NO_NEW_THREAD, is_disk_full, oom_kills
 from gateway.lives import Found, Safer, fingerprint, mark_ready, was_ready
 from gateway.nodes.local import LocalNode
 from gateway.placement import Device, fell_back
-from gateway.probe import NotReady, ask_once, until_ready, until_silent
+from gateway.probe import NotReady, ask_once, read_number, until_ready, until_silent
 from gateway.process import CannotStart, Exit, NoProcess
 from gateway.sizing import needs_now
 from gateway.upstream import Upstream
@@ -147,6 +147,7 @@ class Replica:
         self.process: EngineProcess | NoProcess | None = None
         self.address: str | None = None
         self.upstream: Upstream | None = None
+        self.context_tokens: int | None = None  # that a request may have, as its engine tells
         self.placement: Placement | None = None  # what it holds; given by the dispatcher, given back here
         self.left_behind: Found | None = None  # its engine, which an earlier gateway has started
         self.load_s = experience.load_s(launch)  # of the last start that came to be ready, as far as that is known
@@ -162,6 +163,7 @@ class Replica:
         self._tell = tell
         self._moved = moved
         self._retry = asyncio.Event()
+        self._longest_tokens: int | None = None  # of a context that may be shorter
         self._was_ever_ready = False
         self._is_safer_tried = False
         self._oom_kills: int | None = None  # as this life began
@@ -265,6 +267,7 @@ class Replica:
         watches = (
             asyncio.create_task(self._end_if_silent(process, upstream, path, begun.command)),
             asyncio.create_task(self._count_others(process)),
+            asyncio.create_task(self._read_context(upstream)),
         )
         try:
             with self._experience.watch(self.tried, process.pid, on_gpu=on_gpu):
@@ -372,6 +375,16 @@ class Replica:
         self._experience.note_load(self.tried, load_s, on_gpu=on_gpu)
         self._tell("INFO", f"{self.name} is ready")
 
+    async def _read_context(self, upstream: Upstream) -> None:
+        """Learn how long requests may be, and tell it where the wish left that to what there is room for."""
+        if (where := self.engine.context_from) is None:
+            return
+        self.context_tokens = await read_number(upstream, *where)
+        wished = self._longest_tokens
+        if self.context_tokens is not None and wished is not None and self.context_tokens < wished:
+            text = f"{self.name} takes requests of up to {self.context_tokens:,} tokens. For the model's {wished:,}"
+            self._tell("WARNING", f"{text} there is no memory; context_length of the launch would insist on a length")
+
     async def _count_others(self, process: EngineProcess | NoProcess) -> None:
         """While the gateway before us still answers by the same engine, that counts as one request in flight."""
         if not isinstance(process, EngineProcess) or not process.hold.is_shared():
@@ -395,7 +408,9 @@ class Replica:
     async def _needs(self, paths: Sequence[Path]) -> Needs:
         """What it asks of the machine."""
         has_gpus = any(device.gpu for device in await self._observe())
-        return await needs_now(self.tried, self.engine, self.index, paths, self._experience, has_gpus=has_gpus)
+        needs = await needs_now(self.tried, self.engine, self.index, paths, self._experience, has_gpus=has_gpus)
+        self._longest_tokens = needs.cache.tokens if needs.can_shorten and needs.cache else None
+        return needs
 
     async def _place(self, needs: Needs) -> None:
         """Wait for room; `placement` is what it then has, until this life ends."""
@@ -613,7 +628,7 @@ class Replica:
 
     def _leave(self, state: State) -> None:
         """Stop being somewhere to send requests to."""
-        self.upstream = self.address = None
+        self.upstream = self.address = self.context_tokens = None
         self._enter(state)
 
     def __str__(self) -> str:

@@ -41,6 +41,60 @@ def gpus_of(needs: Needs, devices: Sequence[Device], promised: dict[str, int] | 
     return found.gpu_uuids if isinstance(found, Placement) else found.text
 
 
+# --- a context that may be shorter
+
+A_GB_EACH_THOUSAND = (Attention(layers=1, key=250_000, value=250_000),)  # of tokens, two bytes a number
+
+
+def a_long_one(**fields: Any) -> Needs:
+    """Two gigabytes, and one for each thousand tokens, of which there may be fewer."""
+    cache = Cache(tokens=100_000)
+    shorter = {tokens: 2 * GB + tokens // 1000 * GB for tokens in (64_000, 32_000, 16_000)}
+    needs = {"memory_bytes": 102 * GB, "cache": cache, "attention": A_GB_EACH_THOUSAND, "can_shorten": True}
+    return Needs(**needs | {"shorter": shorter, "can_spread": True} | fields)
+
+
+@pytest.mark.parametrize(
+    ("free", "fields", "got"),
+    [
+        ([120], {}, ([0], None, 102)),
+        ([80], {}, ([0], 64_000, 66)),
+        ([20], {}, ([0], 16_000, 18)),
+        ([40, 80, 40], {}, ([1], 64_000, 66)),  # rather shorter than spread
+        ([17, 17], {}, ([0, 1], 32_000, 17)),
+        ([80, 80], {"n_gpu": 2}, ([0, 1], None, 51)),
+        ([80, 40], {"n_gpu": 2}, ([0, 1], 64_000, 33)),
+        ([20, 80], {"gpu_idx": (0,)}, ([0], 16_000, 18)),
+    ],
+)
+def test_a_context_that_may_be_shorter_is_the_longest_that_has_room(
+    free: list[int], fields: dict[str, Any], got: tuple[list[int], int | None, int]
+) -> None:
+    devices = [a_device(index, free_gb, 140) for index, free_gb in enumerate(free)]
+    found = place(a_long_one(**fields), devices, {})
+    assert isinstance(found, Placement)
+    indexes, tokens, each_gb = got
+    assert {*(found.gpu_uuids or ())} == {f"GPU-{index}" for index in indexes}
+    assert found.context_tokens == tokens
+    assert set(found.memory.values()) == {each_gb * GB}
+    assert found.cache_bytes == (tokens or 100_000) * 1_000_000
+
+
+def test_a_shorter_context_goes_before_the_cpu_and_a_refusal_is_about_the_shortest() -> None:
+    devices = [a_device(0, 20, 140), the_ram(500)]
+    found = place(a_long_one(), devices, {}, cpu_fallback=True)
+    assert isinstance(found, Placement)
+    assert found.context_tokens == 16_000
+    full = {"GPU-0": 10 * GB}
+    found = place(a_long_one(), devices, full, cpu_fallback=True)
+    assert isinstance(found, Placement)
+    assert (found.gpu_uuids, found.context_tokens) == ((), None)
+    refusal = place(a_long_one(), devices, full)
+    assert isinstance(refusal, NoRoom)
+    assert "it needs about 18,000 MB" in refusal.text
+    assert not refusal.for_ever
+
+
 FOUR = [a_device(0, free_gb=2), a_device(1, free_gb=8), a_device(2, free_gb=16), a_device(3, free_gb=4)]
 
 
