@@ -87,6 +87,10 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
 
     `can_shorten`: the launch leaves its context to it, so that it may be shorter than the model's; `shorter` then has
     the bytes of one copy by tokens of its context, the longest first.
+
+    `can_split`: it can have some layers on the CPU. The launch says how many are to be on GPUs (`gpu_layers`), or
+    allows any number (`may_split`), or wants all. `splits` has the bytes on GPUs and of the machine by layers on GPUs,
+    the most first.
     """
 
     gpu_idx: tuple[int, ...] | None = None
@@ -106,6 +110,10 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     lighter: Mapping[str, int] = {}
     can_shorten: bool = False
     shorter: Mapping[int, int] = {}
+    can_split: bool = False
+    may_split: bool = False
+    gpu_layers: int | None = None
+    splits: Mapping[int, tuple[int, int]] = {}
 
 
 RAM = "ram"  # the machine's memory, among the devices of a placement
@@ -117,7 +125,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     `gpu_uuids`: None leaves the choice to the engine, () hides them all. `memory` is bytes by device: the uuid of a
     GPU, or RAM; of it `cache_bytes` are for the cache of keys and values. `gpu_totals` is the whole memory of each of
     its GPUs, for engines that take a share. 0 is what nobody knows. `context_tokens` are those that there is memory for
-    if it is fewer than the model's.
+    if it is fewer than the model's; `gpu_layers` is how many layers are on its GPUs, if not all.
     """
 
     gpu_uuids: tuple[str, ...] | None = None
@@ -125,6 +133,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     gpu_totals: Mapping[str, int] = {}
     cache_bytes: int = 0
     context_tokens: int | None = None
+    gpu_layers: int | None = None
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from engines.base import Launch, Placement
-from gateway.placement import Device, fell_back, needs_of, promised_by
+from gateway.placement import Device, fell_back, how, needs_of, promised_by
 from gateway.sizing import Sizing
 from gateway.yard import Claim, Holder, Rules, decide, over
 
@@ -112,8 +112,8 @@ def _row(
     plan = decide([claim], holders, devices, rules, LATER_S)
     if (placement := plan.start.get(claim.key)) is not None:
         said = ["On the CPU, as cpu_fallback allows: the GPUs have no room."] if fell_back(needs, placement) else []
-        if placement.context_tokens:
-            said.append(f"With a context of {placement.context_tokens:,} tokens: the model's own has no room.")
+        if differs := how(placement):
+            said.append(f"{differs[0].upper()}{differs[1:]}.")
         return told("placed", placement, " ".join(said)), placement
     if (refusal := plan.refuse.get(claim.key)) is not None:
         return told("refused", None, refusal[0]), None

@@ -30,7 +30,7 @@ from gateway.kept import EngineProcess
 from gateway.limits import NO_NEW_THREAD, is_disk_full, oom_kills
 from gateway.lives import Found, Safer, fingerprint, mark_ready, was_ready
 from gateway.nodes.local import LocalNode
-from gateway.placement import Device, fell_back
+from gateway.placement import Device, fell_back, how
 from gateway.probe import NotReady, ask_once, read_number, until_ready, until_silent
 from gateway.process import CannotStart, Exit, NoProcess
 from gateway.sizing import needs_now
@@ -423,6 +423,8 @@ class Replica:
             raise ReplicaFailed(failure, None if exc.for_ever else PLACE_RETRY_S) from exc
         if self.placement and fell_back(needs, self.placement):
             self._tell("WARNING", f"{self.name} runs on the CPU, as cpu_fallback allows: the GPUs have no room")
+        elif self.placement and self.placement.gpu_layers:
+            self._tell("WARNING", f"{self.name} runs {how(self.placement)}")
 
     async def _fetch(self) -> list[Path]:
         """Where the model's files are, and then those of what it is loaded with besides."""

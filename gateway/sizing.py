@@ -19,6 +19,8 @@ from registry import weights
 from registry.hubs.base import PICKLES, SAFETENSORS
 from registry.hubs.local import sizes_in
 from registry.memory import (
+    CPU_ENGINE_BYTES,
+    Attention,
     Cache,
     Estimate,
     billions_of,
@@ -132,7 +134,8 @@ def size_up(
     if needs.chooses and on_gpu and needs.n_gpu is None and needs.gpu_idx is None and launch.memory_bytes is None:
         return Sizing(needs=needs, basis="unknown, as it picks among the GPUs by itself")
     estimated = _estimated(launch, needs, sizes, facts, specs, beside_bytes, on_gpu=on_gpu)
-    may_differ = needs.is_elastic or (estimated is not None and estimated.needs.shorter)
+    may_differ = needs.is_elastic or needs.may_split or bool(needs.gpu_layers)
+    may_differ |= estimated is not None and bool(estimated.needs.shorter)
     seen = None if may_differ else experience.peak_bytes(launch, on_gpu=on_gpu)
     if launch.memory_bytes is not None:
         told, basis = launch.memory_bytes, "as the launch says (memory)"
@@ -146,7 +149,8 @@ def size_up(
         told, basis = 0, "unknown"
     if estimated is None:
         return Sizing(needs=msgspec.structs.replace(needs, memory_bytes=told), basis=basis)
-    known = msgspec.structs.replace(estimated.needs, memory_bytes=told, shorter={})
+    splits = {} if launch.memory_bytes is not None else estimated.needs.splits
+    known = msgspec.structs.replace(estimated.needs, memory_bytes=told, shorter={}, splits=splits)
     return Sizing(needs=known, basis=basis, estimate=estimated.estimate)
 
 
@@ -196,6 +200,7 @@ def _estimated(
             tokens: parts_of(msgspec.structs.replace(cache, tokens=tokens)).total for tokens in _shorter(needs, cache)
         },
         lighter=_lighter(spec, specs, weight_bytes, parts.total - weight_bytes),
+        splits=dict(_splits(parts, _layer_bytes(facts, weight_bytes, attention))) if on_gpu and needs.can_split else {},
     )
     return Sizing(needs=needs, basis=basis, estimate=parts)
 
@@ -205,6 +210,25 @@ def _cache(launch: Launch, needs: Needs, facts: Facts | None) -> Cache:
     cache = needs.cache or Cache(tokens=_tokens(launch, needs, facts))
     sequences = max(cache.sequences, needs.cache_tokens // cache.tokens)
     return msgspec.structs.replace(cache, sequences=sequences)
+
+
+def _layer_bytes(facts: Facts | None, weight_bytes: int, attention: Sequence[Attention]) -> tuple[int, ...]:
+    """As the headers say, else evenly."""
+    if facts and facts.layer_bytes:
+        return facts.layer_bytes
+    layers = sum(part.layers for part in attention)
+    return (weight_bytes // layers,) * layers if layers else ()
+
+
+def _splits(parts: Estimate, layer_bytes: Sequence[int]) -> Iterator[tuple[int, tuple[int, int]]]:
+    """The last layers go first; what is no layer may be on both sides."""
+    layers, of_layers = len(layer_bytes), sum(layer_bytes)
+    on_gpu = of_layers
+    for count in range(layers - 1, 0, -1):
+        on_gpu -= layer_bytes[layers - count - 1]
+        cache = parts.kv_cache * count // layers
+        gpu = parts.weights - of_layers + on_gpu + cache + parts.activations + parts.engine
+        yield count, (gpu, parts.weights - on_gpu + parts.kv_cache - cache + CPU_ENGINE_BYTES)
 
 
 def _shorter(needs: Needs, cache: Cache) -> Iterator[int]:

@@ -291,7 +291,7 @@ def test_a_context_that_may_be_shorter_is_told() -> None:
     ]
     assert told == [
         "It fits. It takes about 90,000 MB, and GPU 0 has 95,000 MB free.",
-        "It fits, with a context of 65,536 tokens: the model's own has no room. "
+        "It fits, with a context of 65,536 tokens, as the model's own has no room. "
         "It takes about 50,000 MB, and GPU 0 has 50,000 MB free.",
         "It does not fit. It takes about 30,000 MB, and GPU 0 has 20,000 MB free.",
     ]

@@ -95,6 +95,53 @@ def test_a_shorter_context_goes_before_the_cpu_and_a_refusal_is_about_the_shorte
     assert not refusal.for_ever
 
 
+# --- layers on GPUs and on the CPU
+
+
+def of_layers(**fields: Any) -> Needs:
+    """Ten layers of a gigabyte each, and one more gigabyte wherever any of them are."""
+    splits = {layers: ((layers + 1) * GB, (11 - layers) * GB) for layers in range(9, 0, -1)}
+    return Needs(**{"memory_bytes": 11 * GB, "can_split": True, "splits": splits} | fields)
+
+
+@pytest.mark.parametrize(
+    ("free", "fields", "fallback", "got"),
+    [
+        (12, {"may_split": True}, False, (None, {"GPU-0": 11})),
+        (8, {"may_split": True}, False, (7, {"GPU-0": 8, RAM: 4})),
+        (8, {"may_split": True}, True, (7, {"GPU-0": 8, RAM: 4})),  # rather some layers than none
+        (1, {"may_split": True}, True, (None, {RAM: 11})),
+        (12, {"gpu_layers": 3}, False, (3, {"GPU-0": 4, RAM: 8})),
+        (12, {"gpu_layers": 99}, False, (None, {"GPU-0": 11})),
+        (3, {"gpu_layers": 3}, True, (None, {RAM: 11})),
+        (8, {"may_split": True, "gpu_idx": (0,)}, False, (7, {"GPU-0": 8, RAM: 4})),
+    ],
+)
+def test_layers_are_on_gpus_as_many_as_fit_or_as_are_asked_for(
+    free: int, fields: dict[str, Any], fallback: bool, got: tuple[int | None, dict[str, int]]
+) -> None:
+    found = place(of_layers(**fields), [a_device(0, free), the_ram(12)], {}, cpu_fallback=fallback)
+    assert isinstance(found, Placement)
+    assert (found.gpu_layers, found.memory) == (got[0], {key: size * GB for key, size in got[1].items()})
+
+
+def test_a_launch_that_allows_no_split_is_told_how_many_layers_would_fit() -> None:
+    refusal = place(of_layers(), [a_device(0, 8), the_ram(12)], {})
+    assert isinstance(refusal, NoRoom)
+    said = "n_gpu_layers 7: 7 of its 10 layers have room on GPUs, the others in the machine's memory."
+    assert said in refusal.remedies
+    assert said in refusal.text
+    assert "n_gpu_layers 7" in place(of_layers(gpu_layers=8), [a_device(0, 8), the_ram(12)], {}).text  # type: ignore[union-attr]
+    none = place(of_layers(), [a_device(0, 1), the_ram(12)], {})
+    assert isinstance(none, NoRoom)
+    assert "n_gpu_layers" not in none.text
+
+
+def test_layers_on_the_cpu_need_the_machines_memory() -> None:
+    refusal = place(of_layers(may_split=True), [a_device(0, 8), the_ram(3)], {})
+    assert isinstance(refusal, NoRoom)
+
+
 FOUR = [a_device(0, free_gb=2), a_device(1, free_gb=8), a_device(2, free_gb=16), a_device(3, free_gb=4)]
 
 

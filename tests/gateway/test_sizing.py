@@ -97,6 +97,20 @@ def test_a_context_of_a_million_tokens_that_the_launch_leaves_open_may_be_shorte
     assert size(not_elastic, known=Known(GB)).memory_bytes == needs.memory_bytes
 
 
+async def test_the_headers_tell_the_bytes_of_each_layer(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    tensors = {"token_embd.weight": ([500], F32), "blk.0.a": ([1000], F32), "blk.1.a": ([3000], F32)}
+    path.write_bytes(gguf(LLAMA, tensors, data=18_000))
+    launch = of_spec(a_spec(None), options={"n_ctx": 100, "n_parallel": 1})
+    needs = await needs_now(launch, LlamaCpp(), 0, [path], NOTHING, has_gpus=True)
+    cache = 100 * 2 * (32 + 32) * 2
+    on_gpu, of_ram = needs.splits[1]  # the last one, of the two
+    assert list(needs.splits) == [1]
+    assert needs.memory_bytes - on_gpu == 4000 + cache // 2
+    assert of_ram == 18_000 - 4000 - 12_000 + 4000 + cache // 2 + CPU_ENGINE_BYTES
+    assert (await needs_now(launch, LlamaCpp(), 0, [path], NOTHING, has_gpus=False)).splits == {}
+
+
 async def test_the_headers_of_files_tell(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf(LLAMA, {"a": ([1000], F32)}, data=4000))
