@@ -86,6 +86,13 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     ones of `cache_unit_bytes`, and for at least `cache_tokens` of all sequences; or else `cache_bytes`. `attention` is
     what it keeps of a token, `lighter` has the bytes that other specs of the family would take, by name. `weight_bytes`
     are those of its files, 0 where nobody knows.
+
+    `can_shorten`: the launch leaves its context to it, so that it may be shorter than the model's; `shorter` then has
+    the bytes of one copy by tokens of its context, the longest first.
+
+    `can_split`: it can have some layers on the CPU. The launch says how many are to be on GPUs (`gpu_layers`), or
+    allows any number (`may_split`), or wants all. `splits` has the bytes on GPUs and of the machine by layers on GPUs,
+    the most first.
     """
 
     gpu_idx: tuple[int, ...] | None = None
@@ -104,6 +111,12 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     attention: tuple[Attention, ...] = ()
     lighter: Mapping[str, int] = {}
     weight_bytes: int = 0
+    can_shorten: bool = False
+    shorter: Mapping[int, int] = {}
+    can_split: bool = False
+    may_split: bool = False
+    gpu_layers: int | None = None
+    splits: Mapping[int, tuple[int, int]] = {}
 
     @property
     def is_for_cpu(self) -> bool:
@@ -119,13 +132,16 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
     `gpu_uuids`: None leaves the choice to the engine, () hides them all. `memory` is bytes by device: the uuid of a
     GPU, or RAM; of it `cache_bytes` are for the cache of keys and values. `gpu_totals` is the whole memory of each of
-    its GPUs, for engines that take a share. 0 is what nobody knows.
+    its GPUs, for engines that take a share. 0 is what nobody knows. `context_tokens` are those that there is memory for
+    if it is fewer than the model's; `gpu_layers` is how many layers are on its GPUs, if not all.
     """
 
     gpu_uuids: tuple[str, ...] | None = None
     memory: Mapping[str, int] = {}
     gpu_totals: Mapping[str, int] = {}
     cache_bytes: int = 0
+    context_tokens: int | None = None
+    gpu_layers: int | None = None
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -276,6 +292,9 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
 
     is_asleep: ClassVar[Call | None] = None
     """What tells, by `is_sleeping` in its JSON, whether it sleeps; None: it has no tiers."""
+
+    context_from: ClassVar[tuple[str, tuple[str | int, ...]] | None] = None
+    """Where it tells how many tokens a request may have: the path, and the keys in its answer."""
 
     keeps_prefixes: ClassVar[bool] = False
     """Whether it keeps what it has read, so that a conversation is answered faster where it was before."""

@@ -36,7 +36,7 @@ from engines.base import (
     with_safer_options,
 )
 from engines.environments import find_python, why_no_python
-from engines.packages import annotated_fields, distributions, literal_keys, package_folder
+from engines.packages import annotated_fields, distributions, literal_keys, mentions, package_folder
 from engines.parsers import reasoning_parser, tool_parser
 from registry.decode import DecodeError, did_you_mean
 from registry.memory import CACHE_BITS, Cache
@@ -62,6 +62,7 @@ TENSOR_PARALLEL = (2, 4, 8, 16)  # heads are a multiple of these
 SAFER_NUM_SEQS = 16
 # What it says where a longest request does not fit into the cache, and how long one may be.
 FITTING_LENGTH = re.compile(r"estimated maximum model length is (\d+)|that can be stored in KV cache \((\d+)\)")
+FITS_LENGTH_ITSELF = "_auto_fit_max_model_len"
 FREE_MEMORY = re.compile(r"Free memory on device .*\(([\d.]+)/([\d.]+) GiB\) on startup is less than desired")
 SHARE_LEFT_FREE = 0.03
 GPU_FORMATS = ("pytorch", "gptq", "awq", "fp8", "fp4", "bnb")
@@ -95,7 +96,9 @@ class VllmOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What a launch may say to vLLM, by vLLM's own names. Any other flag that the installed version takes goes too."""
 
     context_length: Annotated[int, Meta(ge=1, description="the same as max_model_len")] | None = None
-    max_model_len: Annotated[int | str, Meta(description="tokens of one request, prompt and answer")] | None = None
+    max_model_len: (
+        Annotated[int | str, Meta(description="tokens of one request, prompt and answer; else as many as fit")] | None
+    ) = None
     dtype: str | None = None
     quantization: str | None = None
     kv_cache_dtype: str | None = None
@@ -165,6 +168,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
     model_types = ("LLM", "embedding", "rerank")
     keeps_prefixes = True
     is_asleep = Call(method="GET", path="/is_sleeping", limit_s=10.0)
+    context_from = ("/v1/models", ("data", 0, "max_model_len"))
     takes_flags = True
     options = VllmOptions
     chat_words = ((b'"reasoning":', b'"reasoning_content":'),)  # its name for what others call reasoning_content
@@ -246,6 +250,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
             cache_tokens=USUAL_CACHE_TOKENS,
             cache_unit_bytes=2**30 if on_cpu else 1,
             cache_bytes=_cache_bytes(options, is_for_cpu=on_cpu),
+            can_shorten=_leaves_length(options, launch),
         )
 
     def defaults(self, launch: Launch) -> Mapping[str, Any]:
@@ -305,6 +310,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
         flags = {
             **_of_options(options),
             **_of_placement(options, placement),
+            **_of_length(options, launch, placement, folder),
             **_of_family(options, launch.artifact.family, folder),
             **_of_adapters(options),
             **options.extra_args,
@@ -479,6 +485,21 @@ def _of_placement(options: VllmOptions, placement: Placement) -> dict[str, Flag]
         return flags
     others = (options.pipeline_parallel_size or 1) * (options.data_parallel_size or 1)
     return flags | ({"tensor_parallel_size": n_gpu // others} if n_gpu // others > 1 else {})
+
+
+def _of_length(options: VllmOptions, launch: Launch, placement: Placement, folder: Path | None) -> dict[str, Flag]:
+    """Where the launch leaves it open, what fits: as vLLM finds out itself, or else as it was reckoned."""
+    if not _leaves_length(options, launch):
+        return {}
+    if folder and mentions(folder, "v1/core/kv_cache_utils.py", FITS_LENGTH_ITSELF):
+        return {"max_model_len": -1}
+    return {"max_model_len": placement.context_tokens}
+
+
+def _leaves_length(options: VllmOptions, launch: Launch) -> bool:
+    said = (options.max_model_len not in (None, -1, "-1", "auto"), options.context_length)
+    is_forced = any(name.lstrip("-").replace("-", "_") == "max_model_len" for name in launch.forced_options)
+    return launch.artifact.family.model_type == "LLM" and not any(said) and not is_forced
 
 
 def _promised_share(placement: Placement) -> float | None:

@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from engines.base import Launch, Placement
-from gateway.placement import Device, fell_back, needs_of, promised_by
+from gateway.placement import Device, fell_back, how, needs_of, promised_by
 from gateway.sizing import Sizing
 from gateway.yard import Claim, Holder, Rules, decide, over
 
@@ -111,8 +111,10 @@ def _row(
     holders = [one for _, one in placed]
     plan = decide([claim], holders, devices, rules, LATER_S)
     if (placement := plan.start.get(claim.key)) is not None:
-        text = "On the CPU, as cpu_fallback allows: the GPUs have no room." if fell_back(needs, placement) else ""
-        return told("placed", placement, text), placement
+        said = ["On the CPU, as cpu_fallback allows: the GPUs have no room."] if fell_back(needs, placement) else []
+        if differs := how(placement):
+            said.append(f"{differs[0].upper()}{differs[1:]}.")
+        return told("placed", placement, " ".join(said)), placement
     if (refusal := plan.refuse.get(claim.key)) is not None:
         return told("refused", None, refusal[0]), None
     # For another copy nobody has to go, but it starts once they have gone.

@@ -36,8 +36,8 @@ from gateway.limits import NO_NEW_THREAD, is_disk_full, oom_kills
 from gateway.lives import Found, Safer, Slumber, Stage, fingerprint, mark_ready, note_slumber, was_ready
 from gateway.nodes.local import LocalNode
 from gateway.pace import Pace
-from gateway.placement import fell_back
-from gateway.probe import NotReady, ask_once, until_ready, until_silent
+from gateway.placement import fell_back, how
+from gateway.probe import NotReady, ask_once, read_number, until_ready, until_silent
 from gateway.process import CannotStart, Exit, NoProcess
 from gateway.sizing import needs_now
 from gateway.upstream import Upstream
@@ -165,6 +165,7 @@ class Replica:
         self.process: EngineProcess | NoProcess | None = None
         self.address: str | None = None
         self.upstream: Upstream | None = None
+        self.context_tokens: int | None = None  # that a request may have, as its engine tells
         self.placement: Placement | None = None  # what it holds; given by the dispatcher, given back here
         self.left_behind: Found | None = None  # its engine, which an earlier gateway has started
         self.pace = Pace()
@@ -181,6 +182,7 @@ class Replica:
         self._tell = tell
         self._moved = moved
         self._retry = asyncio.Event()
+        self._longest_tokens: int | None = None  # of a context that may be shorter
         self._was_ever_ready = False
         self._is_safer_tried = False
         self.tiers: tuple[Tier, ...] = ()  # how the engine of this life can sleep
@@ -324,6 +326,7 @@ class Replica:
         watches = (
             asyncio.create_task(self._end_if_silent(process, upstream, path, begun.command)),
             asyncio.create_task(self._count_others(process)),
+            asyncio.create_task(self._read_context(upstream)),
         )
         exited = asyncio.ensure_future(process.wait())
         try:
@@ -447,6 +450,16 @@ class Replica:
         metrics.LOAD_SECONDS.labels(self.launch.uid).observe(load_s)
         self._experience.note_load(self.tried, load_s, on_gpu=on_gpu)
         self._tell("INFO", f"{self.name} is ready")
+
+    async def _read_context(self, upstream: Upstream) -> None:
+        """Learn how long requests may be, and tell it where the wish left that to what there is room for."""
+        if (where := self.engine.context_from) is None:
+            return
+        self.context_tokens = await read_number(upstream, *where)
+        wished = self._longest_tokens
+        if self.context_tokens is not None and wished is not None and self.context_tokens < wished:
+            text = f"{self.name} takes requests of up to {self.context_tokens:,} tokens. For the model's {wished:,}"
+            self._tell("WARNING", f"{text} there is no memory; context_length of the launch would insist on a length")
 
     # --- how it sleeps and wakes
 
@@ -686,7 +699,9 @@ class Replica:
     async def _needs(self, paths: Sequence[Path]) -> Needs:
         """What it asks of the machine."""
         has_gpus = await self._has_gpus()
-        return await needs_now(self.tried, self.engine, self.index, paths, self._experience, has_gpus=has_gpus)
+        needs = await needs_now(self.tried, self.engine, self.index, paths, self._experience, has_gpus=has_gpus)
+        self._longest_tokens = needs.cache.tokens if needs.can_shorten and needs.cache else None
+        return needs
 
     async def _place(self, needs: Needs) -> None:
         """Wait for room; `placement` is what it then has, until this life ends."""
@@ -699,6 +714,8 @@ class Replica:
             raise ReplicaFailed(failure, None if exc.for_ever else PLACE_RETRY_S) from exc
         if self.placement and fell_back(needs, self.placement):
             self._tell("WARNING", f"{self.name} runs on the CPU, as cpu_fallback allows: the GPUs have no room")
+        elif self.placement and self.placement.gpu_layers:
+            self._tell("WARNING", f"{self.name} runs {how(self.placement)}")
 
     async def _fetch(self) -> list[Path]:
         """Where the model's files are, and then those of what it is loaded with besides."""
@@ -906,7 +923,7 @@ class Replica:
 
     def _leave(self, state: State) -> None:
         """Stop being somewhere to send requests to."""
-        self.upstream = self.address = None
+        self.upstream = self.address = self.context_tokens = None
         self._enter(state)
 
     def __str__(self) -> str:

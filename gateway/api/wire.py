@@ -66,6 +66,7 @@ class ReplicaCard(msgspec.Struct, frozen=True, kw_only=True):
     log: str
     failure: Failure | None
     degraded: str | None
+    context_tokens: int | None
 
 
 def json_answer(body: Any, status: int = 200) -> Response:
@@ -125,6 +126,7 @@ def description(deployment: Deployment) -> dict[str, Any]:
             "revision": source.model_revision,
             "multimodal_projector": launch.artifact.projector,
             "strict_system_first": False,
+            "max_model_len": min(filter(None, (one.context_tokens for one in deployment.replicas)), default=None),
         }
         told["model_family"] = told.get("model_family") or family.model_name
     return facts | told | {"model_ability": list(family.abilities)}
@@ -267,6 +269,7 @@ def replica_card(deployment: Deployment, replica: Replica, now: float) -> Replic
         log=str(replica.log),
         failure=replica.failure,
         degraded=replica.degraded,
+        context_tokens=replica.context_tokens,
     )
 
 

@@ -63,6 +63,38 @@ def flags(engine: Vllm, options: dict[str, Any] | None = None, placement: Placem
     return flags_of(engine.command(a_launch(options, **more), FOLDER, placement, SOCKET, None).argv)
 
 
+# --- a context that the launch leaves open
+
+
+@pytest.mark.parametrize("options", [{}, {"max_model_len": "auto"}, {"max-model-len": -1}])
+def test_a_length_that_is_left_open_is_what_fits(gpu: Vllm, tmp_path: Path, options: dict[str, Any]) -> None:
+    assert gpu.needs(a_launch(options)).can_shorten
+    shorter = Placement(context_tokens=65536)
+    assert flags(gpu, options, shorter)["--max-model-len"] == "65536"  # this one cannot find out itself
+    assert "--max-model-len" not in flags(gpu)
+    python = a_python(tmp_path / "new")
+    a_package(
+        python, "vllm", "vllm-0.26.0", SOURCE | {"v1/core/kv_cache_utils.py": "def _auto_fit_max_model_len(): ..."}
+    )
+    new = Vllm(settings=EngineSettings(python=str(python)))
+    for placement in (shorter, ANYWHERE):
+        argv = new.command(a_launch(options), FOLDER, placement, SOCKET, None).argv
+        assert "--max-model-len=-1" in argv
+
+
+@pytest.mark.parametrize("options", [{"context_length": 1024}, {"max_model_len": 1024}])
+def test_a_length_that_the_launch_says_is_its_own(gpu: Vllm, options: dict[str, Any]) -> None:
+    assert not gpu.needs(a_launch(options)).can_shorten
+    assert flags(gpu, options, Placement(context_tokens=65536))["--max-model-len"] == "1024"
+
+
+def test_what_embeds_and_forced_lengths_are_left_alone(gpu: Vllm) -> None:
+    assert not gpu.needs(a_launch(family=an_embedding())).can_shorten
+    forced = a_launch(forced_options={"max-model-len": 512})
+    assert not gpu.needs(forced).can_shorten
+    assert gpu.command(forced, FOLDER, Placement(context_tokens=9), SOCKET, None).argv.count("--max-model-len") == 1
+
+
 # --- whether it can run, and what
 
 

@@ -149,8 +149,8 @@ def test_gpus_in_a_word_and_what_is_preloaded_first(tmp_path: Path) -> None:
     rows = rows_of(done)
     assert [*rows] == ["first/0", "early/0", "late/0", "allowed/0"]
     assert [row["status"] for row in rows.values()] == ["placed", "placed", "in turn", "placed"]
-    assert rows["allowed/0"]["devices"] == ["the machine's memory"]
-    assert rows["allowed/0"]["text"].startswith("On the CPU, as cpu_fallback allows")
+    assert rows["allowed/0"]["devices"] == ["GPU 0", "the machine's memory"]
+    assert "of its layers on GPUs, and the others on the CPU" in rows["allowed/0"]["text"]
     assert done.exit_code == 0
 
 
