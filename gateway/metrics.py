@@ -55,6 +55,29 @@ ENGINE_RESTARTS = Counter(
     "hostler_engine_failures", "Lives of an engine that ended otherwise than by our wish, and why.", ("model", "cause")
 )
 
+OF_MODELS = (
+    *(REQUESTS, REQUEST_SECONDS, FIRST_BYTE_SECONDS, QUEUE_SECONDS, REFUSED, LOAD_SECONDS, CANCELLED, RETRIES),
+    *(EVICTIONS, ADOPTIONS, ENGINE_RESTARTS),
+)
+GONE_KEPT = 50  # models that are gone and still have their figures, so that the last of them are scraped
+_gone: dict[str, None] = {}  # the first to have gone comes first
+
+
+def comes(model: str) -> None:
+    """A model is there, maybe again: its figures stay."""
+    _gone.pop(model, None)
+
+
+def goes(model: str) -> None:
+    """A model is there no longer: its figures go once enough others have gone after it."""
+    comes(model)
+    _gone[model] = None
+    if len(_gone) > GONE_KEPT:
+        first = next(iter(_gone))
+        del _gone[first]
+        for metric in OF_MODELS:
+            metric.remove_by_labels({"model": first})
+
 
 class FleetCollector(Collector):
     """What is read off the deployments at each scrape."""

@@ -1,0 +1,79 @@
+"""What a state machine did, as a schedule: one JSON line for each rule that was called, so that it can be done again.
+
+A machine whose rules are made by `rule` and `initialize` of this file keeps what it does in its `schedule`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import msgspec
+from hypothesis import stateful
+
+EXAMPLES_FOR_ONE = 20  # hypothesis begins with simple ones
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """One call of a rule."""
+
+    rule: str
+    arguments: dict[str, Any] = {}
+
+
+Schedule = tuple[Step, ...]
+
+
+def rule(**strategies: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Hypothesis' `rule`, whose calls are written down."""
+    return lambda function: stateful.rule(**strategies)(_written_down(function))
+
+
+def initialize(**strategies: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Hypothesis' `initialize`, whose calls are written down."""
+    return lambda function: stateful.initialize(**strategies)(_written_down(function))
+
+
+def _written_down(function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def called(machine: Any, **arguments: Any) -> None:
+        # A copy, as the rule may change what it is given.
+        step = msgspec.json.decode(msgspec.json.encode(Step(rule=function.__name__, arguments=arguments)), type=Step)
+        machine.__dict__.setdefault("schedule", []).append(step)
+        function(machine, **arguments)
+
+    return called
+
+
+def generate(machine: type[stateful.RuleBasedStateMachine], count: int, seed: int, steps: int) -> list[Schedule]:
+    """Schedules that the machine went through, all holding: the longest of as many examples as hypothesis makes."""
+    found: list[Schedule] = []
+
+    class Recorded(machine):  # type: ignore[misc, valid-type]
+        def teardown(self) -> None:
+            super().teardown()
+            found.append(tuple(self.__dict__.get("schedule", ())))
+
+    settings = hypothesis.settings(
+        max_examples=count + EXAMPLES_FOR_ONE,
+        stateful_step_count=steps,
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.seed(seed)(stateful.get_state_machine_test(Recorded, settings=settings))()
+    return sorted(found, key=len, reverse=True)[:count]
+
+
+def write(schedule: Iterable[Step], path: Path) -> None:
+    """As JSON lines."""
+    path.write_bytes(b"".join(msgspec.json.encode(step) + b"\n" for step in schedule))
+
+
+def read(path: Path) -> Schedule:
+    """As `write` wrote it."""
+    return tuple(msgspec.json.decode(line, type=Step) for line in path.read_bytes().splitlines())
