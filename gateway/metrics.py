@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +107,11 @@ class FleetCollector(Collector):
                 labels = (deployment.launch.uid, str(replica.index))
                 in_flight.add_metric(labels, replica.in_flight)
                 state.add_metric((*labels, str(replica.state)), 1)
-        yield from (in_flight, waiting, oldest, state)
+        tasks = GaugeMetricFamily(
+            "hostler_tasks", "Of the gateway's own loop: a number that grows and grows is a leak."
+        )
+        tasks.add_metric((), len(asyncio.all_tasks()))
+        yield from (in_flight, waiting, oldest, state, tasks)
 
 
 def render() -> bytes:

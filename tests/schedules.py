@@ -14,7 +14,7 @@ import hypothesis
 import msgspec
 from hypothesis import stateful
 
-EXAMPLES_FOR_ONE = 20  # hypothesis begins with simple ones
+EXAMPLES_FOR_ONE = 12  # hypothesis leaves rules out of most of its examples, and much in one is like in the one before
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,8 +48,8 @@ def _written_down(function: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
-def generate(machine: type[stateful.RuleBasedStateMachine], count: int, seed: int, steps: int) -> list[Schedule]:
-    """Schedules that the machine went through, all holding: the longest of as many examples as hypothesis makes."""
+def generate(machine: type[stateful.RuleBasedStateMachine], seed: int, steps: int) -> Schedule:
+    """A schedule that the machine went through, and all held: of some examples the one with the most rules."""
     found: list[Schedule] = []
 
     class Recorded(machine):  # type: ignore[misc, valid-type]
@@ -58,7 +58,7 @@ def generate(machine: type[stateful.RuleBasedStateMachine], count: int, seed: in
             found.append(tuple(self.__dict__.get("schedule", ())))
 
     settings = hypothesis.settings(
-        max_examples=count + EXAMPLES_FOR_ONE,
+        max_examples=EXAMPLES_FOR_ONE,
         stateful_step_count=steps,
         deadline=None,
         database=None,
@@ -66,7 +66,7 @@ def generate(machine: type[stateful.RuleBasedStateMachine], count: int, seed: in
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     hypothesis.seed(seed)(stateful.get_state_machine_test(Recorded, settings=settings))()
-    return sorted(found, key=len, reverse=True)[:count]
+    return max(found, key=lambda schedule: len({step.rule for step in schedule}))
 
 
 def write(schedule: Iterable[Step], path: Path) -> None:
