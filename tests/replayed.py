@@ -1,7 +1,7 @@
 """A schedule of the yard's model, done again through the door of a real gateway, with processes as engines.
 
     python tests/replayed.py generate FOLDER [--count 100] [--seed 1] [--steps 50]
-    python tests/replayed.py run FILE... [--device gpu|ram] [--jobs 2] [--json FILE]
+    python tests/replayed.py run FILE... [--device gpu|ram] [--scale 0.05] [--jobs 2] [--json FILE]
 
 What must hold in the model must hold here, as it is seen from outside: all requests end; one that does not end with its
 answer was told so, of a cause that the schedule gives; the engines that run, by what the gateway tells and by the
@@ -36,8 +36,8 @@ from schedules import Schedule, generate, read, write
 from gateway.keeper import started_of
 
 GB = 10**9
-SCALE = 0.05  # real seconds for one of the schedule
-REST_LIMIT_S = 1.5  # of a real rest, however long the schedule's is
+SCALE = 0.05  # real seconds for one of the schedule; with more, more is under way when something happens
+REST_LIMIT_S = 30.0  # of the schedule's seconds: what rests for longer does nothing any more
 PATIENCE_S = 60.0  # real seconds, in which everybody has to have their answer
 LOOK_PAUSE_S = 0.05
 TOKEN_S = 0.01
@@ -55,7 +55,8 @@ class Asked(msgspec.Struct, kw_only=True):
     uid: str
     begun: float
     ended: float = 0.0
-    has_output: bool = False  # of the engine, before it ended otherwise
+    id: str
+    is_begun: bool = False  # an engine has it
     outcome: str = ""
     text: str = ""
 
@@ -86,10 +87,11 @@ class Outcome(msgspec.Struct, kw_only=True):
 class Replay:
     """One schedule at work."""
 
-    def __init__(self, schedule: Schedule, folder: Path, device: Device) -> None:
+    def __init__(self, schedule: Schedule, folder: Path, device: Device, scale: float) -> None:
         self.schedule = schedule
         self.folder = folder
         self.device = device
+        self.scale = scale
         self.faults: list[str] = []
         self.asked: list[Asked] = []
         self.stops: list[Span] = []
@@ -112,8 +114,8 @@ class Replay:
             "drain_timeout_s": END_LIMIT_S,
             "restart_limit": 3,
             "max_loaded": self.max_loaded,
-            "min_residency_s": opening["min_residency_s"] * SCALE,
-            "max_wait_s": opening["max_wait_s"] * SCALE,
+            "min_residency_s": opening["min_residency_s"] * self.scale,
+            "max_wait_s": opening["max_wait_s"] * self.scale,
             "groups": GROUPS,
             "gpu_headroom": 0,
             "ram_headroom": 0,
@@ -185,10 +187,10 @@ class Replay:
     def _model(self, uid: str, wish: dict[str, Any]) -> dict[str, Any]:
         fields = {name: value for name, value in wish["fields"].items() if value is not None}
         if (idle_timeout_s := fields.get("idle_timeout_s")) is not None:
-            fields["idle_timeout_s"] = idle_timeout_s * SCALE
+            fields["idle_timeout_s"] = idle_timeout_s * self.scale
         behaviour = {
-            "ready_after_s": wish["load_s"] * SCALE,
-            "stop_delay_s": wish["stop_s"] * SCALE,
+            "ready_after_s": wish["load_s"] * self.scale,
+            "stop_delay_s": wish["stop_s"] * self.scale,
             "tokens": 1_000_000,
             "token_delay_s": TOKEN_S,
             "fail_file": str(self.folder / f"{uid}.fails"),
@@ -266,14 +268,14 @@ class Replay:
             self._say("foreign", gigabytes * GB)
 
     async def the_settings_change(self, max_wait_s: float, min_residency_s: float) -> None:
-        self.settings |= {"max_wait_s": max_wait_s * SCALE, "min_residency_s": min_residency_s * SCALE}
+        self.settings |= {"max_wait_s": max_wait_s * self.scale, "min_residency_s": min_residency_s * self.scale}
         (self.folder / "home" / "settings.yaml").write_text(yaml.safe_dump(self.settings))
         self.gateway.process.send_signal(signal.SIGHUP)
 
     # --- how they are done
 
     async def _rest(self, duration_s: float) -> None:
-        await asyncio.sleep(min(duration_s * SCALE, REST_LIMIT_S))
+        await asyncio.sleep(min(duration_s, REST_LIMIT_S) * self.scale)
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -296,18 +298,18 @@ class Replay:
         return list(await self._call("GET", "/v1/replicas", well=(200,)))
 
     async def _request(self, uid: str, service_s: float, leaves_after_s: float | None = None) -> None:
-        asked = Asked(uid=uid, begun=time.monotonic())
+        asked = Asked(uid=uid, begun=time.monotonic(), id=f"asked-{len(self.asked)}")
         self.asked.append(asked)
         is_stream = len(self.asked) % 2 == 0
         body = {
             "model": uid,
             "prompt": "x",
-            "max_tokens": max(1, round(service_s * SCALE / TOKEN_S)),
+            "max_tokens": max(1, round(service_s * self.scale / TOKEN_S)),
             "stream": is_stream,
         }
         try:
-            async with asyncio.timeout(None if leaves_after_s is None else leaves_after_s * SCALE):
-                async with self.http.post("/v1/completions", json=body) as reply:
+            async with asyncio.timeout(None if leaves_after_s is None else leaves_after_s * self.scale):
+                async with self.http.post("/v1/completions", json=body, headers={"x-request-id": asked.id}) as reply:
                     await (_read_stream if is_stream and reply.status == 200 else _read_whole)(reply, asked)
         except TimeoutError:
             asked.outcome = "waits for ever" if leaves_after_s is None else "left"
@@ -381,7 +383,9 @@ class Replay:
             self._engines.setdefault(event["pid"], words[words.index("--alias") + 1])
 
     def _judge(self) -> None:
+        begun = {event["id"] for event in events_in(self.folder / "events", "request")}
         for one in self.asked:
+            one.is_begun = one.id in begun
             if not self._is_explained(one):
                 self.faults.append(f"{one.uid}: {one.outcome} after {one.ended - one.begun:.2f} s: {one.text[:400]}")
 
@@ -398,11 +402,11 @@ class Replay:
             case "" if not one.ended:
                 return True  # it is told of already
             case "model_stopped":
-                return bool(stops) and (is_cut or not one.has_output)
+                return bool(stops) and (is_cut or not one.is_begun)
             case "engine_died" | "broken off":
                 return is_cut
             case "model_failed" | "model_cooling_down":
-                return not one.has_output and self._may_fail(one)
+                return not one.is_begun and self._may_fail(one)
         return False
 
     def _may_fail(self, one: Asked) -> bool:
@@ -435,20 +439,19 @@ async def _read_stream(reply: aiohttp.ClientResponse, asked: Asked) -> None:
             break
         event = json.loads(line[6:])
         error = event.get("error") or error
-        asked.has_output |= "choices" in event
     if error:
         asked.outcome, asked.text = str(error["code"]), error["message"]
     else:
         asked.outcome = "answered" if is_done else "broken off"
 
 
-async def replay(schedule: Schedule, folder: Path, device: Device) -> Outcome:
+async def replay(schedule: Schedule, folder: Path, device: Device, scale: float = SCALE) -> Outcome:
     """Do it again.
 
     Args:
         folder: an empty one, with a short path.
     """
-    return await Replay(schedule, folder, device).run()
+    return await Replay(schedule, folder, device, scale).run()
 
 
 # --- by hand
@@ -464,7 +467,7 @@ async def _run_all(options: argparse.Namespace) -> int:
         while not files.empty():
             file = files.get_nowait()
             with tempfile.TemporaryDirectory(prefix="r-", ignore_cleanup_errors=True) as name:
-                outcome = await replay(read(file), Path(name), options.device)
+                outcome = await replay(read(file), Path(name), options.device, options.scale)
                 if outcome.faults:
                     kept = file.with_suffix(f".{options.device}.log")
                     kept.write_text((Path(name) / "home" / "gateway.log").read_text())
@@ -513,6 +516,7 @@ def main() -> int:
     running = verbs.add_parser("run")
     running.add_argument("files", type=Path, nargs="+")
     running.add_argument("--device", choices=("gpu", "ram"), default="gpu")
+    running.add_argument("--scale", type=float, default=SCALE)
     running.add_argument("--jobs", type=int, default=1)
     running.add_argument("--json")
     running.set_defaults(do=lambda options: asyncio.run(_run_all(options)))
