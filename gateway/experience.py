@@ -35,7 +35,7 @@ IMMATERIAL = frozenset(
 class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What is known of one kind of launch: bytes at most and seconds until ready of its latest lives, on GPUs and not.
 
-    `at` is in seconds since the epoch.
+    `at` is in seconds since the epoch. `wakes_s` is how long it took to wake, by the tier in which it slept.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     gpu_peaks: list[int] = []
     ram_load_s: float | None = None
     gpu_load_s: float | None = None
+    wakes_s: dict[str, float] = {}
 
     def peaks(self, *, on_gpu: bool) -> list[int]:
         """Of lives there, oldest first."""
@@ -110,12 +111,22 @@ class Experience:
     def note_load(self, launch: Launch, load_s: float, *, on_gpu: bool = False) -> None:
         """It became ready so long after its engine's start. Later times count as much as all before together."""
         record = self._record(launch)
-        before = record.gpu_load_s if on_gpu else record.ram_load_s
-        smoothed = round(load_s if before is None else (before + load_s) / 2, 3)
+        smoothed = _smoothed(record.gpu_load_s if on_gpu else record.ram_load_s, load_s)
         if on_gpu:
             record.gpu_load_s = smoothed
         else:
             record.ram_load_s = smoothed
+        self._is_changed = True
+
+    def wake_s(self, launch: Launch, tier: str) -> float | None:
+        """How long it takes to wake from that tier."""
+        record = self._records.get(fingerprint(launch))
+        return None if record is None else record.wakes_s.get(tier)
+
+    def note_wake(self, launch: Launch, tier: str, wake_s: float) -> None:
+        """It woke in so long."""
+        wakes_s = self._record(launch).wakes_s
+        wakes_s[tier] = _smoothed(wakes_s.get(tier), wake_s)
         self._is_changed = True
 
     @contextlib.contextmanager
@@ -213,6 +224,10 @@ class Experience:
             write_durably(self._path, content)
         except OSError as exc:
             logger.warning("What launches take cannot be remembered in %s: %s", self._path, exc.strerror)
+
+
+def _smoothed(before: float | None, seconds: float) -> float:
+    return round(seconds if before is None else (before + seconds) / 2, 3)
 
 
 def _read(path: Path) -> dict[str, Record]:

@@ -48,6 +48,11 @@ RETRIES = Counter(
     "hostler_request_retries", "Requests sent a second time, as the engine died before a byte.", ("model",)
 )
 EVICTIONS = Counter("hostler_model_evictions", "Replicas that were ended to make room for another model.", ("model",))
+SLEEPS = Counter("hostler_model_sleeps", "Replicas that fell asleep, by the tier.", ("model", "tier"))
+WAKES = Counter("hostler_model_wakes", "Replicas that were woken, by the tier in which they slept.", ("model", "tier"))
+WAKE_SECONDS = Histogram(
+    "hostler_model_wake_seconds", "From having room to being ready again.", ("model", "tier"), buckets=DURATIONS
+)
 TURNED_AWAY = Counter("hostler_clients_turned_away", "Requests refused, as too many clients were connected.")
 ADOPTIONS = Counter(
     "hostler_engine_adoptions", "Engines that an earlier gateway started, and that go on without a load.", ("model",)

@@ -102,7 +102,7 @@ def needs_of(launch: Launch, needs: Needs, index: int) -> Needs:
 
 def fell_back(needs: Needs, placement: Placement) -> bool:
     """Whether it got the CPU because the GPUs have no room."""
-    return placement.gpu_uuids == () and needs.n_gpu != 0 and needs.gpu_idx != ()
+    return placement.gpu_uuids == () and not needs.is_for_cpu
 
 
 def place(
@@ -132,6 +132,23 @@ def place(
     return msgspec.structs.replace(found, for_ever=for_ever)
 
 
+def regain(awake: Placement, devices: Sequence[Device], promised: Mapping[str, int]) -> Placement | NoRoom:
+    """The whole of what an engine had that sleeps, on the same devices, or why there is no room for it.
+
+    Args:
+        promised: as of `place`, without what it has kept.
+    """
+    by_key = {device.key: device for device in devices}
+    full = {key: size for key, size in awake.memory.items() if key not in by_key or size > by_key[key].free(promised)}
+    if not full:
+        return awake
+    told = "; ".join(_told(by_key[key], promised) if key in by_key else f"{key} is gone" for key in full)
+    wanted = ", ".join(
+        f"{megabytes(size)} of {by_key[key].name if key in by_key else key}" for key, size in full.items()
+    )
+    return _refusal(f"it needs {wanted} again, and there is no room: {told}", ())
+
+
 def _try(
     needs: Needs,
     devices: Sequence[Device],
@@ -140,7 +157,7 @@ def _try(
     apart_from: Collection[str],
 ) -> Placement | NoRoom:
     gpus = {device.gpu.index: device for device in devices if device.gpu}
-    if needs.gpu_idx == () or needs.n_gpu == 0:
+    if needs.is_for_cpu:
         return _on_cpu(needs, devices, promised, ())
     if needs.gpu_idx is None and needs.n_gpu is None and not gpus:
         return _on_cpu(needs, devices, promised, None)

@@ -96,7 +96,7 @@ def find_room(launch: Launch, needs: Needs, devices: Sequence[Device], given: Se
 
 def _may_be(device: Device, needs: Needs, devices: Sequence[Device]) -> bool:
     """Whether it is one of those that such needs may be met by."""
-    if needs.gpu_idx == () or needs.n_gpu == 0 or not any(one.gpu for one in devices):
+    if needs.is_for_cpu or not any(one.gpu for one in devices):
         return device.gpu is None
     return device.gpu is not None and (needs.gpu_idx is None or device.gpu.index in needs.gpu_idx)
 

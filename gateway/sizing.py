@@ -79,12 +79,15 @@ async def needs_now(
     """
 
     def read() -> tuple[Facts | None, int]:
-        if launch.memory_bytes is not None or not launch.artifact.has_files:
+        if not launch.artifact.has_files:
             return None, 0
         return weights.read(paths[0]), bytes_beside(launch, paths[0], paths[1:])
 
     facts, beside = await asyncio.to_thread(read)
-    needs = needs_of(launch, engine.needs(launch), index)
+    weight_bytes = beside + ((facts and facts.weight_bytes) or 0)
+    needs = msgspec.structs.replace(needs_of(launch, engine.needs(launch), index), weight_bytes=weight_bytes)
+    if launch.memory_bytes is not None:
+        facts, beside = None, 0
     return size_up(
         launch, needs, None, facts, [], experience, has_gpus=has_gpus, specs=specs, beside_bytes=beside
     ).needs
@@ -128,7 +131,7 @@ def size_up(
         specs: of the family, for advice.
         beside_bytes: of `bytes_beside`, without what is among `sizes`.
     """
-    on_gpu = has_gpus and needs.n_gpu != 0 and needs.gpu_idx != ()
+    on_gpu = has_gpus and not needs.is_for_cpu
     if needs.chooses and on_gpu and needs.n_gpu is None and needs.gpu_idx is None and launch.memory_bytes is None:
         return Sizing(needs=needs, basis="unknown, as it picks among the GPUs by itself")
     estimated = _estimated(launch, needs, sizes, facts, specs, beside_bytes, on_gpu=on_gpu)

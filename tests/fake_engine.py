@@ -18,6 +18,7 @@ import time
 import zlib
 from collections import deque
 from types import SimpleNamespace
+from urllib.parse import parse_qs
 
 BEHAVIOUR = {
     # Starting
@@ -61,6 +62,13 @@ BEHAVIOUR = {
     # Holding
     "gpu_folder": None,  # of the played driver: there a file named by the pid says how much this process holds
     "gpu_bytes": 0,
+    # Sleeping, as vLLM's server does
+    "can_sleep": False,  # opens /sleep, /wake_up, /is_sleeping and /collective_rpc
+    "first_sleep_s": 0.0,  # the first sleep that keeps the weights takes so much longer
+    "sleep_s": 0.0,
+    "wake_s": 0.0,
+    "sleep_fails": 0,  # so many are answered with 500, and nothing is done
+    "wake_fails": 0,
     # Telling
     "events_file": None,  # one JSON line for each event
 }
@@ -79,6 +87,7 @@ FLAGS = {
 
 GET = {"/health", "/v1/health", "/models", "/v1/models", "/busy", "/requests"}
 OPEN = {"/health", "/v1/health", "/busy"}
+SLEEPING = {"/sleep": "POST", "/wake_up": "POST", "/is_sleeping": "GET", "/collective_rpc": "POST"}
 INFERENCE = {
     "/chat/completions": "chat",
     "/v1/chat/completions": "chat",
@@ -225,7 +234,8 @@ class Events:
 class Request:
     def __init__(self, method: str, path: str, version: str, headers: dict[str, str]) -> None:
         self.method = method
-        self.path = path.partition("?")[0]
+        self.path, _, query = path.partition("?")
+        self.query = parse_qs(query)
         self.version = version
         self.headers = headers
         self.body = b""
@@ -262,6 +272,12 @@ class Engine:
         self.requests: deque[dict[str, object]] = deque(maxlen=10_000)
         self.stopping = asyncio.Event()
         self.slots = asyncio.Semaphore(behaviour.n_slots or 1_000_000)
+        self.sleeping_tags: set[str] = set()
+        self.has_weights = True
+        self.keeps_weights = False
+        self.sleeps = 0
+        self.awake = asyncio.Event()
+        self.awake.set()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -325,6 +341,8 @@ class Engine:
             self.check(request)
             if request.path in INFERENCE:
                 await self.infer(request, connection)
+            elif request.path in SLEEPING:
+                await connection.reply(200, encode(await self.sleep_or_wake(request)))
             else:
                 await connection.reply(200, encode(self.look_up(request.path)))
         except Refused as refused:
@@ -333,16 +351,51 @@ class Engine:
     def check(self, request: Request) -> None:
         if request.path not in ("/health", "/v1/health", "/busy", "/requests"):
             self.requests.append({"method": request.method, "path": request.path, "headers": request.headers})
-        if request.path not in OPEN and not self.has_key(request):
+        is_open = request.path in OPEN or request.path in SLEEPING
+        if not is_open and not self.has_key(request):
             raise Refused(401, "Invalid API Key")
         if not self.is_ready() and request.path not in ("/busy", "/requests"):
             raise Refused(503, "Loading model")
+        if self.behaviour.can_sleep and SLEEPING.get(request.path) == request.method:
+            return
         if not (request.path in GET if request.method == "GET" else request.path in INFERENCE):
             raise Refused(404, "File Not Found")
 
     def has_key(self, request: Request) -> bool:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         return not self.flags.keys or (scheme == "Bearer" and key in self.flags.keys)
+
+    async def sleep_or_wake(self, request: Request) -> object:
+        """As vLLM: what makes no sense is answered with 200, and changes nothing."""
+        behaviour = self.behaviour
+        if request.path == "/is_sleeping":
+            return {"is_sleeping": bool(self.sleeping_tags)}
+        method = decode(request.body).get("method") if request.path == "/collective_rpc" else None
+        level, tags = int(request.query.get("level", ["1"])[0]), request.query.get("tags")
+        self.events.add(request.path, level=level, tags=tags, method=method, busy=self.busy)
+        if request.path == "/sleep":
+            if behaviour.sleep_fails:
+                behaviour.sleep_fails -= 1
+                raise Refused(500, "made to fail by FAKE_ENGINE")
+            is_first, self.sleeps = not self.sleeps and level == 1, self.sleeps + 1
+            await self.pause(behaviour.sleep_s + is_first * behaviour.first_sleep_s)
+            self.sleeping_tags = {"weights", "kv_cache"}
+            self.keeps_weights, self.has_weights = level == 1, False
+            self.awake.clear()
+        elif request.path == "/wake_up":
+            if behaviour.wake_fails:
+                behaviour.wake_fails -= 1
+                raise Refused(500, "made to fail by FAKE_ENGINE")
+            await self.pause(behaviour.wake_s)
+            self.sleeping_tags -= set(tags or self.sleeping_tags)
+            self.has_weights |= self.keeps_weights
+            if not self.sleeping_tags:
+                self.awake.set()
+        elif method == "reload_weights":
+            await self.pause(behaviour.wake_s)
+            self.has_weights |= "weights" not in self.sleeping_tags
+        self.events.add("slept" if self.sleeping_tags else "awake")
+        return {}
 
     def look_up(self, path: str) -> object:
         if path.endswith("/health"):
@@ -360,6 +413,9 @@ class Engine:
         request_id = request.headers.get("x-request-id")
         self.events.add("request", path=request.path, id=request_id, model=model, bytes=len(request.body))
         self.received += 1
+        if not self.awake.is_set():
+            self.events.add("asked_asleep", id=request_id)
+            await self.awake.wait()
         limit = self.behaviour.die_after_requests
         if limit is not None and self.may_die and self.received >= limit:
             die()
@@ -409,7 +465,7 @@ class Engine:
             count, finish = self.length(body)
             used = usage(body, count)
             await self.pause(behaviour.first_token_delay_s + behaviour.token_delay_s * count)
-            text = " ".join(f"tok{i}" for i in range(count))
+            text = " ".join(f"tok{i}" if self.has_weights else "garbage" for i in range(count))
             if behaviour.huge_body_bytes:
                 text = ("tok " * (behaviour.huge_body_bytes // 4 + 1))[: behaviour.huge_body_bytes]
             await self.finish(connection, completion(kind, self.model_name(body), text, finish, used))
@@ -432,7 +488,8 @@ class Engine:
         await self.pause(behaviour.first_token_delay_s)
         connection.send_head(200, "text/event-stream", None)
         for i in range(count):
-            event = sse(chunk(kind, model, f" tok{i}" if i else "tok0", is_first=i == 0))
+            token = f"tok{i}" if self.has_weights else "garbage"
+            event = sse(chunk(kind, model, f" {token}" if i else token, is_first=i == 0))
             if last is not None and i >= last:
                 break
             await connection.send_chunk(event)

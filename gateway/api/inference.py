@@ -21,7 +21,7 @@ from gateway.api import alias
 from gateway.api.affinity import key_of
 from gateway.api.body import read_body
 from gateway.api.heads import FormHead, Head, is_form, read_form_head, read_head, read_query_head
-from gateway.api.next_door import headers_of, path_of
+from gateway.api.next_door import headers_of, is_answered_next_door, path_of
 from gateway.api.ways import Way, check_served, replaced, with_adapter
 from gateway.deployment import Deployment
 from gateway.errors import (
@@ -84,6 +84,8 @@ class Inference:
         """Read, find the model, relay."""
         way = self._way
         asked = body = await read_body(scope, receive, self._fleet.settings.max_body_bytes)
+        if self._fleet.next_door and await is_answered_next_door(self._fleet, scope, body, receive, send):
+            return
         head = self._read_head(scope, body)
         uid = self._choose(head) if self._choose else head.model or self._model_for(way.abilities)
         deployment = self._fleet.find(uid)

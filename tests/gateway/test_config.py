@@ -341,6 +341,7 @@ EVERY_FIELD: dict[str, tuple[str, Any]] = {
     "access_log": ("false", False),
     "keepalive_interval_s": ("0.5", 0.5),
     "drain_timeout_s": ("0", 0.0),
+    "restart_drain_s": ("60", 60.0),
     "model_environments": ("false", False),
     "wheel_folders": ("/srv/wheels, ~/wheels", ("/srv/wheels", "~/wheels")),
     "environment_builder": ("pip", "pip"),

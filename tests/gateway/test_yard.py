@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 from simulated import GB, Model, World
 from virtual_time import virtual_time
 
 from engines.base import RAM, Needs
 from gateway.config import Settings
+from gateway.dispatch import LOOK_LEAST_S, LOOK_MOST_S
+from gateway.errors import ModelFailed
 from gateway.gpus import Gpu
 from gateway.placement import Device
+from gateway.replica import PLACE_RETRY_S
 from gateway.yard import SETTLE_PAUSE_S, Claim, Holder, Rules, decide
 
 MACHINE = Device(key=RAM, total_bytes=10 * GB)
@@ -128,3 +132,133 @@ def test_a_pinned_model_refuses_nobody_once_it_is_being_stopped() -> None:
     assert "p is pinned" in stays.refuse["new", 0][0]
     goes = decide([claim(6)], [Holder(**pinned, is_leaving=True)], [MACHINE], Rules(), 20.0)  # type: ignore[arg-type]
     assert goes.wait == {("new", 0): "p is being unloaded"}
+
+
+def test_of_the_busy_those_go_that_end_first_and_a_load_that_others_wait_for_last() -> None:
+    loading = Holder(key=("loading", 0), memory={RAM: 2 * GB}, work=1, busy_s=1.0)
+    busy = [
+        Holder(key=(f"busy{busy_s}", 0), memory={RAM: 2 * GB}, ready_since=0.0, idle_since=90.0, work=1, busy_s=busy_s)
+        for busy_s in (30.0, 3.0, 60.0)
+    ]
+    room = Device(key=RAM, total_bytes=8 * GB)
+    plan = decide([claim(2)], [loading, *busy], [room], Rules(), 100.0)
+    assert plan.hold == {("busy3.0", 0)}
+    assert plan.wait["new", 0].startswith("busy3.0 ends what it has begun")
+    # Who is held stays so, though another has become the one that ends first.
+    held = [loading, busy[0], msgspec.structs.replace(busy[1], busy_s=40.0, is_held=True), busy[2]]
+    assert decide([claim(2)], held, [room], Rules(), 100.0).hold == {("busy3.0", 0)}
+    # Where all have to go, the load is ended by nobody: it answers first.
+    plan = decide([claim(8)], [loading, *busy], [room], Rules(), 100.0)
+    assert plan.hold == {one.key for one in busy}
+    assert not plan.evict
+
+
+def test_a_copy_that_makes_room_leaves_the_others_answering() -> None:
+    copies = [
+        Holder(key=("copies", index), memory={RAM: 2 * GB}, ready_since=0.0, work=2, busy_s=5.0 + index)
+        for index in range(3)
+    ]
+    plan = decide([claim(2)], copies, [Device(key=RAM, total_bytes=6 * GB)], Rules(), 100.0)
+    assert plan.hold == {("copies", 0)}
+    load = [("copies", 3.0 + 0.3 * number) for number in range(6)]
+    assert wait_beside(load, [Model(uid="copies", replica=3), Model(uid="late")], gigabytes=3) < 17
+
+
+def test_nobody_goes_for_a_model_that_nobody_waits_for_any_more() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(), {RAM: 2 * GB})
+
+        async def main() -> None:
+            world.begin()
+            world.deploy(Model(uid="idle"))
+            asked = world.deploy(Model(uid="asked", memory=2 * GB))
+            world.foreign[RAM] = GB
+            assert await world.ask("idle", 1.0) == "answered"
+            with pytest.raises(ModelFailed, match=r"The next request looks for room anew\.$"):
+                await asked.acquire()
+            world.foreign[RAM] = 0
+            await asyncio.sleep(120)
+            assert (world.evictions, world.starts) == (0, 1)
+            before = loop.time()
+            assert await world.ask("asked", 1.0) == "answered"
+            assert loop.time() - before < 7.5  # the other's end, its own load, and the answer
+            assert (world.evictions, world.starts) == (1, 2)
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+def test_a_model_that_is_to_be_loaded_finds_room_though_nobody_waits() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(), {RAM: 2 * GB})
+
+        async def main() -> None:
+            world.begin()
+            wished = world.deploy(Model(uid="wished", memory=2 * GB, fields={"preload": True}))
+            world.foreign[RAM] = GB
+            await asyncio.sleep(60)
+            assert str(wished.state) == "failed"
+            world.foreign[RAM] = 0
+            await asyncio.sleep(PLACE_RETRY_S + 6)
+            assert str(wished.state) == "ready"
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+def test_failures_are_remembered_though_nobody_waits_meanwhile() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(restart_limit=5), {RAM: 2 * GB})
+
+        async def main() -> None:
+            world.begin()
+            world.deploy(Model(uid="broken", load_s=1.0, fails=100))
+            outcomes = []
+            for _ in range(4):
+                outcomes.append(await world.ask("broken", 1.0))
+                await asyncio.sleep(60)
+            assert (outcomes[0], outcomes[-1], world.starts) == ("ModelCoolingDown", "ModelFailed", 5)
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+def test_requests_that_end_cost_no_look_and_what_comes_back_is_seen_soon() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(), {RAM: 2 * GB})
+
+        async def main() -> None:
+            world.begin()
+            two = world.deploy(Model(uid="two", replica=2))
+            world.foreign[RAM] = GB // 2
+            assert await world.ask("two", 0.001) == "answered"
+            for _ in range(2000):  # one after the other, so that each end is the last
+                await world.ask("two", 0.001)
+            assert str(two.replicas[1].state) == "waiting"
+            looks, began = world.looks, loop.time()
+            for _ in range(2000):
+                await world.ask("two", 0.001)
+            assert world.looks - looks <= (loop.time() - began) / LOOK_LEAST_S + 1
+            looks = world.looks
+            await asyncio.sleep(60)
+            assert world.looks - looks <= 61 / LOOK_MOST_S
+            world.foreign[RAM] = 0
+            await asyncio.sleep(LOOK_MOST_S + 0.1)
+            assert str(two.replicas[1].state) == "starting"
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+def test_while_nobody_knows_how_the_gpus_are_only_models_for_the_cpu_are_placed() -> None:
+    gpu = Gpu(index=0, uuid="GPU-0", name="made up", total_bytes=20 * GB, used_bytes=0)
+    devices = [Device(key=gpu.uuid, total_bytes=gpu.total_bytes, gpu=gpu), MACHINE]
+    claims = [claim(1), claim(1, key=("gpu", 0), needs=Needs(memory_bytes=GB))]
+    plan = decide(claims, [], devices, Rules(), 0.0, "NVML does not answer")
+    assert list(plan.start) == [("new", 0)]
+    assert plan.wait == {("gpu", 0): "NVML does not answer"}
+    assert len(decide(claims, [], devices, Rules(), 0.0).start) == 2
