@@ -60,8 +60,8 @@ BEHAVIOUR = {
     "keep_alive_s": None,  # closes a connection that was idle for so long
     "close_connections": False,  # `Connection: close` on every reply
     # Holding
-    "gpu_folder": None,  # of the played driver: there a file named by the pid says how much this process holds
-    "gpu_bytes": 0,
+    "held_folder": None,  # of the played driver: there a file named by the pid says how much of which GPUs this holds
+    "held_bytes": 0,  # evenly of those in CUDA_VISIBLE_DEVICES
     # Sleeping, as vLLM's server does
     "can_sleep": False,  # opens /sleep, /wake_up, /is_sleeping and /collective_rpc
     "first_sleep_s": 0.0,  # the first sleep that keeps the weights takes so much longer
@@ -115,10 +115,10 @@ def main() -> int:
     behaviour = read_behaviour(os.environ.get("FAKE_ENGINE") or "{}")
     flags = read_flags(sys.argv[1:])
     events = Events(behaviour.events_file)
+    if behaviour.held_folder is not None:
+        hold(behaviour.held_folder, behaviour.held_bytes)
     start = count_start(behaviour.counter_file)
     events.add("start", start=start, argv=sys.argv[1:])
-    if behaviour.gpu_folder is not None:
-        hold_on_gpu(behaviour.gpu_folder, behaviour.gpu_bytes)
     for line in behaviour.last_words:
         say(line)
     if behaviour.exit_at_start is not None:
@@ -189,10 +189,11 @@ def add_to(path: str, amount: int) -> int:
     return number
 
 
-def hold_on_gpu(folder: str, size_bytes: int) -> None:
+def hold(folder: str, size_bytes: int) -> None:
+    uuids = [uuid for uuid in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if uuid]
     path = os.path.join(folder, str(os.getpid()))
     with open(f"{path}.new", "w") as file:
-        file.write(str(size_bytes))
+        json.dump({uuid: size_bytes // len(uuids) for uuid in uuids}, file)
     os.replace(f"{path}.new", path)
 
 

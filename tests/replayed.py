@@ -1,12 +1,13 @@
 """A schedule of the yard's model, done again through the door of a real gateway, with processes as engines.
 
     python tests/replayed.py generate FOLDER [--count 100] [--seed 1] [--steps 50]
-    python tests/replayed.py run FILE... [--device gpu|ram] [--scale 0.05] [--jobs 2] [--json FILE]
+    python tests/replayed.py run FILE... [--scale 0.05] [--jobs 2] [--json FILE]
 
 What must hold in the model must hold here, as it is seen from outside: all requests end; one that does not end with its
 answer was told so, of a cause that the schedule gives; the engines that run, by what the gateway tells and by the
 processes themselves, fit into the memory and the limits; nothing is left in the end. Times are scaled, and long rests
-cut short.
+cut short. The GPUs are played, the machine's memory is a limit. What cannot be played is left out: that others take of
+the machine's memory, and sleep, which this engine does not know.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -25,14 +27,15 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
 import msgspec
 import yaml
 from harness import FAKE_ENGINE, Gateway, events_in
-from schedules import Schedule, generate, read, write
+from schedules import Broken, Schedule, generate, read, write
 
+from engines.base import RAM
 from gateway.keeper import started_of
 
 GB = 10**9
@@ -45,8 +48,8 @@ LATE_S = 1.0  # so long after a death the gateway may still send to the dead
 END_LIMIT_S = 30.0
 GROUPS = {"few": {"max_loaded": 1}, "alone": {"max_loaded": 2, "exclusive": True}}
 HAS_PROCESS = {"starting", "ready", "stopping"}
+REFUSED_PAUSE_S = 0.1
 OF_FAULTS = ("Traceback", "fault of the gateway", "never retrieved", "was destroyed")
-Device = Literal["gpu", "ram"]
 
 
 class Asked(msgspec.Struct, kw_only=True):
@@ -87,26 +90,30 @@ class Outcome(msgspec.Struct, kw_only=True):
 class Replay:
     """One schedule at work."""
 
-    def __init__(self, schedule: Schedule, folder: Path, device: Device, scale: float) -> None:
+    def __init__(self, schedule: Schedule, folder: Path, scale: float) -> None:
         self.schedule = schedule
         self.folder = folder
-        self.device = device
         self.scale = scale
         self.faults: list[str] = []
         self.asked: list[Asked] = []
         self.stops: list[Span] = []
         self.kills: list[Span] = []
         self.failing: set[str] = set()
-        self.most_foreign = 0
+        self.foreign: dict[str, int] = {}
+        self.had_others = False  # on the GPUs
         self.looks = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._crowds: dict[str, list[asyncio.Task[None]]] = {}
+        self._flapping: dict[str, asyncio.Task[None]] = {}
         self._engines: dict[int, str] = {}  # pid -> uid, of all that were started
 
     async def run(self) -> Outcome:
         """All of it, and what came of it."""
         begun = time.monotonic()
         opening = self.schedule[0].arguments
-        self.total, self.max_loaded = opening["total"], opening["max_loaded"]
+        sizes = zip((RAM, "GPU-0", "GPU-1"), opening["totals"], strict=True)
+        self.totals = {key: size * GB for key, size in sizes if size}
+        self.max_loaded = opening["max_loaded"]
         self.wishes = dict(zip("abcde", opening["wishes"], strict=True))
         self._prepare()
         self.settings: dict[str, Any] = {
@@ -119,12 +126,14 @@ class Replay:
             "groups": GROUPS,
             "gpu_headroom": 0,
             "ram_headroom": 0,
+            "ram_limit": self.totals[RAM],
+            "sleep_memory": opening["sleep_memory"],
             "keepalive_interval_s": 0.5,
             "watch_settings": False,
         }
-        if self.device == "ram":
-            self.settings["ram_limit"] = f"{self.total}GB"
-        environment = {"PLAYED_GPU": str(self.folder), "PYTHONPATH": self._python_path()}
+        own = str(Path(__file__).parent / "played_driver")
+        path = os.pathsep.join(filter(None, (own, os.environ.get("PYTHONPATH"))))
+        environment = {"PLAYED_GPUS": str(self.folder), "PYTHONPATH": path}
         self.gateway = await Gateway.start(self.folder / "home", self.settings, environment)
         self.http = aiohttp.ClientSession(
             self.gateway.address,
@@ -141,9 +150,10 @@ class Replay:
             await asyncio.gather(watching, return_exceptions=True)
             evictions = await self._evictions()
         finally:
-            for task in self._tasks:
+            others = [*self._flapping.values(), *itertools.chain(*self._crowds.values())]
+            for task in (*self._tasks, *others):
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(*self._tasks, *others, return_exceptions=True)
             await self.http.close()
             await self._end()
         self._judge()
@@ -162,23 +172,21 @@ class Replay:
 
     def _prepare(self) -> None:
         (self.folder / "processes").mkdir()
-        for name, number in (("total", self.total * GB), ("foreign", 0), ("foreigner", os.getpid())):
-            self._say(name, number)
+        self._say("gpus", {key: size for key, size in self.totals.items() if key != RAM})
+        self._say("foreign", {})
+        self._say("foreigner", os.getpid())
+        self._say("hangs_until", 0)
         for uid, wish in self.wishes.items():
             (self.folder / f"{uid}.gguf").write_bytes(b"GGUF")
             self._say(f"{uid}.fails", wish["fails"])
             if wish["fails"]:
                 self.failing.add(uid)
 
-    def _say(self, name: str, number: int) -> None:
+    def _say(self, name: str, what: Any) -> None:
         """To the played driver, or to the engines; whole or not at all."""
         new = self.folder / f"{name}.new"
-        new.write_text(str(number))
+        new.write_text(json.dumps(what))
         new.replace(self.folder / name)
-
-    def _python_path(self) -> str:
-        own = [str(Path(__file__).parent / "played_driver")] if self.device == "gpu" else []
-        return os.pathsep.join([*own, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
 
     async def _deploy(self) -> None:
         models = {uid: self._model(uid, wish) for uid, wish in self.wishes.items()}
@@ -186,23 +194,22 @@ class Replay:
 
     def _model(self, uid: str, wish: dict[str, Any]) -> dict[str, Any]:
         fields = {name: value for name, value in wish["fields"].items() if value is not None}
-        if (idle_timeout_s := fields.get("idle_timeout_s")) is not None:
-            fields["idle_timeout_s"] = idle_timeout_s * self.scale
+        fields |= {name: fields[name] * self.scale for name in ("idle_timeout_s", "sleep_after_s") if name in fields}
         behaviour = {
             "ready_after_s": wish["load_s"] * self.scale,
             "stop_delay_s": wish["stop_s"] * self.scale,
             "tokens": 1_000_000,
             "token_delay_s": TOKEN_S,
             "fail_file": str(self.folder / f"{uid}.fails"),
-            "gpu_folder": str(self.folder / "processes"),
-            "gpu_bytes": wish["memory"],
+            "held_folder": str(self.folder / "processes"),
+            "held_bytes": wish["memory"],
             "events_file": str(self.folder / "events"),
         }
         return {
             "model_path": str(self.folder / f"{uid}.gguf"),
             "model_engine": "llama.cpp",
             "memory": wish["memory"],
-            "n_gpu": 1 if self.device == "gpu" else 0,
+            "options": {"split_mode": "none"},  # as the model's engine, which nothing spreads
             "replica": wish["replica"],
             "load_timeout_s": PATIENCE_S * 2,
             "envs": {"FAKE_ENGINE": json.dumps(behaviour)},
@@ -262,10 +269,55 @@ class Replay:
         self._background(remove())
         await asyncio.sleep(LOOK_PAUSE_S)
 
-    async def others_take_memory(self, gigabytes: int) -> None:
-        if self.device == "gpu":
-            self.most_foreign = max(self.most_foreign, gigabytes)
-            self._say("foreign", gigabytes * GB)
+    async def others_take_memory(self, key: str, gigabytes: int) -> None:
+        if key in self.totals and key != RAM:
+            self.foreign[key] = gigabytes * GB
+            self.had_others = True
+            self._say("foreign", self.foreign)
+
+    async def others_come_and_go(self, key: str, gigabytes: int, has_s: float, has_not_s: float) -> None:
+        if (before := self._flapping.pop(key, None)) is not None:
+            before.cancel()
+
+        async def flap() -> None:
+            while True:
+                await self.others_take_memory(key, gigabytes)
+                await asyncio.sleep(has_s * self.scale)
+                await self.others_take_memory(key, 0)
+                await asyncio.sleep(has_not_s * self.scale)
+
+        self._flapping[key] = asyncio.create_task(flap())
+
+    async def the_gpus_driver_hangs(self, duration_s: float) -> None:
+        self._say("hangs_until", time.monotonic() + duration_s * self.scale)
+
+    async def a_crowd_comes_that_asks_on_and_on(self, uid: str, count: int, service_s: float) -> None:
+        async def ask_on() -> None:
+            while True:
+                if await self._request(uid, service_s) != "answered":
+                    await asyncio.sleep(REFUSED_PAUSE_S)
+
+        crowd = self._crowds.setdefault(uid, [])
+        if len(crowd) < 6:
+            crowd += [asyncio.create_task(ask_on()) for _ in range(count)]
+
+    async def the_crowd_goes(self, uid: str) -> None:
+        for client in self._crowds.pop(uid, ()):
+            client.cancel()
+
+    async def somebody_waits_until_it_is_ready(self, uid: str, leaves_after_s: float) -> None:
+        async def wait() -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(leaves_after_s * self.scale):
+                    await self._call("POST", f"/v1/models/{uid}/wake", well=(200, 503))
+
+        self._background(wait())
+
+    async def sleeps_and_wakes_will_fail(self, uid: str, count: int) -> None:
+        pass  # it cannot sleep
+
+    async def somebody_puts_it_to_sleep(self, uid: str) -> None:
+        await self._call("POST", f"/v1/models/{uid}/sleep", well=(400, 409))
 
     async def the_settings_change(self, max_wait_s: float, min_residency_s: float) -> None:
         self.settings |= {"max_wait_s": max_wait_s * self.scale, "min_residency_s": min_residency_s * self.scale}
@@ -277,7 +329,7 @@ class Replay:
     async def _rest(self, duration_s: float) -> None:
         await asyncio.sleep(min(duration_s, REST_LIMIT_S) * self.scale)
 
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _background(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -297,7 +349,8 @@ class Replay:
     async def _replicas(self) -> list[dict[str, Any]]:
         return list(await self._call("GET", "/v1/replicas", well=(200,)))
 
-    async def _request(self, uid: str, service_s: float, leaves_after_s: float | None = None) -> None:
+    async def _request(self, uid: str, service_s: float, leaves_after_s: float | None = None) -> str:
+        """Ask; what became of it."""
         asked = Asked(uid=uid, begun=time.monotonic(), id=f"asked-{len(self.asked)}")
         self.asked.append(asked)
         is_stream = len(self.asked) % 2 == 0
@@ -315,10 +368,18 @@ class Replay:
             asked.outcome = "waits for ever" if leaves_after_s is None else "left"
         except aiohttp.ClientError as exc:
             asked.outcome, asked.text = "broken off", repr(exc)
+        except asyncio.CancelledError:
+            asked.outcome, asked.ended = "left", time.monotonic()
+            raise
         asked.ended = time.monotonic()
+        return asked.outcome
 
     async def _until_all_have_ended(self) -> None:
-        self._say("foreign", 0)
+        for flapping in self._flapping.values():
+            flapping.cancel()
+        for uid in list(self._crowds):
+            await self.the_crowd_goes(uid)
+        self._say("foreign", {})
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=PATIENCE_S)
         if waiting := [one for one in self.asked if not one.outcome]:
@@ -352,7 +413,7 @@ class Replay:
 
     async def _watch(self) -> None:
         while True:
-            self._look_at({(one["uid"], one["replica"]) for one in await self._replicas() if _has_process(one)}, "told")
+            self._look_at({(one["uid"], one["pid"]) for one in await self._replicas() if _has_process(one)}, "told")
             self._read_events()
             # Who is there before and after was there in between, all at once.
             first = [pid for pid in self._engines if started_of(pid)]
@@ -361,9 +422,14 @@ class Replay:
             await asyncio.sleep(LOOK_PAUSE_S)
 
     def _look_at(self, running: set[tuple[str, int]], how: str) -> None:
-        """Whether those that run at one moment may: each a uid and a number."""
-        held = sum(self.wishes[uid]["memory"] for uid, _ in running)
-        self._must(held <= self.total * GB, f"{how}: {sorted(running)} hold {held} of {self.total} GB")
+        """Whether those that run at one moment may: each a uid and a pid."""
+        held = Counter[str]()
+        for uid, pid in running:
+            with contextlib.suppress(FileNotFoundError):  # it has only just begun
+                on_gpus = json.loads((self.folder / "processes" / str(pid)).read_text())
+                held.update(on_gpus or {RAM: self.wishes[uid]["memory"]})
+        for key, size in held.items():
+            self._must(size <= self.totals[key], f"{how}: {sorted(running)} hold {size} of {self.totals[key]} of {key}")
         loaded = {uid for uid, _ in running}
         most = self.max_loaded or len(self.wishes)
         self._must(len(loaded) <= most, f"{how}: {sorted(loaded)} are loaded, {most} may be")
@@ -403,6 +469,9 @@ class Replay:
                 return True  # it is told of already
             case "model_stopped":
                 return bool(stops) and (is_cut or not one.is_begun)
+            case "rate_limit_exceeded":
+                fields = self.wishes[one.uid]["fields"]
+                return fields["request_limits"] is not None or fields["queue_limit"] is not None
             case "engine_died" | "broken off":
                 return is_cut
             case "model_failed" | "model_cooling_down":
@@ -414,9 +483,19 @@ class Replay:
             return True
         if "cannot be placed" not in one.text:
             return False
-        pinned = {uid: wish for uid, wish in self.wishes.items() if wish["fields"]["pinned"] and uid != one.uid}
-        is_pinned = any(f"{uid} is pinned" in one.text for uid in (*pinned, one.uid))
-        return is_pinned or self.wishes[one.uid]["memory"] > (self.total - self.most_foreign) * GB
+        pinned = [uid for uid, wish in self.wishes.items() if wish["fields"]["pinned"]]
+        return self.had_others or any(f"{uid} is pinned" in one.text for uid in pinned) or not self._fits(one.uid)
+
+    def _fits(self, uid: str) -> bool:
+        """Whether the machine, if it were empty, has room for a copy."""
+        wish = self.wishes[uid]
+        n_gpu, size = wish["fields"]["n_gpu"], wish["memory"]
+        gpus = sorted((total for key, total in self.totals.items() if key != RAM), reverse=True)
+        count = (1 if gpus else 0) if n_gpu is None else n_gpu
+        in_ram = size <= self.totals[RAM]
+        if count == 0:
+            return in_ram
+        return (len(gpus) >= count and size // count <= gpus[count - 1]) or (wish["fields"]["cpu_fallback"] and in_ram)
 
 
 def _has_process(replica: dict[str, Any]) -> bool:
@@ -445,13 +524,13 @@ async def _read_stream(reply: aiohttp.ClientResponse, asked: Asked) -> None:
         asked.outcome = "answered" if is_done else "broken off"
 
 
-async def replay(schedule: Schedule, folder: Path, device: Device, scale: float = SCALE) -> Outcome:
+async def replay(schedule: Schedule, folder: Path, scale: float = SCALE) -> Outcome:
     """Do it again.
 
     Args:
         folder: an empty one, with a short path.
     """
-    return await Replay(schedule, folder, device, scale).run()
+    return await Replay(schedule, folder, scale).run()
 
 
 # --- by hand
@@ -467,9 +546,9 @@ async def _run_all(options: argparse.Namespace) -> int:
         while not files.empty():
             file = files.get_nowait()
             with tempfile.TemporaryDirectory(prefix="r-", ignore_cleanup_errors=True) as name:
-                outcome = await replay(read(file), Path(name), options.device, options.scale)
+                outcome = await replay(read(file), Path(name), options.scale)
                 if outcome.faults:
-                    kept = file.with_suffix(f".{options.device}.log")
+                    kept = file.with_suffix(".log")
                     kept.write_text((Path(name) / "home" / "gateway.log").read_text())
             outcome.schedule = file.name
             outcomes.append(outcome)
@@ -479,7 +558,7 @@ async def _run_all(options: argparse.Namespace) -> int:
     requests = Counter[str]()
     for one in outcomes:
         requests.update(one.requests)
-    print(f"\n| of {len(outcomes)} schedules, device {options.device} | |\n| --- | --- |")
+    print(f"\n| of {len(outcomes)} schedules, times x {options.scale:g} | |\n| --- | --- |")
     for name in ("steps", "starts", "killed", "evictions", "looks"):
         print(f"| {name} | {sum(getattr(one, name) for one in outcomes)} |")
     for name, count in requests.most_common():
@@ -498,9 +577,17 @@ def _generate(options: argparse.Namespace) -> int:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     options.folder.mkdir(parents=True, exist_ok=True)
+    is_all_well = True
     for seed in range(options.seed, options.seed + options.count):
-        write(generate(module.Yard, seed, options.steps), options.folder / f"{seed:04}.jsonl")
-    return 0
+        try:
+            schedule = generate(module.Yard, seed, options.steps)
+        except Broken as broken:
+            is_all_well = False
+            print(f"In {seed:04}-broken.jsonl it does not hold in the model: {broken}", flush=True)
+            write(broken.schedule, options.folder / f"{seed:04}-broken.jsonl")
+        else:
+            write(schedule, options.folder / f"{seed:04}.jsonl")
+    return 0 if is_all_well else 1
 
 
 def main() -> int:
@@ -515,7 +602,6 @@ def main() -> int:
     making.set_defaults(do=_generate)
     running = verbs.add_parser("run")
     running.add_argument("files", type=Path, nargs="+")
-    running.add_argument("--device", choices=("gpu", "ram"), default="gpu")
     running.add_argument("--scale", type=float, default=SCALE)
     running.add_argument("--jobs", type=int, default=1)
     running.add_argument("--json")

@@ -27,6 +27,14 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 Schedule = tuple[Step, ...]
 
 
+class Broken(Exception):
+    """Something did not hold as the machine went through the schedule."""
+
+    def __init__(self, schedule: Schedule, fault: BaseException) -> None:
+        super().__init__(str(fault))
+        self.schedule = schedule
+
+
 def rule(**strategies: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Hypothesis' `rule`, whose calls are written down."""
     return lambda function: stateful.rule(**strategies)(_written_down(function))
@@ -49,13 +57,17 @@ def _written_down(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def generate(machine: type[stateful.RuleBasedStateMachine], seed: int, steps: int) -> Schedule:
-    """A schedule that the machine went through, and all held: of some examples the one with the most rules."""
+    """A schedule that the machine went through, and all held: of some examples the one with the most rules.
+
+    Raises:
+        Broken: in one of them it did not.
+    """
     found: list[Schedule] = []
 
     class Recorded(machine):  # type: ignore[misc, valid-type]
         def teardown(self) -> None:
-            super().teardown()
             found.append(tuple(self.__dict__.get("schedule", ())))
+            super().teardown()
 
     settings = hypothesis.settings(
         max_examples=EXAMPLES_FOR_ONE,
@@ -65,7 +77,10 @@ def generate(machine: type[stateful.RuleBasedStateMachine], seed: int, steps: in
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    hypothesis.seed(seed)(stateful.get_state_machine_test(Recorded, settings=settings))()
+    try:
+        hypothesis.seed(seed)(stateful.get_state_machine_test(Recorded, settings=settings))()
+    except AssertionError as fault:
+        raise Broken(found[-1], fault) from fault
     return max(found, key=lambda schedule: len({step.rule for step in schedule}))
 
 

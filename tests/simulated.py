@@ -38,6 +38,7 @@ from registry.schema import LLMFamily, ModelSpec, Source
 
 GB = 10**9
 REFUSED_PAUSE_S = 1.0
+ENDING = (State.BACKOFF, State.STOPPING)
 OTHERS = 1  # the process of others, on each GPU
 
 
@@ -94,6 +95,7 @@ class SimulatedReplica(Replica):
     crash: asyncio.Event
     lives = 0
     is_alive = False
+    ends_asleep = False  # nobody has woken it before its end
     began = 0.0
     broken: asyncio.Event  # what this life answers is not answered to the end
     has_weights = False  # else what it answers is garbage
@@ -109,6 +111,15 @@ class SimulatedReplica(Replica):
         self._placement = placement
         if placement is not None and self.world is not None:
             self.world.granted(self, placement, before)
+
+    def _enter(self, state: State) -> None:
+        self.ends_asleep = state in ENDING and (self.state is State.ASLEEP or self.ends_asleep)
+        super()._enter(state)
+
+    @property
+    def lies_in_bed(self) -> bool:
+        """It sleeps, or ends as it slept."""
+        return self.state is State.ASLEEP or self.ends_asleep
 
     async def _fetch(self) -> list[Path]:
         return [Path("/")]
@@ -594,7 +605,7 @@ class World:
             used.update(replica.placement.memory if replica.placement else {})
         for key, held in used.items():
             self.must(held <= self.totals[key], f"{key} has {self.totals[key]}, and {held} were promised")
-        loaded = {replica.launch.uid for replica in alive if replica.state is not State.ASLEEP}
+        loaded = {replica.launch.uid for replica in alive if not replica.lies_in_bed}
         if self.settings.max_loaded is not None:
             self.must(len(loaded) <= self.settings.max_loaded, f"{len(loaded)} models are loaded")
         for name, group in self.settings.groups.items():

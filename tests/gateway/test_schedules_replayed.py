@@ -48,8 +48,7 @@ def test_a_schedule_is_written_down_and_read_as_it_was(yard: ModuleType, tmp_pat
 @pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
 async def test_what_holds_in_the_model_holds_with_processes(file: Path, tmp_path: Path) -> None:
     schedule: Schedule = read(file)
-    device: replayed.Device = "ram" if file.stem.endswith("ram") else "gpu"
-    outcome = await replayed.replay(schedule, tmp_path, device)
+    outcome = await replayed.replay(schedule, tmp_path)
     assert outcome.faults == []
     assert outcome.requests.get("answered")
     assert outcome.starts

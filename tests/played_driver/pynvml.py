@@ -1,16 +1,20 @@
-"""A driver that is played, for a whole gateway: with this folder on its path, it has one GPU.
+"""A driver that is played, for a whole gateway: with this folder on its path, it has the GPUs that it is told of.
 
-The folder PLAYED_GPU says how much the GPU has (`total`), what others hold (`foreign`, by the process `foreigner`), and
-in `processes` what each process of ours holds, in a file named by its pid; who has ended holds nothing.
+The folder PLAYED_GPUS has `gpus`, how much each has by its uuid; `foreign`, what others hold of them, by the process
+`foreigner`; `hangs_until`, a time of the monotonic clock; and in `processes` what each process of ours holds, in a file
+named by its pid. All is JSON. Who has ended holds nothing.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-FOLDER = Path(os.environ["PLAYED_GPU"])
+FOLDER = Path(os.environ["PLAYED_GPUS"])
 
 
 class NVMLError(Exception):
@@ -18,7 +22,8 @@ class NVMLError(Exception):
 
 
 def nvmlInit() -> None:
-    pass
+    while time.monotonic() < _told("hangs_until"):
+        time.sleep(0.02)
 
 
 def nvmlShutdown() -> None:
@@ -30,42 +35,43 @@ def nvmlSystemGetCudaDriverVersion() -> int:
 
 
 def nvmlDeviceGetCount() -> int:
-    return 1
+    return len(_told("gpus"))
 
 
-def nvmlDeviceGetHandleByIndex(index: int) -> int:
-    return index
+def nvmlDeviceGetHandleByIndex(index: int) -> str:
+    return sorted(_told("gpus"))[index]
 
 
-def nvmlDeviceGetMigMode(handle: int) -> list[int]:
+def nvmlDeviceGetMigMode(uuid: str) -> list[int]:
     raise NVMLError("Not Supported")
 
 
-def nvmlDeviceGetUUID(handle: int) -> str:
-    return "GPU-played"
+def nvmlDeviceGetUUID(uuid: str) -> str:
+    return uuid
 
 
-def nvmlDeviceGetName(handle: int) -> str:
+def nvmlDeviceGetName(uuid: str) -> str:
     return "Played"
 
 
-def nvmlDeviceGetMemoryInfo(handle: int) -> SimpleNamespace:
-    used = sum(process.usedGpuMemory for process in nvmlDeviceGetComputeRunningProcesses(handle))
-    return SimpleNamespace(total=_number("total"), used=min(used, _number("total")))
+def nvmlDeviceGetMemoryInfo(uuid: str) -> SimpleNamespace:
+    total = _told("gpus")[uuid]
+    used = sum(process.usedGpuMemory for process in nvmlDeviceGetComputeRunningProcesses(uuid))
+    return SimpleNamespace(total=total, used=min(used, total))
 
 
-def nvmlDeviceGetComputeRunningProcesses(handle: int) -> list[SimpleNamespace]:
-    held = {int(path.name): int(path.read_text()) for path in (FOLDER / "processes").glob("[0-9]*[0-9]")}
-    if foreign := _number("foreign"):
-        held[_number("foreigner")] = foreign
-    return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in sorted(held.items()) if is_alive(pid)]
+def nvmlDeviceGetComputeRunningProcesses(uuid: str) -> list[SimpleNamespace]:
+    files = (FOLDER / "processes").glob("*[0-9]")
+    held = {int(path.name): json.loads(path.read_text()).get(uuid) for path in files}
+    held[_told("foreigner")] = _told("foreign").get(uuid)
+    return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in held.items() if size and _is_alive(pid)]
 
 
-def nvmlDeviceGetGraphicsRunningProcesses(handle: int) -> list[SimpleNamespace]:
+def nvmlDeviceGetGraphicsRunningProcesses(uuid: str) -> list[SimpleNamespace]:
     return []
 
 
-def is_alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     """The dead that nobody has reaped yet hold nothing."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
@@ -73,5 +79,5 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def _number(name: str) -> int:
-    return int((FOLDER / name).read_text())
+def _told(name: str) -> Any:
+    return json.loads((FOLDER / name).read_text())
