@@ -63,7 +63,7 @@ ENGINE_RESTARTS = Counter(
 
 OF_MODELS = (
     *(REQUESTS, REQUEST_SECONDS, FIRST_BYTE_SECONDS, QUEUE_SECONDS, REFUSED, LOAD_SECONDS, CANCELLED, RETRIES),
-    *(EVICTIONS, ADOPTIONS, ENGINE_RESTARTS),
+    *(EVICTIONS, SLEEPS, WAKES, WAKE_SECONDS, ADOPTIONS, ENGINE_RESTARTS),
 )
 GONE_KEPT = 50  # models that are gone and still have their figures, so that the last of them are scraped
 _gone: dict[str, None] = {}  # the first to have gone comes first

@@ -302,8 +302,10 @@ class Replay:
             crowd += [asyncio.create_task(ask_on()) for _ in range(count)]
 
     async def the_crowd_goes(self, uid: str) -> None:
-        for client in self._crowds.pop(uid, ()):
+        clients = self._crowds.pop(uid, [])
+        for client in clients:
             client.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
 
     async def somebody_waits_until_it_is_ready(self, uid: str, leaves_after_s: float) -> None:
         async def wait() -> None:
