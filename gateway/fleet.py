@@ -17,6 +17,7 @@ import msgspec
 
 import engines
 from engines.base import Engine, EngineSettings, Launch, Placement
+from gateway import metrics
 from gateway.apply import Difference, Effect, SettingStep, Way, effective, setting_steps, steps
 from gateway.choice import engine_answers, why_this_engine
 from gateway.config import NOWHERE, Settings, Source
@@ -407,6 +408,7 @@ class Fleet:
         self._changing.pop(uid, None)
         del self._deployments[uid]  # not before: until then the gateway's end must know of it
         deployment.end()
+        metrics.goes(uid)
         if (launch := self._coming.pop(uid, None)) is not None and not self.is_closing:
             self._deploy(launch)
 
@@ -728,6 +730,7 @@ class Fleet:
             if all(found.is_asleep for found in left_behind):
                 deployment.rest()
         self._deployments[launch.uid] = deployment
+        metrics.comes(launch.uid)
         self.events.add(launch.uid, "INFO", "Launch model")
         deployment.begin(self._tasks)
         return deployment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -60,6 +61,29 @@ ENGINE_RESTARTS = Counter(
     "hostler_engine_failures", "Lives of an engine that ended otherwise than by our wish, and why.", ("model", "cause")
 )
 
+OF_MODELS = (
+    *(REQUESTS, REQUEST_SECONDS, FIRST_BYTE_SECONDS, QUEUE_SECONDS, REFUSED, LOAD_SECONDS, CANCELLED, RETRIES),
+    *(EVICTIONS, SLEEPS, WAKES, WAKE_SECONDS, ADOPTIONS, ENGINE_RESTARTS),
+)
+GONE_KEPT = 50  # models that are gone and still have their figures, so that the last of them are scraped
+_gone: dict[str, None] = {}  # the first to have gone comes first
+
+
+def comes(model: str) -> None:
+    """A model is there, maybe again: its figures stay."""
+    _gone.pop(model, None)
+
+
+def goes(model: str) -> None:
+    """A model is there no longer: its figures go once enough others have gone after it."""
+    comes(model)
+    _gone[model] = None
+    if len(_gone) > GONE_KEPT:
+        first = next(iter(_gone))
+        del _gone[first]
+        for metric in OF_MODELS:
+            metric.remove_by_labels({"model": first})
+
 
 class FleetCollector(Collector):
     """What is read off the deployments at each scrape."""
@@ -88,7 +112,11 @@ class FleetCollector(Collector):
                 labels = (deployment.launch.uid, str(replica.index))
                 in_flight.add_metric(labels, replica.in_flight)
                 state.add_metric((*labels, str(replica.state)), 1)
-        yield from (in_flight, waiting, oldest, state)
+        tasks = GaugeMetricFamily(
+            "hostler_tasks", "Of the gateway's own loop: a number that grows and grows is a leak."
+        )
+        tasks.add_metric((), len(asyncio.all_tasks()))
+        yield from (in_flight, waiting, oldest, state, tasks)
 
 
 def render() -> bytes:

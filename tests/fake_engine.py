@@ -30,6 +30,7 @@ BEHAVIOUR = {
     "memory_for_tokens": None,  # with a larger --ctx-size it exits as llama-server does without memory
     "exit_if_full": None,  # exits where this folder has no room
     "exit_before_ready_times": 0,  # the first N starts exit with exit_code; needs counter_file
+    "fail_file": None,  # a file with a number: so many starts more do not come to be ready; each takes one off
     # Dying. A 1 means the first one; None means never.
     "exit_after_s": None,  # exit with exit_code, counted from the start of the process
     "exit_code": 1,
@@ -44,6 +45,7 @@ BEHAVIOUR = {
     "lifetime_s": 900.0,  # nobody leaves one of these behind for longer
     # Stopping
     "ignore_term": False,
+    "stop_delay_s": 0.0,  # it obeys so late
     "grandchild": False,  # two children in the same process group; the second one ignores SIGTERM
     "grandchild_file": None,  # a JSON list of their two pids
     # Answering
@@ -57,6 +59,9 @@ BEHAVIOUR = {
     "error_body": None,  # ... and this, text or JSON
     "keep_alive_s": None,  # closes a connection that was idle for so long
     "close_connections": False,  # `Connection: close` on every reply
+    # Holding
+    "held_folder": None,  # of the played driver: there a file named by the pid says how much of which GPUs this holds
+    "held_bytes": 0,  # evenly of those in CUDA_VISIBLE_DEVICES
     # Sleeping, as vLLM's server does
     "can_sleep": False,  # opens /sleep, /wake_up, /is_sleeping and /collective_rpc
     "first_sleep_s": 0.0,  # the first sleep that keeps the weights takes so much longer
@@ -110,6 +115,8 @@ def main() -> int:
     behaviour = read_behaviour(os.environ.get("FAKE_ENGINE") or "{}")
     flags = read_flags(sys.argv[1:])
     events = Events(behaviour.events_file)
+    if behaviour.held_folder is not None:
+        hold(behaviour.held_folder, behaviour.held_bytes)
     start = count_start(behaviour.counter_file)
     events.add("start", start=start, argv=sys.argv[1:])
     for line in behaviour.last_words:
@@ -121,6 +128,10 @@ def main() -> int:
     if behaviour.memory_for_tokens is not None and int(flags.ctx_size) > behaviour.memory_for_tokens:
         say(f"ggml_aligned_malloc: insufficient memory (attempted to allocate {flags.ctx_size} tokens)")
         return fail_to_load(flags.model, 1)
+    if behaviour.fail_file is not None and add_to(behaviour.fail_file, -1) >= 0:
+        time.sleep(behaviour.ready_after_s)
+        say("main: exiting, as FAKE_ENGINE asked for with fail_file")
+        return behaviour.exit_code
     if start <= behaviour.exit_before_ready_times:
         return fail_to_load(flags.model, behaviour.exit_code)
     if behaviour.grandchild:
@@ -162,17 +173,28 @@ def read_flags(argv: list[str]) -> SimpleNamespace:
 
 def count_start(path: str | None) -> int:
     """The number of this start among all that share the file, from 1."""
-    if path is None:
-        return 1
+    return 1 if path is None else add_to(path, 1)
+
+
+def add_to(path: str, amount: int) -> int:
+    """The number in a file that several processes share, with this added to it; it is kept from 0 up."""
     import fcntl
 
     with open(path, "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        number = int(file.read() or 0) + 1
+        number = int(file.read() or 0) + amount
         file.truncate(0)
-        file.write(str(number))
+        file.write(str(max(0, number)))
     return number
+
+
+def hold(folder: str, size_bytes: int) -> None:
+    uuids = [uuid for uuid in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if uuid]
+    path = os.path.join(folder, str(os.getpid()))
+    with open(f"{path}.new", "w") as file:
+        json.dump({uuid: size_bytes // len(uuids) for uuid in uuids}, file)
+    os.replace(f"{path}.new", path)
 
 
 def fail_to_load(model: str, code: int) -> int:
@@ -297,7 +319,7 @@ class Engine:
     def term(self) -> None:
         self.events.add("term")
         if not self.behaviour.ignore_term:
-            self.stopping.set()
+            asyncio.get_running_loop().call_later(self.behaviour.stop_delay_s, self.stopping.set)
 
     async def drain(self) -> None:
         limit = time.monotonic() + DRAIN_LIMIT_S

@@ -12,7 +12,8 @@ from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import settings as hypothesis_settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant
+from schedules import initialize, rule
 from simulated import GB, Model, World
 from virtual_time import virtual_time
 
