@@ -15,7 +15,7 @@ import time
 import venv
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,8 @@ class Target:
     shares: str = ""  # targets of one such name are asked of one running door
     rebuilds: bool = False  # it writes replies anew, so that their bytes differ
     cells: tuple[str, ...] = ()  # what it can be measured in; empty: everything
-    is_ours: bool = field(default=False)
+    is_ours: bool = False
+    rests: bool = False  # it is stopped while others are measured, since it looks after its engine all the time
 
 
 def is_engine(process: psutil.Process) -> bool:
@@ -271,7 +272,7 @@ def peer(name: str, folder: Path) -> Target:
             time.sleep(known.settle_s)
             yield Running(port, process.pid, {"mock": (setting.engine_port, None)}, start_s)
 
-    return Target(name, start, rebuilds=known.rebuilds, cells=known.cells)
+    return Target(name, start, rebuilds=known.rebuilds, cells=known.cells, rests=True)
 
 
 def installed(package: str, folder: Path) -> Path:
@@ -342,8 +343,8 @@ def fresh_folder(setting: Setting, name: str) -> Path:
     return folder
 
 
-def all_targets(peers: list[str], peer_folder: Path, trees: list[Path]) -> list[Target]:
-    """In the order of the tables."""
+def all_targets(peers: list[str], peer_folder: Path, trees: list[Path], *, plain_unix: bool) -> list[Target]:
+    """In the order of the tables; the plain door over a Unix socket too if asked for."""
     targets = [Target("direct", direct)]
     if not shutil.which("nginx"):
         raise Failed("nginx is the reference, and not on PATH: install it (Debian: nginx-light).")
@@ -355,5 +356,8 @@ def all_targets(peers: list[str], peer_folder: Path, trees: list[Path]) -> list[
             Target(f"{name}, Unix socket", hostler(tree), "mock-unix", shares=name, is_ours=True),
         ]
         if "plain" in doors_of(tree):
-            targets.append(Target(f"{name}, plain door", hostler(tree, door="plain"), "mock-tcp", is_ours=True))
+            plain = f"{name}, plain door"
+            targets.append(Target(plain, hostler(tree, door="plain"), "mock-tcp", shares=plain, is_ours=True))
+            if plain_unix:
+                targets.append(replace(targets[-1], name=f"{plain}, Unix socket", model="mock-unix"))
     return [*targets, *(peer(name, peer_folder) for name in peers)]

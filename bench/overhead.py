@@ -37,10 +37,11 @@ from native import BENCH, Failed
 
 PEER_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hostler-bench"
 WARM_UP_S = 0.3
-STREAM_SLACK_S = 1.5  # a stream outlasts the time in which events count by so much, for those that begin late
+STREAM_SLACK_S = 1.2  # a stream outlasts the time in which events count by so much, for those that begin late
 HELD_STREAMS, HELD_PACE_MS, HELD_S = 1000, 500, 60
 UPLOADS, UPLOAD_REQUESTS = 2, 8
 SETTLE_S = 1.0
+WAKE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write every single run here")
     parser.add_argument("--read", type=Path, help="tell again what --json wrote, and measure nothing")
     options = parser.parse_args()
-    options.seconds = options.seconds or (2.0 if options.quiet_full else 0.7)
+    options.seconds = options.seconds or (2.0 if options.quiet_full else 0.5)
     options.repetitions = options.repetitions or (5 if options.quiet_full else 2)
     options.out = options.out or (BENCH / "results" if options.quiet_full else None)
     options.peers = [name for name in options.peers.split(",") if name]
@@ -145,7 +146,8 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen(options: argparse.Namespace) -> list[Target]:
-    targets = all_targets(options.peers, options.peer_folder, [tree.resolve() for tree in options.tree])
+    trees = [tree.resolve() for tree in options.tree]
+    targets = all_targets(options.peers, options.peer_folder, trees, plain_unix=options.quiet_full)
     if not options.targets:
         return targets
     wanted = re.split(r",(?! )", options.targets)
@@ -246,11 +248,12 @@ class Bench:
         with contextlib.ExitStack() as stack:
             running = self._start(stack)
             expected = self._expectations(cells, running)
+            stack.enter_context(asleep([running[target.name] for target in self._targets if target.rests]))
             for repetition in range(self._options.repetitions):
                 for cell in cells:
                     able = [target for target in self._targets if not target.cells or cell.name in target.cells]
                     for target in random.sample(able, len(able)):
-                        with self._named(target, cell.name):
+                        with self._named(target, cell.name), awake(target, running[target.name]):
                             one = self._run(target, running[target.name], cell, expected)
                         found.append({"repetition": repetition, "target": target.name, "cell": cell.name, **one})
                 self._say(f"repetition {repetition + 1} of {self._options.repetitions} is done")
@@ -331,6 +334,36 @@ class Bench:
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def asleep(all_running: list[Running]) -> Iterator[None]:
+    """Doors that do things of their own accord, stopped while it is not their turn."""
+    for running in all_running:
+        for process in running.processes():
+            process.suspend()
+    try:
+        yield
+    finally:
+        for running in all_running:
+            for process in running.processes():
+                process.resume()
+
+
+@contextlib.contextmanager
+def awake(target: Target, running: Running) -> Iterator[None]:
+    """For its turn."""
+    if not target.rests:
+        yield
+        return
+    for process in running.processes():
+        process.resume()
+    time.sleep(WAKE_S)  # what they have slept over
+    try:
+        yield
+    finally:
+        for process in running.processes():
+            process.suspend()
 
 
 def memory(running: Running) -> dict[str, float]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +122,22 @@ def test_the_table_says_what_is_met(cpu_us: float, said: str) -> None:
     assert [cell.strip() for cell in line.split("|")][2:5] == ["1.5", "1.2", said]
     (line,) = [line for line in lines if line.startswith("| idle RSS")]
     assert "not measured" in line
+
+
+@COMPILER
+@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is the reference: install it")
+def test_the_command_measures_and_tells(tmp_path: Path) -> None:
+    words = ["--cells", "c1,s64", "--repetitions", "1", "--seconds", "0.1", "--no-plot", "--out", str(tmp_path)]
+    argv = [sys.executable, str(native.BENCH / "overhead.py"), *words, "--json", str(tmp_path / "runs.json")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "| added p50, 1 connection, x nginx's" in (tmp_path / "overhead.md").read_text()
+    runs = json.loads((tmp_path / "runs.json").read_text())["runs"]
+    assert {run["cell"] for run in runs} == {"c1", "s64"}
+    assert {"direct", "nginx", "nginx, Unix socket", "hostler", "hostler, Unix socket"} <= {
+        run["target"] for run in runs
+    }
+    assert all(run["cpu_s"] > 0 for run in runs if run["target"] != "direct")
 
 
 def test_every_goal_is_at_least_its_floor() -> None:

@@ -14,13 +14,17 @@ import native
 import pytest
 from doors import HOST, KEY, Running, Setting
 
-REQUESTS = 2000
+REQUESTS = 5000
 CONNECTIONS = 16
 PROBES = 4  # connections that the gateway may open to look whether its engine is well
 DOORS = doors.doors_of(doors.ROOT) or ["plain"]
 # system calls of the gateway for a request at 64 connections, and pieces that it and its reply may come in, by door
 SYSCALLS = {"auto": 6.0, "plain": 12.0}
 PIECES = {"auto": 1.05, "plain": 2.05}
+
+# A line of strace's table: time, seconds, microseconds a call, calls, perhaps errors, name. Threads that wait for each
+# other (futex) do so as the machine has it.
+CALLS = re.compile(r"^ *[\d.]+ +[\d.]+ +\d+ +(\d+) +(?:\d+ +)?(?!futex|total)(\w+)$", re.MULTILINE)
 
 pytestmark = pytest.mark.skipif(not shutil.which(native.COMPILER), reason="the mock engine is C: install a compiler")
 
@@ -65,7 +69,7 @@ def test_connections_to_the_engine_are_kept(running: Running, model: str, tools:
 
 def test_connections_of_streams_are_kept_too(running: Running, model: str, tools: native.Tools, tmp_path: Path) -> None:
     before = doors.counted(running, model)
-    load(tools, running, asks.stream(model, events=5, pace_ms=1), tmp_path, CONNECTIONS, REQUESTS // 10)
+    load(tools, running, asks.stream(model, events=5, pace_ms=1), tmp_path, CONNECTIONS, REQUESTS // 20)
     after = doors.counted(running, model)
     assert after["accepted"] - before["accepted"] <= CONNECTIONS + PROBES
     assert after["broken_off"] == before["broken_off"]
@@ -109,6 +113,6 @@ def test_system_calls_of_a_request(
     finally:
         strace.terminate()
         strace.wait(20)
-    total = re.search(r"^\s*100\.00\s+\S+\s+\S+\s+(\d+)", table.read_text(), re.MULTILINE)
-    assert total is not None, table.read_text()
-    assert int(total[1]) / REQUESTS <= SYSCALLS[door], table.read_text()
+    calls = {name: int(number) for number, name in CALLS.findall(table.read_text())}
+    assert calls["read"] > REQUESTS, "strace saw nothing"
+    assert sum(calls.values()) / REQUESTS <= SYSCALLS[door], table.read_text()
