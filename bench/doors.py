@@ -343,21 +343,23 @@ def fresh_folder(setting: Setting, name: str) -> Path:
     return folder
 
 
-def all_targets(peers: list[str], peer_folder: Path, trees: list[Path], *, plain_unix: bool) -> list[Target]:
-    """In the order of the tables; the plain door over a Unix socket too if asked for."""
+def both(name: str, start: Start) -> list[Target]:
+    """One gateway, asked for the model over TCP and for the one over a Unix socket."""
+    tcp = Target(name, start, "mock-tcp", shares=name, is_ours=True)
+    return [tcp, replace(tcp, name=f"{name}, Unix socket", model="mock-unix")]
+
+
+def all_targets(peers: list[str], peer_folder: Path, trees: list[Path], settings: list[dict[str, Any]]) -> list[Target]:
+    """In the order of the tables. `trees` are further checkouts; `settings`, with what ours is started once more."""
     targets = [Target("direct", direct)]
     if not shutil.which("nginx"):
         raise Failed("nginx is the reference, and not on PATH: install it (Debian: nginx-light).")
     targets += [Target("nginx", nginx(unix=False)), Target("nginx, Unix socket", nginx(unix=True))]
     for tree in [ROOT, *trees]:
         name = "hostler" if tree == ROOT else f"hostler in {tree.name}"
-        targets += [
-            Target(name, hostler(tree), "mock-tcp", shares=name, is_ours=True),
-            Target(f"{name}, Unix socket", hostler(tree), "mock-unix", shares=name, is_ours=True),
-        ]
+        targets += both(name, hostler(tree))
         if "plain" in doors_of(tree):
-            plain = f"{name}, plain door"
-            targets.append(Target(plain, hostler(tree, door="plain"), "mock-tcp", shares=plain, is_ours=True))
-            if plain_unix:
-                targets.append(replace(targets[-1], name=f"{plain}, Unix socket", model="mock-unix"))
+            targets += both(f"{name}, plain door", hostler(tree, door="plain"))
+    for more in settings:
+        targets += both(f"hostler with {', '.join(f'{key}={value}' for key, value in more.items())}", hostler(**more))
     return [*targets, *(peer(name, peer_folder) for name in peers)]

@@ -30,6 +30,7 @@ from native import Failed
 
 STREAMS, EVENTS, PACE_MS = 512, 500, 20
 LOOK_S = 0.25
+SETTLE_S = 1.0  # until the connections of a round are closed
 MIB = 2**20
 LIMIT_KIB = 100.0  # of growth for a million events: a byte in ten events
 

@@ -49,7 +49,7 @@ struct connection {
     size_t reply_left;
     char *late;                   /* parts of a stream that the socket did not take */
     size_t late_size, late_room;
-    int events_left, wants_usage, is_answering, wants_out;
+    int events, events_left, wants_usage, is_answering, wants_out;
     uint64_t due_ns, pace_ns;
 };
 
@@ -209,8 +209,8 @@ static void next_event(struct connection *c, const char *before) {
     if (is_last) {
         if (c->wants_usage) {
             size = sprintf(event, "data: {\"id\":\"chatcmpl-0\",\"object\":\"chat.completion.chunk\",\"created\":1700000000,"
-                "\"model\":\"mock\",\"choices\":[],\"usage\":{\"prompt_tokens\":64,\"completion_tokens\":64,"
-                "\"total_tokens\":128}}\n\n");
+                "\"model\":\"mock\",\"choices\":[],\"usage\":{\"prompt_tokens\":64,\"completion_tokens\":%d,"
+                "\"total_tokens\":%d}}\n\n", c->events, c->events + 64);
             at += chunk(text + at, event, size);
         }
         at += chunk(text + at, "data: [DONE]\n\n", 14);
@@ -269,7 +269,7 @@ static void answer(struct connection *c) {
             flush(c);
         }
     } else if (!strcmp(c->path, "/v1/chat/completions")) {
-        c->events_left = wish(c, "events=", 50);
+        c->events = c->events_left = wish(c, "events=", 50);
         c->pace_ns = wish(c, "pace_us=", 20000) * 1000;
         c->wants_usage = is_true(c->opening, "\"include_usage\"");
         c->due_ns = now_ns();

@@ -4,6 +4,7 @@
     python bench/overhead.py --quiet-full                   # for publishing: writes bench/results/overhead.md and .png
     python bench/overhead.py --cells c64,s512               # a part
     python bench/overhead.py --tree ../other-checkout       # both checkouts, paired
+    python bench/overhead.py --with '{"workers": 2}'        # both ways to set it, paired
     python bench/overhead.py --peers vllm-router,litellm    # gateways of others too
 
 Every repetition visits all targets in random order; a ratio is taken within a repetition, and the median of the ratios
@@ -42,6 +43,7 @@ HELD_STREAMS, HELD_PACE_MS, HELD_S = 1000, 500, 60
 UPLOADS, UPLOAD_REQUESTS = 2, 8
 SETTLE_S = 1.0
 WAKE_S = 0.2
+LEFT_OUT = ("hostler, plain door, Unix socket",)  # unless all is measured, or it is asked for
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cells", help=f"of {', '.join(cell.name for cell in CELLS)}, {FRESH}; all if not given")
     parser.add_argument("--targets", help="names of targets, by commas after which no space stands; nginx is needed")
     parser.add_argument("--tree", type=Path, action="append", default=[], help="another checkout, measured beside ours")
+    parser.add_argument(
+        "--with",
+        dest="settings",
+        type=json.loads,
+        action="append",
+        default=[],
+        help="""one more Hostler, with these settings, as JSON: '{"workers": 2}'""",
+    )
     parser.add_argument("--peers", default="", help=f"gateways of others: {', '.join(doors.PEERS)}")
     parser.add_argument("--peer-folder", type=Path, default=PEER_FOLDER, help="where their environments are kept")
     parser.add_argument("--out", type=Path, help="folder for a table and a plot")
@@ -147,9 +157,9 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
 
 def chosen(options: argparse.Namespace) -> list[Target]:
     trees = [tree.resolve() for tree in options.tree]
-    targets = all_targets(options.peers, options.peer_folder, trees, plain_unix=options.quiet_full)
+    targets = all_targets(options.peers, options.peer_folder, trees, options.settings)
     if not options.targets:
-        return targets
+        return targets if options.quiet_full else [target for target in targets if target.name not in LEFT_OUT]
     wanted = re.split(r",(?! )", options.targets)
     if unknown := set(wanted) - {target.name for target in targets}:
         raise Failed(f"There is no target {unknown.pop()!r}, but {', '.join(target.name for target in targets)}.")

@@ -67,6 +67,18 @@ def test_connections_to_the_engine_are_kept(running: Running, model: str, tools:
     assert after["accepted"] - before["accepted"] <= CONNECTIONS + PROBES
 
 
+def test_every_request_is_in_the_metrics(running: Running, model: str, tools: native.Tools, tmp_path: Path) -> None:
+    def total() -> float:
+        text = doors.ask(running.port, "/metrics", KEY)[1].decode()
+        lines = [line for line in text.splitlines() if line.startswith("hostler_requests_total{")]
+        return sum(float(line.split()[-1]) for line in lines if f'model="{model}"' in line and '"200"' in line)
+
+    before = total()
+    load(tools, running, asks.chat(model), tmp_path, CONNECTIONS, 500)
+    load(tools, running, asks.stream(model, events=3, pace_ms=1), tmp_path, CONNECTIONS, 200)
+    assert total() - before == 700
+
+
 def test_connections_of_streams_are_kept_too(running: Running, model: str, tools: native.Tools, tmp_path: Path) -> None:
     before = doors.counted(running, model)
     load(tools, running, asks.stream(model, events=5, pace_ms=1), tmp_path, CONNECTIONS, REQUESTS // 20)
