@@ -20,6 +20,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,9 @@ from native import BENCH, Failed
 
 PEER_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hostler-bench"
 WARM_UP_S = 0.3
+WAVES = (
+    7  # of short streams, for the time to the first byte: one burst alone tells more of the machine than of the door
+)
 STREAM_SLACK_S = 1.2  # a stream outlasts the time in which events count by so much, for those that begin late
 HELD_STREAMS, HELD_PACE_MS, HELD_S = 1000, 500, 60
 UPLOADS, UPLOAD_REQUESTS = 2, 8
@@ -323,6 +327,8 @@ class Bench:
             arguments += ["--pids", ",".join(str(process.pid) for process in processes)]
         before = doors.counted(running, target.model)
         one = native.load(self._setting.tools, arguments, self._setting.engine_core)
+        if cell.kind == "stream":
+            one["first_ms"] = self._first_ms(target, running, cell)
         after = doors.counted(running, target.model)
         one["engine_connections"] = after["accepted"] - before["accepted"] - 1  # the last is our own look
         one["requests_per_s"] = one["requests"] / one["seconds"]
@@ -334,6 +340,14 @@ class Bench:
             if one["over"] < cell.connections:
                 self._say(f"{target.name}, {cell.name}: only {one['over']} streams of {cell.connections} ended in time")
         return one
+
+    def _first_ms(self, target: Target, running: Running, cell: Cell) -> dict[str, float]:
+        """Of bursts of new connections that each ask for a short stream: the medians over the bursts."""
+        arguments = self._arguments(target, running, asks.stream(target.model, events=2))
+        arguments += ["--connections", str(cell.connections), "--mode", "streams", "--seconds", "0", "--warm-up", "0"]
+        core = self._setting.engine_core
+        waves = [native.load(self._setting.tools, arguments, core)["first_ms"] for _ in range(WAVES)]
+        return {name: statistics.median(wave[name] for wave in waves) for name in ("p50", "p99")}
 
     @contextlib.contextmanager
     def _named(self, target: Target, what: str) -> Iterator[None]:
