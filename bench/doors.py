@@ -357,8 +357,9 @@ def all_targets(peers: list[str], peer_folder: Path, trees: list[Path], settings
     targets += [Target("nginx", nginx(unix=False)), Target("nginx, Unix socket", nginx(unix=True))]
     for tree in [ROOT, *trees]:
         name = "hostler" if tree == ROOT else f"hostler in {tree.name}"
-        targets += both(name, hostler(tree))
-        if "plain" in doors_of(tree):
+        ways_in = doors_of(tree)
+        targets += both(name, hostler(tree, **({"door": "auto"} if "auto" in ways_in else {})))
+        if "plain" in ways_in:
             targets += both(f"{name}, plain door", hostler(tree, door="plain"))
     for more in settings:
         targets += both(f"hostler with {', '.join(f'{key}={value}' for key, value in more.items())}", hostler(**more))
