@@ -26,7 +26,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         ("Added p50, 1 connection", "us", lambda t: scaled(run.added(t, "c1", "latency_ms", "p50"), 1e3), True),
         ("CPU per event, 512 streams", "us", lambda t: run.median(t, "s512", "cpu_us_per_event"), True),
         ("TTFT p50, 512 streams at once", "ms", lambda t: run.median(t, "s512", "first_ms", "p50"), False),
-        ("Idle memory, and with 1,000 streams", "MiB", lambda t: scaled(run.fresh(t, "rss"), 1 / MIB), True),
+        ("Idle, and with 1,000 streams", "MiB", lambda t: scaled(run.fresh(t, "rss"), 1 / MIB), True),
     ]
     height = 1.1 + 0.32 * len(run.targets)
     figure, axes = pyplot.subplots(2, 3, figsize=(16, 2 * height + 0.9), layout="constrained")
@@ -59,6 +59,7 @@ def panel(axis: Axes, title: str, unit: str, values: dict[str, float], run: Run)
     if least > 0 and most / least > WIDE:
         axis.set_xscale("log")
         axis.set_xlim(least / 2, most * 4)
+        axis.set_xlabel("logarithmic", fontsize=8, color="#475569", labelpad=0)
     else:
         axis.set_xlim(min(0, least * 1.2), most * 1.25)
     for row, value in enumerate(values.values()):
@@ -81,6 +82,7 @@ def add_streams(axis: Axes, names: list[str], run: Run) -> None:
         label = f"{own:.0f} + {streams * MIB / KIB / 1000:.0f} KiB a stream" if streams else f"{own:.0f}"
         axis.annotate(label, (own + streams, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
     axis.set_xscale("linear")
+    axis.set_xlabel("")
     axis.set_xlim(0, max([own + streams for own, streams in zip(base, more, strict=True)], default=1) * 1.6)
 
 
