@@ -138,6 +138,7 @@ class _Yard:
         silence: str | None,
     ) -> None:
         self._devices = devices
+        self._view = devices  # as they are, or as they may be in a moment
         self._silence = silence
         self._rules = rules
         self._now = now
@@ -205,12 +206,16 @@ class _Yard:
             return
         self._make_room(claim, found)
 
-    def _make_room(self, claim: Claim, why: str) -> None:
+    def _make_room(self, claim: Claim, why: str, *, is_now: bool = True) -> None:
+        """Unload who is idle, or hold back who is busy; if not `is_now`, nobody is unloaded yet."""
         free = self._by_score(one for one in self._staying.values() if self._free_in_s(one, claim) == 0)
         found = self._victims(claim, free)
         if found is not None:
             victims, placement = found
-            self._evict |= {victim.key: claim.key for victim in victims}
+            if is_now:
+                self._evict |= {victim.key: claim.key for victim in victims}
+            elif self.is_late(claim):
+                self._hold |= {victim.key for victim in victims}
             for victim in victims:
                 self._leaving.append(self._staying.pop(victim.key))
             self._wait[claim.key] = f"{_names(victims)} is unloaded to make room"
@@ -257,7 +262,7 @@ class _Yard:
             now.update(one.memory)
         for one in staying:
             then.update(one.memory)
-        placement = place(claim.needs, self._devices, now | then, **self._wishes(claim))
+        placement = place(claim.needs, self._view, now | then, **self._wishes(claim))
         return placement.text if isinstance(placement, NoRoom) else placement
 
     def _held(self) -> Counter[str]:
@@ -292,11 +297,26 @@ class _Yard:
         """Memory that was given back a moment ago may yet be told as taken."""
         _, for_ever = refusal
         is_new = self._now - claim.since < SETTLE_S
-        if for_ever or not (is_new or self._never(claim, [device.at_best for device in self._devices]) is None):
+        at_best = [device.at_best for device in self._devices]
+        fits_at_best = self._never(claim, at_best) is None
+        if for_ever or not (is_new or fits_at_best):
             self._refuse[claim.key] = refusal
-        else:
-            self._wait[claim.key] = refusal[0]
-            self._looks.append(SETTLE_PAUSE_S)
+            return
+        if fits_at_best and not claim.is_extra:
+            self._view = at_best
+            self._keep_for(claim, refusal[0])
+            self._view = self._devices
+        self._wait[claim.key] = refusal[0]
+        self._looks.append(SETTLE_PAUSE_S)
+
+    def _keep_for(self, claim: Claim, why: str) -> None:
+        """It gets what it can have without what others took a moment ago: else the smaller would always come first."""
+        staying = list(self._staying.values())
+        for holders in ([*staying, *self._leaving], staying):
+            if isinstance(placement := self._fit(claim, holders), Placement):
+                self._book(claim, placement)
+                return
+        self._make_room(claim, why, is_now=False)
 
     def _book(self, claim: Claim, placement: Placement) -> None:
         self._promised.update(placement.memory)
