@@ -341,7 +341,7 @@ class _Yard:
             return None
         until = holder.ready_since + self._rules.min_residency_s
         if holder.waiting_since is not None and holder.waiting_since < claim.since:
-            until = max(until, holder.ready_since + self._rules.max_wait_s)
+            until = max(until, holder.ready_since + max(self._rules.max_wait_s, holder.load_s))
         return max(0.0, until - self._now)
 
     def _victims(self, claim: Claim, order: Sequence[Holder]) -> tuple[list[Holder], Placement] | None:
