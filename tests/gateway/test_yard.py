@@ -481,6 +481,10 @@ def test_a_client_that_leaves_lets_the_model_sleep_on() -> None:
             await asyncio.sleep(200)
             assert str(a.state) == "asleep"
             assert await world.ask("a", 1.0) == "answered"
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
 
 
 def test_who_waits_for_memory_that_is_just_coming_back_keeps_it_from_the_smaller() -> None:
