@@ -67,9 +67,9 @@ class Part:
 PARTS: dict[str, Part] = {
     "facts": Part(placing.facts, 10, 100, ("pytest", "pytest_asyncio")),
     "placement": Part(placing.placement, 40, 180, ("torch", "transformers")),
-    "embeddings": Part(libraries.embeddings, 30, 110, ("torch", "sentence_transformers")),
+    "embeddings": Part(libraries.embeddings, 30, 180, ("torch", "sentence_transformers")),
     "transformers": Part(libraries.transformers, 30, 80, ("torch", "transformers")),
-    "diffusers": Part(libraries.diffusers, 25, 90, ("torch", "diffusers")),
+    "diffusers": Part(libraries.diffusers, 25, 150, ("torch", "diffusers")),
     "kill-worker": Part(killing.worker, 40, 100, ("torch", "transformers")),
     "start": Part(tokens.start, 60, 200, ("vllm",)),
     "latency": Part(tokens.latency, 30, 170, ("vllm",)),
