@@ -245,7 +245,7 @@ class _Yard:
             return
         staying = [one for one in self._staying.values() if one.key != claim.key]
         found = self._fit(claim, staying, (*self._leaving, *self._waking))
-        if isinstance(found, Placement) and not (self._is_closed and found.memory):
+        if isinstance(found, Placement) and not (self._is_closed and any(found.memory.values())):
             self._start[claim.key] = found
             self._starting[claim.key[0]] = claim.group
             self._staying.pop(claim.key, None)

@@ -84,6 +84,33 @@ def test_who_is_late_is_served_by_age_the_others_by_priority() -> None:
     assert list(decide([old, new], [], [room], Rules(max_wait_s=5), 10.0).start) == [("old", 0)]
 
 
+def test_room_that_somebody_waits_for_is_not_given_to_who_came_later() -> None:
+    leaving = Holder(key=("leaving", 0), memory={RAM: 6 * GB}, is_leaving=True)
+    first, later = claim(9, since=1.0), claim(2, key=("later", 0), since=2.0)
+    plan = decide([first, later], [leaving], [MACHINE], Rules(), 3.0)
+    assert (plan.start, plan.wait["new", 0]) == ({}, "leaving is being unloaded")
+    beside = msgspec.structs.replace(later, needs=Needs(n_gpu=0, memory_bytes=GB))
+    assert list(decide([first, beside], [leaving], [MACHINE], Rules(), 3.0).start) == [("later", 0)]
+
+
+def test_beside_who_is_late_and_waits_for_all_there_is_nobody_starts() -> None:
+    busy = Holder(key=("busy", 0), memory={RAM: 8 * GB}, ready_since=0.0, work=1)
+    claims = [claim(9, key=("first", 0), since=1.0), claim(10, key=("second", 0), since=2.0)]
+    small, none = claim(1, key=("small", 0), since=3.0), claim(0, key=("none", 0), since=3.0)
+    assert list(decide([claims[0], small, none], [busy], [MACHINE], Rules(), 40.0).start) == [("none", 0), ("small", 0)]
+    plan = decide([*claims, small, none], [busy], [MACHINE], Rules(), 40.0)
+    assert list(plan.start) == [("none", 0)]
+    assert plan.wait["small", 0] == "another model has waited for longer"
+
+
+def test_who_is_held_back_goes_though_another_has_come_to_be_idle_meanwhile() -> None:
+    held = Holder(key=("held", 0), memory={RAM: 5 * GB}, ready_since=0.0, idle_since=99.0, load_s=60.0, is_held=True)
+    other = Holder(key=("other", 0), memory={RAM: 5 * GB}, ready_since=0.0, idle_since=98.0)
+    assert decide([claim(5)], [held, other], [MACHINE], Rules(), 100.0).evict == {("held", 0): ("new", 0)}
+    free = msgspec.structs.replace(held, is_held=False)
+    assert decide([claim(5)], [free, other], [MACHINE], Rules(), 100.0).evict == {("other", 0): ("new", 0)}
+
+
 def test_a_second_copy_unloads_nobody_though_the_first_has_no_place_yet() -> None:
     with virtual_time() as loop:
         world = World(Settings(), {RAM: 2 * GB})
@@ -249,6 +276,59 @@ def test_requests_that_end_cost_no_look_and_what_comes_back_is_seen_soon() -> No
             world.foreign[RAM] = 0
             await asyncio.sleep(LOOK_MOST_S + 0.1)
             assert str(two.replicas[1].state) == "starting"
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+async def until_the_next_look(world: World) -> None:
+    looks = world.looks
+    while world.looks == looks:
+        await asyncio.sleep(0.01)
+
+
+def test_nobody_goes_for_who_has_room_by_now() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(min_residency_s=0, max_wait_s=5), {RAM: 2 * GB})
+
+        async def main() -> None:
+            world.begin()
+            old = world.deploy(Model(uid="old", fields={"preload": True}))
+            world.deploy(Model(uid="new"))
+            busy = await old.acquire()
+            world.foreign[RAM] = GB
+            waiting = world.ask("new", 1.0)
+            await asyncio.sleep(10)
+            await until_the_next_look(world)
+            world.foreign[RAM] = 0
+            old.release(busy, was_served=True)
+            assert await waiting == "answered"
+            assert world.evictions == 0
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+def test_room_that_others_have_taken_since_the_last_look_is_not_given() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(max_loaded=1), {RAM: 2 * GB})
+
+        async def main() -> None:
+            world.begin()
+            for uid in ("old", "new"):
+                world.deploy(Model(uid=uid))
+            busy = world.ask("old", 60.0)
+            await asyncio.sleep(10)
+            waiting = world.ask("new", 1.0)
+            await until_the_next_look(world)
+            world.foreign[RAM] = GB
+            world.change(max_loaded=2)
+            world.dispatcher.poke()
+            await asyncio.sleep(10)
+            world.foreign[RAM] = 0
+            assert (await busy, await waiting) == ("answered", "answered")
             await world.end()
 
         loop.run_until_complete(main())
