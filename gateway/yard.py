@@ -88,7 +88,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     back. `is_held`: the last plan held it back. `load_s` is what it takes to load it again; `busy_s` is how long it is
     expected to be loading or answering yet if it gets no more.
 
-    `beds` are those in which it could sleep, who wakes quickest first. `is_tired`: it is to sleep though nobody needs
+    `beds` are those in which it could sleep now, who wakes quickest first. `is_tired`: it is to sleep though nobody needs
     its room. `is_new_to_it`: the first bed takes long the first time, and it is well to try that now. `host_bytes` of
     its memory are of the machine's, taken for sleeping. `falls_to` is what it will hold once it has fallen asleep.
     """
@@ -273,7 +273,7 @@ class _Yard:
         """The tired, all copies of a model or none; and where nobody waits, who is to try what takes long."""
         tired: dict[str, list[Holder]] = {}
         for one in self._staying.values():
-            if one.is_tired and not one.work and one.ready_since is not None and not one.is_asleep:
+            if one.is_tired and not one.work and not one.is_asleep:
                 tired.setdefault(one.key[0], []).append(one)
         for uid, copies in tired.items():
             awake = [one for one in self._staying.values() if one.key[0] == uid and not one.is_asleep]

@@ -442,6 +442,21 @@ def test_who_can_sleep_makes_room_before_who_has_to_be_loaded_again() -> None:
     assert (plan.evict, plan.sleep) == ({("drowsy", 0): ("new", 0)}, {("drowsy", 0): "ram"})
 
 
+def test_nobody_goes_in_vain() -> None:
+    small = Holder(key=("small", 0), memory={RAM: 2 * GB}, ready_since=0.0, idle_since=1.0)
+    large = Holder(key=("large", 0), memory={RAM: 6 * GB}, ready_since=0.0, idle_since=50.0)
+    room = Device(key=RAM, total_bytes=8 * GB)
+    assert decide([claim(6)], [small, large], [room], Rules(), 100.0).evict == {("large", 0): ("new", 0)}
+    assert decide([claim(2)], [small, large], [room], Rules(), 100.0).evict == {("small", 0): ("new", 0)}
+
+
+def test_who_is_loaded_sooner_than_it_wakes_ends_and_nothing_less() -> None:
+    quick = sleeper("quick", 40, load_s=1.0, beds=sleeper("a").beds[1:])
+    other = sleeper("other", 40, beds=())
+    plan = decide([on_card(79)], [quick, other], CARDS, ROOMY, 100.0)
+    assert (plan.evict.keys(), plan.sleep) == ({("quick", 0), ("other", 0)}, {})
+
+
 def test_who_sleeps_is_ended_only_where_what_it_keeps_is_wanted() -> None:
     holders = [asleep("dreaming"), sleeper("old")]
     plan = decide([on_card(70)], holders, CARDS, ROOMY, 100.0)
@@ -512,12 +527,34 @@ def test_the_tired_sleep_all_copies_or_none() -> None:
     assert decide([], [one, two], CARDS, Rules(sleep_bytes=30 * GB), 100.0).sleep == {("a", 0): "ram", ("a", 1): "disk"}
     busy = sleeper("a", 30, is_tired=True, key=("a", 1), work=1)
     assert decide([], [one, busy], CARDS, ROOMY, 100.0).sleep == {}
+    loading = sleeper("a", 30, is_tired=True, key=("a", 1), ready_since=None, beds=())
+    assert decide([], [one, loading], CARDS, ROOMY, 100.0).sleep == {}
+    sleeping = asleep("a", is_tired=True, key=("a", 1))
+    assert decide([], [one, sleeping], CARDS, ROOMY, 100.0).sleep == {("a", 0): "ram"}
+
+
+def test_the_tired_have_beds_only_as_far_as_there_are_any() -> None:
+    in_ram = sleeper("a").beds[:1]
+    one, two = sleeper("a", 30, is_tired=True, beds=in_ram), sleeper("a", 30, is_tired=True, key=("a", 1), beds=in_ram)
+    assert decide([], [one, two], CARDS, Rules(sleep_bytes=30 * GB), 100.0).sleep == {}
+    other = sleeper("b", 30, is_tired=True, beds=in_ram)
+    assert decide([], [one, other], CARDS, ROOMY, 100.0).sleep == {("a", 0): "ram", ("b", 0): "ram"}
+    assert decide([], [one, other], CARDS, Rules(sleep_bytes=30 * GB), 100.0).sleep == {("a", 0): "ram"}
+    full = (CARDS[0], Device(key=RAM, total_bytes=30 * GB))
+    assert decide([], [one, other], full, ROOMY, 100.0).sleep == {("a", 0): "ram"}
+    # What one has taken before, it has; and it counts as taken once.
+    again = sleeper("b", 30, is_tired=True, beds=in_ram, host_bytes=20 * GB, memory={"GPU-0": 30 * GB, RAM: 20 * GB})
+    assert decide([], [again], CARDS, Rules(sleep_bytes=20 * GB), 100.0).sleep == {("b", 0): "ram"}
+    assert decide([], [again, one], CARDS, Rules(sleep_bytes=40 * GB), 100.0).sleep.keys() == {("a", 0), ("b", 0)}
+    assert decide([], [again, one], CARDS, Rules(sleep_bytes=39 * GB), 100.0).sleep.keys() == {("b", 0)}
 
 
 def test_a_first_sleep_is_tried_where_it_keeps_nobody_waiting() -> None:
     new = sleeper("a", is_new_to_it=True)
     assert decide([], [new], CARDS, ROOMY, 100.0).rehearse == {("a", 0): "ram"}
     assert decide([], [new], CARDS, Rules(), 100.0).rehearse == {}
+    assert len(decide([], [new, sleeper("b", 20, is_new_to_it=True)], CARDS, ROOMY, 100.0).rehearse) == 1
+    assert decide([], [msgspec.structs.replace(new, work=1)], CARDS, ROOMY, 100.0).rehearse == {}
     assert decide([on_card(79)], [new], CARDS, ROOMY, 5.0).rehearse == {}  # somebody waits
 
 
