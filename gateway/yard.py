@@ -88,9 +88,10 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     back. `is_held`: the last plan held it back. `load_s` is what it takes to load it again; `busy_s` is how long it is
     expected to be loading or answering yet if it gets no more.
 
-    `beds` are those in which it could sleep now, who wakes quickest first. `is_tired`: it is to sleep though nobody needs
-    its room. `is_new_to_it`: the first bed takes long the first time, and it is well to try that now. `host_bytes` of
-    its memory are of the machine's, taken for sleeping. `falls_to` is what it will hold once it has fallen asleep.
+    `beds` are those in which it could sleep now, who wakes quickest first. `is_tired`: it is to sleep though nobody
+    needs its room. `is_new_to_it`: the first bed takes long the first time, and it is well to try that now.
+    `host_bytes` of its memory are of the machine's, taken for sleeping. `falls_to` is what it will hold once it has
+    fallen asleep.
     """
 
     key: Key
@@ -432,11 +433,10 @@ class _Yard:
     def _keep_for(self, claim: Claim, why: str) -> None:
         """It gets what it can have without what others took a moment ago: else the smaller would always come first."""
         staying = [one for one in self._staying.values() if one.key != claim.key]
-        for leaving in ((*self._leaving, *self._waking), ()):
-            if isinstance(placement := self._fit(claim, staying, leaving), Placement):
-                self._book(claim, placement)
-                return
-        self._make_room(claim, why, is_now=False)
+        if isinstance(placement := self._fit(claim, staying), Placement):
+            self._book(claim, placement)
+        else:
+            self._make_room(claim, why, is_now=False)
 
     def _book(self, claim: Claim, placement: Placement) -> None:
         self._promised.update(placement.memory)

@@ -149,6 +149,7 @@ def test_memory_that_others_have_only_just_taken_refuses_nobody_yet() -> None:
     assert plan.look_again_s == SETTLE_PAUSE_S
     assert list(plan.wait) == [("new", 0)]
     settled = Device(key=RAM, total_bytes=10 * GB, foreign_bytes=6 * GB)
+    assert list(decide([claim(6, since=18.0)], [], [settled], Rules(), 20.0).wait) == [("new", 0)]
     text, for_ever = decide([claim(6)], [], [settled], Rules(), 20.0).refuse["new", 0]
     assert "held by others" in text
     assert not for_ever
@@ -179,6 +180,15 @@ def test_of_the_busy_those_go_that_end_first_and_a_load_that_others_wait_for_las
     plan = decide([claim(8)], [loading, *busy], [room], Rules(), 100.0)
     assert (plan.hold, plan.evict) == (frozenset(), {})
     assert plan.wait["new", 0].startswith("loading has its turn")
+
+
+def test_who_is_held_back_keeps_its_room_until_it_goes_and_nobody_who_is_pinned_is() -> None:
+    busy = Holder(key=("busy", 0), memory={RAM: 6 * GB}, ready_since=0.0, work=1, busy_s=9.0)
+    pinned = Holder(key=("pinned", 0), memory={RAM: 2 * GB}, ready_since=0.0, work=1, is_pinned=True)
+    plan = decide([claim(4), claim(3, key=("later", 0), since=90.0)], [busy, pinned], [MACHINE], Rules(), 100.0)
+    assert (plan.hold, plan.start) == ({("busy", 0)}, {})
+    plan = decide([claim(4), claim(2, key=("later", 0), since=90.0)], [busy, pinned], [MACHINE], Rules(), 100.0)
+    assert (plan.hold, list(plan.start)) == ({("busy", 0)}, [("later", 0)])
 
 
 def test_a_copy_that_makes_room_leaves_the_others_answering() -> None:
@@ -365,6 +375,7 @@ def test_who_was_loaded_a_moment_ago_answers_before_it_is_held_back() -> None:
     assert plan_beside(111.0, ready_since=90.0, waiting_since=40.0).look_again_s == 9.0
     assert plan_beside(111.0, ready_since=90.0, waiting_since=60.0).hold
     assert plan_beside(121.0, ready_since=90.0, waiting_since=40.0).hold
+    assert plan_beside(121.0, ready_since=90.0, waiting_since=40.0, load_s=60.0).look_again_s == 29.0
 
 
 def test_a_queue_of_one_at_a_time_gets_more_than_one_answer_between_two_loads() -> None:
@@ -511,6 +522,40 @@ def test_the_room_of_who_is_to_wake_is_not_given_to_another() -> None:
     assert ("new", 0) in plan.wait
 
 
+def test_what_one_that_wakes_has_kept_counts_once() -> None:
+    waking = claim(0, key=("old", 0), since=94.0, awake=AWAKE)
+    started = decide([waking, on_card(20)], [asleep("old", work=1)], CARDS, ROOMY, 100.0).start
+    assert started.keys() == {("old", 0), ("new", 0)}
+    leaving = Holder(key=("leaving", 0), memory={"GPU-0": 70 * GB}, is_leaving=True)
+    for gigabytes, keys in ((8, [("new", 0)]), (9, [])):
+        plan = decide([waking, on_card(gigabytes)], [asleep("old", work=1), leaving], CARDS, ROOMY, 100.0)
+        assert (list(plan.start), plan.wait["old", 0]) == (keys, "leaving is being unloaded")
+
+
+def test_whose_room_was_taken_while_it_asked_to_wake_is_not_woken() -> None:
+    waking = claim(0, key=("old", 0), since=95.0, awake=AWAKE)
+    plan = decide([waking], [asleep("old", work=1, is_leaving=True)], CARDS, ROOMY, 100.0)
+    assert plan.wait == {("old", 0): "it makes room for another model, and is loaded anew"}
+
+
+def test_who_sleeps_has_no_residency_left() -> None:
+    rules = Rules(min_residency_s=20.0, max_wait_s=30.0, sleep_bytes=50 * GB)
+    lately = asleep("lately", ready_since=95.0, idle_since=99.0)
+    assert decide([on_card(79)], [lately], CARDS, rules, 100.0).evict == {("lately", 0): ("new", 0)}
+    asked = msgspec.structs.replace(lately, work=1)
+    assert decide([on_card(79)], [asked], CARDS, rules, 100.0).hold == frozenset()
+    assert decide([on_card(79, since=60.0)], [asked], CARDS, rules, 100.0).hold == {("lately", 0)}
+
+
+def test_a_bed_does_not_count_beside_another_of_the_same_sleeper() -> None:
+    beds = (
+        Bed(tier="half", memory={"GPU-0": 40 * GB, RAM: 20 * GB}, host_bytes=20 * GB, wake_s=0.5),
+        Bed(tier="whole", memory={"GPU-0": 2 * GB, RAM: 25 * GB}, host_bytes=25 * GB, wake_s=1.0),
+    )
+    plan = decide([on_card(70)], [sleeper("old", beds=beds)], CARDS, Rules(sleep_bytes=25 * GB), 100.0)
+    assert plan.sleep == {("old", 0): "whole"}
+
+
 def test_whose_place_is_taken_for_good_is_started_anew_elsewhere() -> None:
     waking = claim(0, key=("old", 0), since=95.0, awake=AWAKE, needs=Needs(n_gpu=1, memory_bytes=60 * GB))
     second = Gpu(index=1, uuid="GPU-1", name="made up", total_bytes=80 * GB, used_bytes=0)
@@ -519,6 +564,12 @@ def test_whose_place_is_taken_for_good_is_started_anew_elsewhere() -> None:
     assert decide([waking], [asleep("old", work=1), busy], CARDS, ROOMY, 100.0).refuse == {}
     plan = decide([waking], [asleep("old", work=1), busy], cards, ROOMY, 100.0)
     assert "there is room elsewhere" in plan.refuse["old", 0][0]
+    leaving = Holder(key=("leaving", 0), memory={"GPU-1": 30 * GB}, is_leaving=True)
+    assert decide([waking], [asleep("old", work=1), busy, leaving], cards, ROOMY, 100.0).refuse == {}
+    # Who took its place a moment ago may be gone as soon.
+    passing = (msgspec.structs.replace(CARDS[0], foreign_bytes=40 * GB, passing_bytes=40 * GB), *cards[1:])
+    plan = decide([waking], [asleep("old", work=1), busy], passing, ROOMY, 100.0)
+    assert (plan.refuse, list(plan.wait)) == ({}, [("old", 0)])
 
 
 def test_the_tired_sleep_all_copies_or_none() -> None:
@@ -615,6 +666,13 @@ def test_who_waits_for_memory_that_is_just_coming_back_keeps_it_from_the_smaller
     idle = msgspec.structs.replace(busy, work=0)
     plan = decide([late, small], [idle], [passing], Rules(max_wait_s=30), 40.0)
     assert (plan.start, plan.evict, plan.hold) == ({}, {}, {("busy", 0)})
+    early = msgspec.structs.replace(late, since=20.0)
+    plan = decide([early, small], [idle], [passing], Rules(max_wait_s=30), 40.0)
+    assert (plan.start, plan.evict, plan.hold) == ({}, {}, frozenset())
+    another_copy = msgspec.structs.replace(late, is_extra=True)
+    assert decide([another_copy], [busy], [passing], Rules(max_wait_s=30), 40.0).hold == frozenset()
+    both = [claim(5, since=0.0), claim(5, key=("small", 0), since=35.0)]
+    assert decide(both, [], [passing], Rules(max_wait_s=30), 40.0).start == {}  # it is not back yet
     # Nobody goes before the memory is back.
     back = Device(key=RAM, total_bytes=10 * GB)
     assert decide([late, small], [idle], [back], Rules(max_wait_s=30), 40.0).evict == {("busy", 0): ("new", 0)}
