@@ -499,7 +499,7 @@ class _Yard:
                 break
         if not isinstance(placement, Placement):
             return None
-        for key in list(made)[-2::-1]:  # some went in vain
+        for key in reversed(list(made)):  # some went in vain
             fewer = {one: bed for one, bed in made.items() if one != key}
             if isinstance(better := self._fit(claim, self._without(claim, fewer)), Placement):
                 made, placement = fewer, better

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import msgspec
+
 from gateway.placement import Device
 from gateway.yard import Claim, Holder, Plan, Rules, decide
 
@@ -94,7 +96,8 @@ def _sleeps_within(plan: Plan, holders: Sequence[Holder], rules: Rules) -> Itera
 def _is_least(
     plan: Plan, holders: Sequence[Holder], claim: Claim, devices: Sequence[Device], rules: Rules, now: float
 ) -> Iterator[str]:
-    """Whoever goes for it has to, and as far."""
+    """Whoever goes for it has to, and as far; who is held back may be so for another."""
+    plan = msgspec.structs.replace(plan, hold=frozenset())
     for key in (key for key, claimant in plan.evict.items() if claimant == claim.key):
         one = next(one for one in holders if one.key == key)
         others = [other for other in _after(plan, holders, claim, ()) if other.key != key]
