@@ -20,7 +20,7 @@ from gateway.config import Settings
 from gateway.deployment import Deployment
 from gateway.placement import Device
 from gateway.replica import RESTING, NoPlace, Replica, State
-from gateway.yard import Bed, Claim, Holder, Key, Plan, Rules, decide
+from gateway.yard import Claim, Holder, Key, Plan, Rules, decide
 
 logger = logging.getLogger("hostler.dispatch")
 
@@ -28,7 +28,6 @@ FAULT_PAUSE_S = 1.0
 LOOK_LEAST_S = 0.1  # from one look at the machine to the next if nothing of ours has come or gone
 LOOK_MOST_S = 1.0  # while somebody waits: what others give back is seen after so long at the latest
 USUAL_LOAD_S = 10.0  # of a model that was never loaded here
-USUAL_WAKE_S = 1.0  # of one that has never slept here
 
 
 class _Waiting(msgspec.Struct, frozen=True, eq=False):
@@ -291,25 +290,12 @@ def _holder(deployment: Deployment, replica: Replica, now: float, *, is_crowded:
         busy_s=replica.busy_s,
         priority=launch.priority,
         group=launch.group,
-        beds=_beds(replica) if replica.state is State.READY else (),
+        beds=replica.beds() if replica.state is State.READY else (),
         is_tired=deployment.is_tired,
         is_new_to_it=is_crowded and replica.should_rehearse(now),
         is_asleep=replica.is_asleep,
         host_bytes=replica.host_bytes,
         falls_to=replica.falls_to,
-    )
-
-
-def _beds(replica: Replica) -> tuple[Bed, ...]:
-    """In the order of its tiers: who wakes quickest first."""
-    return tuple(
-        Bed(
-            tier=tier.name,
-            memory=memory,
-            host_bytes=max(tier.host_bytes, replica.host_bytes),
-            wake_s=replica.wake_s(tier.name) or USUAL_WAKE_S,
-        )
-        for tier, memory in replica.beds()
     )
 
 

@@ -4,24 +4,27 @@ rules of the yard, and pure."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
 
-from engines.base import Launch, Placement
+from engines.base import Launch, Needs, Placement, Tier
 from gateway.placement import Device, fell_back, how, needs_of, promised_by
 from gateway.sizing import Sizing
-from gateway.yard import Claim, Holder, Rules, decide, over
+from gateway.tiers import bed
+from gateway.yard import Claim, Holder, Key, Plan, Rules, decide, over
 
 LATER_S = 1e9  # of a clock: whatever has begun, all is at rest
+Tiers = Callable[[Launch, Placement, Needs], Sequence[Tier]]
 Status = Literal["placed", "in turn", "refused"]
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One copy of a model: where it would be, what it would get there, and what that is told from.
 
-    `status` is `placed` beside all above it; `in turn` if it has room only once others are unloaded; or `refused`.
+    `status` is `placed` beside all above it; `in turn` if it has room only once others are unloaded, or sleep;
+    or `refused`. `sleeps_in`: the tiers in which it can sleep. `asleep_for_it`: who would sleep for it, and in which.
     """
 
     model: str
@@ -34,15 +37,23 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     basis: str
     devices: tuple[str, ...] = ()
     memory: Mapping[str, int] = {}
+    sleeps_in: tuple[str, ...] = ()
+    asleep_for_it: Mapping[str, str] = {}
     text: str = ""
 
 
 def draw_up(
-    wanted: Sequence[tuple[Launch, Sizing]], devices: Sequence[Device], rules: Rules | None = None
+    wanted: Sequence[tuple[Launch, Sizing]],
+    devices: Sequence[Device],
+    rules: Rules | None = None,
+    tiers: Tiers = lambda launch, placement, needs: (),
 ) -> tuple[Row, ...]:
     """A row for each copy, in the order in which they would be started: preloaded ones first, by priority.
 
     What comes on demand is taken to be asked for in that order too, and to stay, idle.
+
+    Args:
+        tiers: as engines tell, how a copy could sleep.
     """
     ordered = sorted(wanted, key=lambda one: (not one[0].preload, -one[0].priority))
     patient = msgspec.structs.replace(rules or Rules(), min_residency_s=0, max_wait_s=math.inf)
@@ -52,13 +63,17 @@ def draw_up(
         for index in range(launch.replica):
             row, placement = _row(launch, sizing, index, placed, devices, patient)
             if placement is not None:
-                placed.append((launch, _holder(launch, index, placement, len(placed))))
+                holder = _holder(launch, sizing, index, placement, len(placed), tiers)
+                placed.append((launch, holder))
+                row = msgspec.structs.replace(row, sleeps_in=tuple(bed.tier for bed in holder.beds))
             rows.append(row)
     return tuple(rows)
 
 
-def _holder(launch: Launch, index: int, placement: Placement, number: int) -> Holder:
+def _holder(launch: Launch, sizing: Sizing, index: int, placement: Placement, number: int, tiers: Tiers) -> Holder:
     """Ready and idle for long, the first the longest."""
+    weight_bytes = sizing.needs.weight_bytes or (sizing.estimate.weights if sizing.estimate else 0)
+    needs = msgspec.structs.replace(sizing.needs, weight_bytes=weight_bytes)
     return Holder(
         key=(launch.uid, index),
         memory=placement.memory,
@@ -67,6 +82,7 @@ def _holder(launch: Launch, index: int, placement: Placement, number: int) -> Ho
         is_pinned=launch.pinned,
         priority=launch.priority,
         group=launch.group,
+        beds=tuple(bed(placement, tier) for tier in tiers(launch, placement, needs)),
     )
 
 
@@ -120,18 +136,37 @@ def _row(
     # For another copy nobody has to go, but it starts once they have gone.
     gone = plan.evict or {one.key: claim.key for other, one in placed if not other.pinned and other is not launch}
     staying = [one for one in holders if one.key not in gone]
+    staying += [
+        one.in_bed(bed.memory, bed.host_bytes)
+        for one in holders
+        for bed in one.beds
+        if plan.sleep.get(one.key) == bed.tier
+    ]
     then = decide([claim], staying, devices, rules, LATER_S)
     if (placement := then.start.get(claim.key)) is None:
         return told("refused", None, (then.refuse.get(claim.key) or (then.wait[claim.key],))[0]), None
-    rivals = ", ".join(dict.fromkeys(uid for uid, _ in gone))
     if plan.evict:
         why = over(claim, {one.key[0]: one.group for one in holders}, rules) or "there is no room beside what is idle"
-        return told(
-            "in turn",
-            placement,
-            f"When it is asked for, {rivals} {'are' if ', ' in rivals else 'is'} unloaded, as {why}.",
-        ), None
+        row = told("in turn", placement, f"When it is asked for, {_goers(plan)}, as {why}.")
+        return msgspec.structs.replace(row, asleep_for_it={_name(key): tier for key, tier in plan.sleep.items()}), None
+    rivals = ", ".join(dict.fromkeys(uid for uid, _ in gone))
     return told("in turn", placement, f"Waits until others are unloaded ({rivals}): {plan.wait[claim.key]}"), None
+
+
+def _name(key: Key) -> str:
+    return f"{key[0]}/{key[1]}"
+
+
+def _goers(plan: Plan) -> str:
+    """Who makes room, and how."""
+    told = []
+    ends = dict.fromkeys(uid for uid, _ in (key for key in plan.evict if key not in plan.sleep))
+    if ends:
+        told.append(f"{', '.join(ends)} {'are' if len(ends) > 1 else 'is'} unloaded")
+    for tier in dict.fromkeys(plan.sleep.values()):
+        uids = dict.fromkeys(key[0] for key, its in plan.sleep.items() if its == tier)
+        told.append(f"{', '.join(uids)} {'sleep' if len(uids) > 1 else 'sleeps'} (tier {tier})")
+    return " and ".join(told)
 
 
 def free_after(rows: Sequence[Row], devices: Sequence[Device]) -> dict[str, int]:

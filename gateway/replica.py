@@ -41,6 +41,7 @@ from gateway.probe import NotReady, ask_once, read_number, until_ready, until_si
 from gateway.process import CannotStart, Exit, NoProcess
 from gateway.sizing import needs_now
 from gateway.upstream import Upstream
+from gateway.yard import Bed
 from registry.schema import Source
 
 logger = logging.getLogger("hostler.replica")
@@ -481,13 +482,14 @@ class Replica:
             self._is_wanted = is_wanted
             self._turn.set()
 
-    def beds(self) -> list[tuple[Tier, Mapping[str, int]]]:
-        """The tiers that it can sleep in, and what it would hold in each."""
-        awake = self._awake
-        if awake is None:
-            return []
-        usable = (tier for tier in self.tiers if self._tier_failures[tier.name] < TIER_FAILURES)
-        return [(tier, tiers.asleep(awake, tier, self.host_bytes).memory) for tier in usable]
+    def beds(self) -> tuple[Bed, ...]:
+        """Those that it can sleep in, in the order of its tiers: who wakes quickest first."""
+        if (awake := self._awake) is None:
+            return ()
+        return tuple(tiers.bed(awake, one, self.host_bytes, self.wake_s(one.name)) for one in self._usable_tiers())
+
+    def _usable_tiers(self) -> list[Tier]:
+        return [tier for tier in self.tiers if self._tier_failures[tier.name] < TIER_FAILURES]
 
     def wake_s(self, tier: str) -> float | None:
         """How long it takes to wake, as far as earlier times tell."""
@@ -500,8 +502,8 @@ class Replica:
 
     def rehearse_in_s(self, now: float) -> float | None:
         """How long it has to be idle yet until that is well; None if there is nothing to be had by it."""
-        beds = self.beds()
-        has_to = bool(beds) and beds[0][0].is_first_slow and not self.host_bytes
+        usable = self._usable_tiers()
+        has_to = bool(usable) and usable[0].is_first_slow and not self.host_bytes
         if self.state is not State.READY or self.in_flight or not has_to:
             return None
         return self.last_used + REHEARSE_AFTER_S - now

@@ -10,9 +10,11 @@ import msgspec
 
 from engines.base import RAM, Call, Placement, Tier
 from gateway.upstream import Upstream, UpstreamLost
+from gateway.yard import Bed
 
 logger = logging.getLogger("hostler.tiers")
 
+USUAL_WAKE_S = 1.0  # of one that has never slept here
 SHOWN = 200  # of an answer that is no success
 
 
@@ -28,6 +30,19 @@ def asleep(awake: Placement, tier: Tier, host_bytes: int = 0) -> Placement:
     """
     kept = {device: min(size, tier.residual_bytes) for device, size in awake.memory.items()}
     return _with_host(msgspec.structs.replace(awake, memory=kept), max(host_bytes, tier.host_bytes))
+
+
+def bed(awake: Placement, tier: Tier, host_bytes: int = 0, wake_s: float | None = None) -> Bed:
+    """The tier as the yard knows it.
+
+    Args:
+        host_bytes: as of `asleep`.
+        wake_s: what it takes to wake, if that is known.
+    """
+    memory = asleep(awake, tier, host_bytes).memory
+    return Bed(
+        tier=tier.name, memory=memory, host_bytes=max(host_bytes, tier.host_bytes), wake_s=wake_s or USUAL_WAKE_S
+    )
 
 
 def awake_again(awake: Placement, host_bytes: int) -> Placement:

@@ -88,9 +88,10 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     back. `is_held`: the last plan held it back. `load_s` is what it takes to load it again; `busy_s` is how long it is
     expected to be loading or answering yet if it gets no more.
 
-    `beds` are those in which it could sleep, who wakes quickest first. `is_tired`: it is to sleep though nobody needs
-    its room. `is_new_to_it`: the first bed takes long the first time, and it is well to try that now. `host_bytes` of
-    its memory are of the machine's, taken for sleeping. `falls_to` is what it will hold once it has fallen asleep.
+    `beds` are those in which it could sleep now, who wakes quickest first. `is_tired`: it is to sleep though nobody
+    needs its room. `is_new_to_it`: the first bed takes long the first time, and it is well to try that now.
+    `host_bytes` of its memory are of the machine's, taken for sleeping. `falls_to` is what it will hold once it has
+    fallen asleep.
     """
 
     key: Key
@@ -245,7 +246,7 @@ class _Yard:
             return
         staying = [one for one in self._staying.values() if one.key != claim.key]
         found = self._fit(claim, staying, (*self._leaving, *self._waking))
-        if isinstance(found, Placement) and not (self._is_closed and found.memory):
+        if isinstance(found, Placement) and not (self._is_closed and any(found.memory.values())):
             self._start[claim.key] = found
             self._starting[claim.key[0]] = claim.group
             self._staying.pop(claim.key, None)
@@ -273,7 +274,7 @@ class _Yard:
         """The tired, all copies of a model or none; and where nobody waits, who is to try what takes long."""
         tired: dict[str, list[Holder]] = {}
         for one in self._staying.values():
-            if one.is_tired and not one.work and one.ready_since is not None and not one.is_asleep:
+            if one.is_tired and not one.work and not one.is_asleep:
                 tired.setdefault(one.key[0], []).append(one)
         for uid, copies in tired.items():
             awake = [one for one in self._staying.values() if one.key[0] == uid and not one.is_asleep]
@@ -432,11 +433,10 @@ class _Yard:
     def _keep_for(self, claim: Claim, why: str) -> None:
         """It gets what it can have without what others took a moment ago: else the smaller would always come first."""
         staying = [one for one in self._staying.values() if one.key != claim.key]
-        for leaving in ((*self._leaving, *self._waking), ()):
-            if isinstance(placement := self._fit(claim, staying, leaving), Placement):
-                self._book(claim, placement)
-                return
-        self._make_room(claim, why, is_now=False)
+        if isinstance(placement := self._fit(claim, staying), Placement):
+            self._book(claim, placement)
+        else:
+            self._make_room(claim, why, is_now=False)
 
     def _book(self, claim: Claim, placement: Placement) -> None:
         self._promised.update(placement.memory)
@@ -499,7 +499,7 @@ class _Yard:
                 break
         if not isinstance(placement, Placement):
             return None
-        for key in list(made)[-2::-1]:  # some went in vain
+        for key in reversed(list(made)):  # some went in vain
             fewer = {one: bed for one, bed in made.items() if one != key}
             if isinstance(better := self._fit(claim, self._without(claim, fewer)), Placement):
                 made, placement = fewer, better

@@ -15,10 +15,13 @@ from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 import msgspec
+from judged import judge
 
 from engines.base import RAM, Call, Engine, Launch, Needs, Placement, Tier
+from gateway import dispatch
 from gateway.amounts import bytes_or_share
 from gateway.causes import Cause
 from gateway.config import Settings
@@ -33,6 +36,7 @@ from gateway.lives import Stage
 from gateway.placement import Device
 from gateway.replica import RESTING, Replica, ReplicaFailed, State, _failure
 from gateway.tiers import NotDone, asleep
+from gateway.yard import Claim, Holder, Plan, Rules, decide
 from registry.resolve import Artifact
 from registry.schema import LLMFamily, ModelSpec, Source
 
@@ -198,6 +202,38 @@ class SimulatedReplica(Replica):
         self.world.ended(self)
 
 
+class WatchedDispatcher(Dispatcher):
+    """One whose decisions are judged, and whose faults are not forgiven."""
+
+    world: World
+
+    async def _round(self) -> float | None:
+        try:
+            return await super()._round()
+        except Exception as fault:
+            self.world.faults.append(fault)
+            raise
+
+    def _decide(self) -> Plan:
+        with mock.patch.object(dispatch, "decide", self._judged):
+            return super()._decide()
+
+    def _judged(
+        self,
+        claims: Sequence[Claim],
+        holders: Sequence[Holder],
+        devices: Sequence[Device],
+        rules: Rules,
+        now: float,
+        silence: str | None,
+    ) -> Plan:
+        plan = decide(claims, holders, devices, rules, now, silence)
+        if not silence:
+            for fault in judge(plan, claims, holders, devices, rules, now):
+                self.world.must(False, fault)
+        return plan
+
+
 class World:
     """The machine, the fleet, its clients, and what must hold."""
 
@@ -238,10 +274,12 @@ class World:
         self.evictions = 0
         self.sleeps = 0
         self.looks = 0
+        self.looked_at = 0.0
         self.steps = 0
-        self.dispatcher = Dispatcher(
+        self.dispatcher = WatchedDispatcher(
             self._all, lambda: self.settings, self._observe, self._tell, silence=lambda: self._observer.silence
         )
+        self.dispatcher.world = self
         self._running: list[asyncio.Task[None]] = []
 
     def begin(self) -> None:
@@ -316,6 +354,7 @@ class World:
         self.looks += 1
         held = [Held(name=str(one), pid=one.pid or None, memory=one.placement.memory) for one in self._placed()]
         await asyncio.sleep(0.001)
+        self.looked_at = time.monotonic()
         return self._observer.devices_of(self._seen(), held, Limits())
 
     def _seen(self) -> Seen:
@@ -527,6 +566,8 @@ class World:
         has_copies = any(one.placement for one in deployment.staying if one is not replica)
         is_wished = self._is_wished(deployment) or uid in self._kept or has_copies
         self.must(is_wished and not deployment.is_leaving(replica), f"{replica} is started for nobody")
+        is_more = any(size > before.get(key, 0) for key, size in placement.memory.items())
+        self.must(not is_more or self.looked_at == time.monotonic(), f"{replica} gets room as it was a moment ago")
         for key, size in placement.memory.items():
             others = sum(
                 one.placement.memory.get(key, 0) for one in self._placed() if one.placement and one is not replica
@@ -547,6 +588,7 @@ class World:
         copies = [one for one in placed if one.state not in RESTING]
         self.must(not copies, f"{uid} goes for another copy of {claimant}")
         self.must(not victim.launch.pinned, f"{uid} is pinned and goes")
+        self.must(self.looked_at == time.monotonic(), f"{uid} goes for {claimant} by what was seen a moment ago")
 
     def falls_asleep(self, replica: SimulatedReplica) -> None:
         """A replica is put to sleep."""

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from llms import a_launch
 from model_files import F32, gguf
 
-from engines.base import Launch, Needs
+from engines.base import Launch, Needs, Placement, Tier
+from engines.vllm import sleep_levels
 from gateway.cli import hostler
 from gateway.devices import Limits, SimulatedGpu, SimulatedMachine, SimulatedProcess, devices_of
 from gateway.placement import NoRoom, place
 from gateway.plan import draw_up, free_after
 from gateway.sizing import Sizing
+from gateway.yard import Rules
 
 EIGHT = Path(__file__).parents[2] / "configs" / "eight-gpus"
 GIB = 2**30
@@ -191,6 +193,50 @@ def test_what_is_no_machine_is_told(
     assert done.exit_code == 1
     assert told in done.output
     assert run(tmp_path, a_file(tmp_path), "--gpus", "1x1GB", "--machine", "x").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("sleep_bytes", "tier", "text"),
+    [
+        (40 * GIB, "ram", "a sleeps (tier ram)"),
+        (10 * GIB, "disk", "a sleeps (tier disk)"),
+        (0, "disk", "a sleeps (tier disk)"),
+        (None, None, "a is unloaded"),  # it cannot sleep
+    ],
+)
+def test_who_would_sleep_is_told_and_in_which_tier(sleep_bytes: int | None, tier: str | None, text: str) -> None:
+    devices = devices_of(SimulatedMachine(gpus=(SimulatedGpu(total="80GiB"),), ram="100GiB").look(()), (), Limits())
+    sizing = Sizing(needs=Needs(memory_bytes=60 * GIB, weight_bytes=30 * GIB), basis="drawn")
+
+    def tiers(launch: Launch, placement: Placement, needs: Needs) -> tuple[Tier, ...]:
+        assert needs.weight_bytes == 30 * GIB
+        return sleep_levels(launch, needs.weight_bytes, GIB, reloads=True) if sleep_bytes is not None else ()
+
+    wanted = [(a_launch(uid=uid), sizing) for uid in ("a", "b")]
+    a, b = draw_up(wanted, devices, Rules(sleep_bytes=sleep_bytes or 0), tiers)
+    assert (a.status, a.sleeps_in) == ("placed", ("ram", "disk") if tier else ())
+    assert (b.status, b.asleep_for_it) == ("in turn", {"a/0": tier} if tier else {})
+    assert b.text == f"When it is asked for, {text}, as there is no room beside what is idle."
+
+
+def test_who_can_sleep_is_told_of_a_settings_file(tmp_path: Path) -> None:
+    sleepy = {
+        "model_name": "qwen2.5-instruct",
+        "model_format": "pytorch",
+        "quantization": "none",
+        "model_engine": "vLLM",
+        "options": {"enable_sleep_mode": True, "gpu_memory_utilization": 0.6},
+    }
+    models: dict[str, Any] = {"first": sleepy, "second": sleepy}
+    status, text = a_plan(tmp_path, models, sleep_memory="50GiB")["second/0"]
+    assert (status, text) == (
+        "in turn",
+        "When it is asked for, first sleeps (tier ram), as there is no room beside what is idle.",
+    )
+    done = run(tmp_path, str(tmp_path / "settings.yaml"), "--gpus", "1x80GiB")
+    assert done.output.splitlines()[0].split()[4:7] == ["WHERE", "SLEEPS", "IN"]
+    [line] = [line for line in done.output.splitlines() if line.startswith("first ")]
+    assert line.split()[5:8] == ["GPU", "0", "ram"]
 
 
 # --- whatever is wished of whatever machine

@@ -84,6 +84,33 @@ def test_who_is_late_is_served_by_age_the_others_by_priority() -> None:
     assert list(decide([old, new], [], [room], Rules(max_wait_s=5), 10.0).start) == [("old", 0)]
 
 
+def test_room_that_somebody_waits_for_is_not_given_to_who_came_later() -> None:
+    leaving = Holder(key=("leaving", 0), memory={RAM: 6 * GB}, is_leaving=True)
+    first, later = claim(9, since=1.0), claim(2, key=("later", 0), since=2.0)
+    plan = decide([first, later], [leaving], [MACHINE], Rules(), 3.0)
+    assert (plan.start, plan.wait["new", 0]) == ({}, "leaving is being unloaded")
+    beside = msgspec.structs.replace(later, needs=Needs(n_gpu=0, memory_bytes=GB))
+    assert list(decide([first, beside], [leaving], [MACHINE], Rules(), 3.0).start) == [("later", 0)]
+
+
+def test_beside_who_is_late_and_waits_for_all_there_is_nobody_starts() -> None:
+    busy = Holder(key=("busy", 0), memory={RAM: 8 * GB}, ready_since=0.0, work=1)
+    claims = [claim(9, key=("first", 0), since=1.0), claim(10, key=("second", 0), since=2.0)]
+    small, none = claim(1, key=("small", 0), since=3.0), claim(0, key=("none", 0), since=3.0)
+    assert list(decide([claims[0], small, none], [busy], [MACHINE], Rules(), 40.0).start) == [("none", 0), ("small", 0)]
+    plan = decide([*claims, small, none], [busy], [MACHINE], Rules(), 40.0)
+    assert list(plan.start) == [("none", 0)]
+    assert plan.wait["small", 0] == "another model has waited for longer"
+
+
+def test_who_is_held_back_goes_though_another_has_come_to_be_idle_meanwhile() -> None:
+    held = Holder(key=("held", 0), memory={RAM: 5 * GB}, ready_since=0.0, idle_since=99.0, load_s=60.0, is_held=True)
+    other = Holder(key=("other", 0), memory={RAM: 5 * GB}, ready_since=0.0, idle_since=98.0)
+    assert decide([claim(5)], [held, other], [MACHINE], Rules(), 100.0).evict == {("held", 0): ("new", 0)}
+    free = msgspec.structs.replace(held, is_held=False)
+    assert decide([claim(5)], [free, other], [MACHINE], Rules(), 100.0).evict == {("other", 0): ("new", 0)}
+
+
 def test_a_second_copy_unloads_nobody_though_the_first_has_no_place_yet() -> None:
     with virtual_time() as loop:
         world = World(Settings(), {RAM: 2 * GB})
@@ -122,6 +149,7 @@ def test_memory_that_others_have_only_just_taken_refuses_nobody_yet() -> None:
     assert plan.look_again_s == SETTLE_PAUSE_S
     assert list(plan.wait) == [("new", 0)]
     settled = Device(key=RAM, total_bytes=10 * GB, foreign_bytes=6 * GB)
+    assert list(decide([claim(6, since=18.0)], [], [settled], Rules(), 20.0).wait) == [("new", 0)]
     text, for_ever = decide([claim(6)], [], [settled], Rules(), 20.0).refuse["new", 0]
     assert "held by others" in text
     assert not for_ever
@@ -152,6 +180,15 @@ def test_of_the_busy_those_go_that_end_first_and_a_load_that_others_wait_for_las
     plan = decide([claim(8)], [loading, *busy], [room], Rules(), 100.0)
     assert (plan.hold, plan.evict) == (frozenset(), {})
     assert plan.wait["new", 0].startswith("loading has its turn")
+
+
+def test_who_is_held_back_keeps_its_room_until_it_goes_and_nobody_who_is_pinned_is() -> None:
+    busy = Holder(key=("busy", 0), memory={RAM: 6 * GB}, ready_since=0.0, work=1, busy_s=9.0)
+    pinned = Holder(key=("pinned", 0), memory={RAM: 2 * GB}, ready_since=0.0, work=1, is_pinned=True)
+    plan = decide([claim(4), claim(3, key=("later", 0), since=90.0)], [busy, pinned], [MACHINE], Rules(), 100.0)
+    assert (plan.hold, plan.start) == ({("busy", 0)}, {})
+    plan = decide([claim(4), claim(2, key=("later", 0), since=90.0)], [busy, pinned], [MACHINE], Rules(), 100.0)
+    assert (plan.hold, list(plan.start)) == ({("busy", 0)}, [("later", 0)])
 
 
 def test_a_copy_that_makes_room_leaves_the_others_answering() -> None:
@@ -255,6 +292,59 @@ def test_requests_that_end_cost_no_look_and_what_comes_back_is_seen_soon() -> No
         world.raise_faults()
 
 
+async def until_the_next_look(world: World) -> None:
+    looks = world.looks
+    while world.looks == looks:
+        await asyncio.sleep(0.01)
+
+
+def test_nobody_goes_for_who_has_room_by_now() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(min_residency_s=0, max_wait_s=5), {RAM: 2 * GB})
+
+        async def main() -> None:
+            world.begin()
+            old = world.deploy(Model(uid="old", fields={"preload": True}))
+            world.deploy(Model(uid="new"))
+            busy = await old.acquire()
+            world.foreign[RAM] = GB
+            waiting = world.ask("new", 1.0)
+            await asyncio.sleep(10)
+            await until_the_next_look(world)
+            world.foreign[RAM] = 0
+            old.release(busy, was_served=True)
+            assert await waiting == "answered"
+            assert world.evictions == 0
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+def test_room_that_others_have_taken_since_the_last_look_is_not_given() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(max_loaded=1), {RAM: 2 * GB})
+
+        async def main() -> None:
+            world.begin()
+            for uid in ("old", "new"):
+                world.deploy(Model(uid=uid))
+            busy = world.ask("old", 60.0)
+            await asyncio.sleep(10)
+            waiting = world.ask("new", 1.0)
+            await until_the_next_look(world)
+            world.foreign[RAM] = GB
+            world.change(max_loaded=2)
+            world.dispatcher.poke()
+            await asyncio.sleep(10)
+            world.foreign[RAM] = 0
+            assert (await busy, await waiting) == ("answered", "answered")
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
 def test_while_nobody_knows_how_the_gpus_are_only_models_for_the_cpu_are_placed() -> None:
     gpu = Gpu(index=0, uuid="GPU-0", name="made up", total_bytes=20 * GB, used_bytes=0)
     devices = [Device(key=gpu.uuid, total_bytes=gpu.total_bytes, gpu=gpu), MACHINE]
@@ -285,6 +375,7 @@ def test_who_was_loaded_a_moment_ago_answers_before_it_is_held_back() -> None:
     assert plan_beside(111.0, ready_since=90.0, waiting_since=40.0).look_again_s == 9.0
     assert plan_beside(111.0, ready_since=90.0, waiting_since=60.0).hold
     assert plan_beside(121.0, ready_since=90.0, waiting_since=40.0).hold
+    assert plan_beside(121.0, ready_since=90.0, waiting_since=40.0, load_s=60.0).look_again_s == 29.0
 
 
 def test_a_queue_of_one_at_a_time_gets_more_than_one_answer_between_two_loads() -> None:
@@ -362,6 +453,21 @@ def test_who_can_sleep_makes_room_before_who_has_to_be_loaded_again() -> None:
     assert (plan.evict, plan.sleep) == ({("drowsy", 0): ("new", 0)}, {("drowsy", 0): "ram"})
 
 
+def test_nobody_goes_in_vain() -> None:
+    small = Holder(key=("small", 0), memory={RAM: 2 * GB}, ready_since=0.0, idle_since=1.0)
+    large = Holder(key=("large", 0), memory={RAM: 6 * GB}, ready_since=0.0, idle_since=50.0)
+    room = Device(key=RAM, total_bytes=8 * GB)
+    assert decide([claim(6)], [small, large], [room], Rules(), 100.0).evict == {("large", 0): ("new", 0)}
+    assert decide([claim(2)], [small, large], [room], Rules(), 100.0).evict == {("small", 0): ("new", 0)}
+
+
+def test_who_is_loaded_sooner_than_it_wakes_ends_and_nothing_less() -> None:
+    quick = sleeper("quick", 40, load_s=1.0, beds=sleeper("a").beds[1:])
+    other = sleeper("other", 40, beds=())
+    plan = decide([on_card(79)], [quick, other], CARDS, ROOMY, 100.0)
+    assert (plan.evict.keys(), plan.sleep) == ({("quick", 0), ("other", 0)}, {})
+
+
 def test_who_sleeps_is_ended_only_where_what_it_keeps_is_wanted() -> None:
     holders = [asleep("dreaming"), sleeper("old")]
     plan = decide([on_card(70)], holders, CARDS, ROOMY, 100.0)
@@ -416,6 +522,40 @@ def test_the_room_of_who_is_to_wake_is_not_given_to_another() -> None:
     assert ("new", 0) in plan.wait
 
 
+def test_what_one_that_wakes_has_kept_counts_once() -> None:
+    waking = claim(0, key=("old", 0), since=94.0, awake=AWAKE)
+    started = decide([waking, on_card(20)], [asleep("old", work=1)], CARDS, ROOMY, 100.0).start
+    assert started.keys() == {("old", 0), ("new", 0)}
+    leaving = Holder(key=("leaving", 0), memory={"GPU-0": 70 * GB}, is_leaving=True)
+    for gigabytes, keys in ((8, [("new", 0)]), (9, [])):
+        plan = decide([waking, on_card(gigabytes)], [asleep("old", work=1), leaving], CARDS, ROOMY, 100.0)
+        assert (list(plan.start), plan.wait["old", 0]) == (keys, "leaving is being unloaded")
+
+
+def test_whose_room_was_taken_while_it_asked_to_wake_is_not_woken() -> None:
+    waking = claim(0, key=("old", 0), since=95.0, awake=AWAKE)
+    plan = decide([waking], [asleep("old", work=1, is_leaving=True)], CARDS, ROOMY, 100.0)
+    assert plan.wait == {("old", 0): "it makes room for another model, and is loaded anew"}
+
+
+def test_who_sleeps_has_no_residency_left() -> None:
+    rules = Rules(min_residency_s=20.0, max_wait_s=30.0, sleep_bytes=50 * GB)
+    lately = asleep("lately", ready_since=95.0, idle_since=99.0)
+    assert decide([on_card(79)], [lately], CARDS, rules, 100.0).evict == {("lately", 0): ("new", 0)}
+    asked = msgspec.structs.replace(lately, work=1)
+    assert decide([on_card(79)], [asked], CARDS, rules, 100.0).hold == frozenset()
+    assert decide([on_card(79, since=60.0)], [asked], CARDS, rules, 100.0).hold == {("lately", 0)}
+
+
+def test_a_bed_does_not_count_beside_another_of_the_same_sleeper() -> None:
+    beds = (
+        Bed(tier="half", memory={"GPU-0": 40 * GB, RAM: 20 * GB}, host_bytes=20 * GB, wake_s=0.5),
+        Bed(tier="whole", memory={"GPU-0": 2 * GB, RAM: 25 * GB}, host_bytes=25 * GB, wake_s=1.0),
+    )
+    plan = decide([on_card(70)], [sleeper("old", beds=beds)], CARDS, Rules(sleep_bytes=25 * GB), 100.0)
+    assert plan.sleep == {("old", 0): "whole"}
+
+
 def test_whose_place_is_taken_for_good_is_started_anew_elsewhere() -> None:
     waking = claim(0, key=("old", 0), since=95.0, awake=AWAKE, needs=Needs(n_gpu=1, memory_bytes=60 * GB))
     second = Gpu(index=1, uuid="GPU-1", name="made up", total_bytes=80 * GB, used_bytes=0)
@@ -424,6 +564,12 @@ def test_whose_place_is_taken_for_good_is_started_anew_elsewhere() -> None:
     assert decide([waking], [asleep("old", work=1), busy], CARDS, ROOMY, 100.0).refuse == {}
     plan = decide([waking], [asleep("old", work=1), busy], cards, ROOMY, 100.0)
     assert "there is room elsewhere" in plan.refuse["old", 0][0]
+    leaving = Holder(key=("leaving", 0), memory={"GPU-1": 30 * GB}, is_leaving=True)
+    assert decide([waking], [asleep("old", work=1), busy, leaving], cards, ROOMY, 100.0).refuse == {}
+    # Who took its place a moment ago may be gone as soon.
+    passing = (msgspec.structs.replace(CARDS[0], foreign_bytes=40 * GB, passing_bytes=40 * GB), *cards[1:])
+    plan = decide([waking], [asleep("old", work=1), busy], passing, ROOMY, 100.0)
+    assert (plan.refuse, list(plan.wait)) == ({}, [("old", 0)])
 
 
 def test_the_tired_sleep_all_copies_or_none() -> None:
@@ -432,12 +578,34 @@ def test_the_tired_sleep_all_copies_or_none() -> None:
     assert decide([], [one, two], CARDS, Rules(sleep_bytes=30 * GB), 100.0).sleep == {("a", 0): "ram", ("a", 1): "disk"}
     busy = sleeper("a", 30, is_tired=True, key=("a", 1), work=1)
     assert decide([], [one, busy], CARDS, ROOMY, 100.0).sleep == {}
+    loading = sleeper("a", 30, is_tired=True, key=("a", 1), ready_since=None, beds=())
+    assert decide([], [one, loading], CARDS, ROOMY, 100.0).sleep == {}
+    sleeping = asleep("a", is_tired=True, key=("a", 1))
+    assert decide([], [one, sleeping], CARDS, ROOMY, 100.0).sleep == {("a", 0): "ram"}
+
+
+def test_the_tired_have_beds_only_as_far_as_there_are_any() -> None:
+    in_ram = sleeper("a").beds[:1]
+    one, two = sleeper("a", 30, is_tired=True, beds=in_ram), sleeper("a", 30, is_tired=True, key=("a", 1), beds=in_ram)
+    assert decide([], [one, two], CARDS, Rules(sleep_bytes=30 * GB), 100.0).sleep == {}
+    other = sleeper("b", 30, is_tired=True, beds=in_ram)
+    assert decide([], [one, other], CARDS, ROOMY, 100.0).sleep == {("a", 0): "ram", ("b", 0): "ram"}
+    assert decide([], [one, other], CARDS, Rules(sleep_bytes=30 * GB), 100.0).sleep == {("a", 0): "ram"}
+    full = (CARDS[0], Device(key=RAM, total_bytes=30 * GB))
+    assert decide([], [one, other], full, ROOMY, 100.0).sleep == {("a", 0): "ram"}
+    # What one has taken before, it has; and it counts as taken once.
+    again = sleeper("b", 30, is_tired=True, beds=in_ram, host_bytes=20 * GB, memory={"GPU-0": 30 * GB, RAM: 20 * GB})
+    assert decide([], [again], CARDS, Rules(sleep_bytes=20 * GB), 100.0).sleep == {("b", 0): "ram"}
+    assert decide([], [again, one], CARDS, Rules(sleep_bytes=40 * GB), 100.0).sleep.keys() == {("a", 0), ("b", 0)}
+    assert decide([], [again, one], CARDS, Rules(sleep_bytes=39 * GB), 100.0).sleep.keys() == {("b", 0)}
 
 
 def test_a_first_sleep_is_tried_where_it_keeps_nobody_waiting() -> None:
     new = sleeper("a", is_new_to_it=True)
     assert decide([], [new], CARDS, ROOMY, 100.0).rehearse == {("a", 0): "ram"}
     assert decide([], [new], CARDS, Rules(), 100.0).rehearse == {}
+    assert len(decide([], [new, sleeper("b", 20, is_new_to_it=True)], CARDS, ROOMY, 100.0).rehearse) == 1
+    assert decide([], [msgspec.structs.replace(new, work=1)], CARDS, ROOMY, 100.0).rehearse == {}
     assert decide([on_card(79)], [new], CARDS, ROOMY, 5.0).rehearse == {}  # somebody waits
 
 
@@ -498,6 +666,13 @@ def test_who_waits_for_memory_that_is_just_coming_back_keeps_it_from_the_smaller
     idle = msgspec.structs.replace(busy, work=0)
     plan = decide([late, small], [idle], [passing], Rules(max_wait_s=30), 40.0)
     assert (plan.start, plan.evict, plan.hold) == ({}, {}, {("busy", 0)})
+    early = msgspec.structs.replace(late, since=20.0)
+    plan = decide([early, small], [idle], [passing], Rules(max_wait_s=30), 40.0)
+    assert (plan.start, plan.evict, plan.hold) == ({}, {}, frozenset())
+    another_copy = msgspec.structs.replace(late, is_extra=True)
+    assert decide([another_copy], [busy], [passing], Rules(max_wait_s=30), 40.0).hold == frozenset()
+    both = [claim(5, since=0.0), claim(5, key=("small", 0), since=35.0)]
+    assert decide(both, [], [passing], Rules(max_wait_s=30), 40.0).start == {}  # it is not back yet
     # Nobody goes before the memory is back.
     back = Device(key=RAM, total_bytes=10 * GB)
     assert decide([late, small], [idle], [back], Rules(max_wait_s=30), 40.0).evict == {("busy", 0): ("new", 0)}

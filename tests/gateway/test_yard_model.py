@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant
-from schedules import initialize, rule
+from schedules import initialize, read, rule
 from simulated import GB, Model, World
 from virtual_time import virtual_time
 
@@ -248,3 +250,20 @@ class Yard(RuleBasedStateMachine):
 
 TestYard = Yard.TestCase
 TestYard.settings = hypothesis_settings(max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None)
+
+
+# Those that are replayed with processes, and in `virtual` those that an earlier yard did not survive.
+KEPT = sorted((Path(__file__).parent / "schedules").rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
+def test_a_schedule_that_was_kept_holds(file: Path) -> None:
+    yard = Yard()
+    try:
+        for step in read(file):
+            getattr(yard, step.rule)(**step.arguments)
+            yard.it_holds()
+    finally:
+        yard.teardown()
+    assert yard.world.outcomes["answered"]
+    assert yard.world.starts
