@@ -48,7 +48,9 @@ def outlook(deployment: Deployment) -> Outlook:
         return _resting(next(one for one in deployment.replicas if one.state is state))
     stage = str(state)
     if state is State.READY and (deployment.is_held or deployment.waiting):
-        stage = f"busy with {deployment.in_flight} requests" + (", then makes room" if deployment.is_held else "")
+        count = deployment.in_flight
+        requests = "1 request" if count == 1 else f"{count} requests"
+        stage = f"busy with {requests}" + (", then makes room" if deployment.is_held else "")
     return Outlook(state=str(state), stage=stage, left_s=deployment.load_s() if state is State.STOPPED else None)
 
 

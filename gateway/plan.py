@@ -11,6 +11,7 @@ import msgspec
 
 from engines.base import Launch, Placement
 from gateway.placement import Device, fell_back, how, needs_of, promised_by
+from gateway.sentences import said_of
 from gateway.sizing import Sizing
 from gateway.yard import Claim, Holder, Rules, decide, over
 
@@ -116,22 +117,21 @@ def _row(
             said.append(f"{differs[0].upper()}{differs[1:]}.")
         return told("placed", placement, " ".join(said)), placement
     if (refusal := plan.refuse.get(claim.key)) is not None:
-        return told("refused", None, refusal[0]), None
+        return told("refused", None, refusal.text), None
     # For another copy nobody has to go, but it starts once they have gone.
     gone = plan.evict or {one.key: claim.key for other, one in placed if not other.pinned and other is not launch}
     staying = [one for one in holders if one.key not in gone]
     then = decide([claim], staying, devices, rules, LATER_S)
     if (placement := then.start.get(claim.key)) is None:
-        return told("refused", None, (then.refuse.get(claim.key) or (then.wait[claim.key],))[0]), None
-    rivals = ", ".join(dict.fromkeys(uid for uid, _ in gone))
+        refusal = then.refuse.get(claim.key)
+        return told("refused", None, refusal.text if refusal else f"{then.wait[claim.key]}."), None
+    rivals = [uid for uid, _ in gone]
     if plan.evict:
         why = over(claim, {one.key[0]: one.group for one in holders}, rules) or "there is no room beside what is idle"
-        return told(
-            "in turn",
-            placement,
-            f"When it is asked for, {rivals} {'are' if ', ' in rivals else 'is'} unloaded, as {why}.",
-        ), None
-    return told("in turn", placement, f"Waits until others are unloaded ({rivals}): {plan.wait[claim.key]}"), None
+        ends = said_of(rivals, "is unloaded", "are unloaded")
+        return told("in turn", placement, f"When it is asked for, {ends}, as {why}."), None
+    ends = said_of(rivals, "is unloaded", "are unloaded")
+    return told("in turn", placement, f"It waits until {ends}: {plan.wait[claim.key]}."), None
 
 
 def free_after(rows: Sequence[Row], devices: Sequence[Device]) -> dict[str, int]:

@@ -118,10 +118,11 @@ class Replaced(Exception):
 
 
 class NoPlace(Exception):
-    """There is no room, whoever of ours goes; `for_ever` if the machine is too small."""
+    """There is no room, whoever of ours goes; `for_ever` if the machine is too small. What would help are sentences."""
 
-    def __init__(self, sentence: str, *, for_ever: bool) -> None:
-        super().__init__(sentence)
+    def __init__(self, reason: str, remedies: Sequence[str], *, for_ever: bool) -> None:
+        super().__init__(reason)
+        self.remedies = remedies
         self.for_ever = for_ever
 
 
@@ -709,8 +710,8 @@ class Replica:
         try:
             await self._ask_for_place(self, needs, None)
         except NoPlace as exc:
-            advice = "Ask for less, or give it more."
-            failure = _failure(f"it cannot be placed: {str(exc).rstrip('.')}", advice, Cause.PLACE, final=True)
+            advice = " ".join(exc.remedies) or "Ask for less, or give it more."
+            failure = _failure(f"it cannot be placed: {exc}", advice, Cause.PLACE, final=True)
             raise ReplicaFailed(failure, None if exc.for_ever else PLACE_RETRY_S) from exc
         if self.placement and fell_back(needs, self.placement):
             self._tell("WARNING", f"{self.name} runs on the CPU, as cpu_fallback allows: the GPUs have no room")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from grammar import assert_sentences
 from hypothesis import given
 from hypothesis import strategies as st
 from llms import a_launch
@@ -57,7 +58,7 @@ def test_twelve_models_on_eight_gpus_one_of_them_held_by_somebody_else(tmp_path:
     assert rows["half/0"]["memory"] == {"GPU-5": 40 * GIB}
     beside = rows["beside/0"]["text"]
     assert "GPU 0 has 19,327 MB of 85,899 MB free: 65,498 MB are held by others (process 1, train.py" in beside
-    assert "Another spec of the family: 4B, 1_7B, 0_6B." in beside
+    assert "Take another spec of the family: 4B, 1_7B or 0_6B." in beside
     assert "on each of 7 GPUs" in rows["giant/0"]["text"]
     devices = {device["name"]: device for device in json.loads(done.output)["devices"]}
     given: dict[str, int] = {}
@@ -105,11 +106,15 @@ def test_how_many_may_be_loaded_at_once_counts_as_it_does_when_they_run(tmp_path
         "more/0": ("in turn", "When it is asked for, one is unloaded, as max_loaded 2 is reached."),
         "more/1": (
             "in turn",
-            "Waits until others are unloaded (one): there is no room for another copy: max_loaded 2 is reached",
+            "It waits until one is unloaded: there is no room for another copy: max_loaded 2 is reached.",
         ),
     }
     assert a_plan(tmp_path, models, max_loaded=1) == {
-        name: ("placed", "") if name == "kept/0" else ("refused", "max_loaded 1 is reached, and kept is pinned")
+        name: (
+            ("placed", "")
+            if name == "kept/0"
+            else ("refused", "max_loaded 1 is reached, and kept is pinned. Unpin kept.")
+        )
         for name in ("kept/0", "one/0", "two/0", "more/0", "more/1")
     }
 
@@ -121,11 +126,11 @@ def test_groups_count_as_they_do_when_they_run(tmp_path: Path) -> None:
         "a/0": ("placed", ""),
         "b/0": ("in turn", "When it is asked for, a is unloaded, as the group few has its 1 loaded."),
         "c/0": ("placed", ""),
-        "alone/0": ("in turn", "When it is asked for, a, c are unloaded, as the group lonely is loaded alone."),
+        "alone/0": ("in turn", "When it is asked for, a and c are unloaded, as the group lonely is loaded alone."),
     }
     models["c"] = {"pinned": True}
     status, text = a_plan(tmp_path, models, groups=groups)["alone/0"]
-    assert (status, text) == ("refused", "the group lonely is loaded alone, and c is pinned")
+    assert (status, text) == ("refused", "the group lonely is loaded alone, and c is pinned. Unpin c.")
 
 
 def test_who_makes_room_is_the_one_of_least_priority(tmp_path: Path) -> None:
@@ -241,3 +246,5 @@ def test_what_is_planned_fits_at_once_and_what_is_refused_never_would(
         elif launch.replica == 1 and not is_any_pinned:
             assert row.status != "refused"
         assert bool(row.text) or row.status == "placed"
+        if row.text:
+            assert_sentences(row.text)
