@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from engines.base import (
     Adapter,
+    Call,
     Command,
     Endpoint,
     Engine,
@@ -156,6 +157,7 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
     keeps_prefixes = True
     takes_flags = True
     options = LlamaCppOptions
+    is_asleep = Call(method="GET", path="/props", limit_s=5.0)
     context_from = ("/props", ("default_generation_settings", "n_ctx"))
     less_memory = "Lower context_length, n_parallel or n_gpu_layers, or say cache_type_k: q8_0 and cache_type_v: q8_0."
     refusals = {
@@ -215,6 +217,11 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
     def choose_adapter(self, names: Sequence[str], lora_name: str) -> Mapping[str, Any]:
         """By its number, and none of the others."""
         return {"lora": _scales(names, lora_name)}
+
+    def sleeps_after_s(self, launch: Launch) -> float | None:
+        """As the launch says. It gives back all of the model's memory, and keeps the room that it was promised."""
+        found: float | None = self.read_options(launch.options).sleep_idle_seconds
+        return found
 
     def needs(self, launch: Launch) -> Needs:
         """What the launch says, else one GPU or several, by layers; no GPU where none of its layers may go there."""

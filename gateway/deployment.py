@@ -365,6 +365,13 @@ class Deployment:
         return next((state for state in BEST_FIRST if state in states), State.STOPPED)
 
     @property
+    def shown_state(self) -> State:
+        """As people read it: it sleeps where the engines of all copies that are ready do so by themselves."""
+        ready = [replica for replica in self.staying if replica.state is State.READY]
+        sleeps = self.state is State.READY and bool(ready) and all(replica.dozes for replica in ready)
+        return State.ASLEEP if sleeps else self.state
+
+    @property
     def is_loaded(self) -> bool:
         """Whether any part of it runs, or is about to."""
         return self._is_running

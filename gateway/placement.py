@@ -29,7 +29,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
 
     `total_bytes` is 0 where it does not tell: everything fits there. `foreign_bytes` is held by what is not ours; of
     these `passing_bytes` came so lately that they may be gone as soon, such as those of an engine that just ended.
-    `holders` are names for sentences; `limit` is the setting that the total comes from, if it is not all there is.
+    `holders` are names for sentences, and `own` those of them that are ours; `limit` is the setting that the total
+    comes from, if it is not all there is.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     headroom_bytes: int = 0
     gpu: Gpu | None = None
     holders: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
     limit: str = ""
 
     @property
@@ -162,7 +164,7 @@ def regain(awake: Placement, devices: Sequence[Device], promised: Mapping[str, i
     wanted = listed(f"{megabytes(size)} of {by_key[key].name if key in by_key else key}" for key, size in full.items())
     there = [by_key[key] for key in full if key in by_key]
     would_fit = all(key in by_key and size <= _emptied(by_key[key]).free({}) for key, size in full.items())
-    ends = _ends(there) if would_fit else []
+    ends = _ends(there, promised) if would_fit else []
     return _refusal(f"to wake, it needs {wanted} again, but {told}", ends)
 
 
@@ -390,12 +392,12 @@ def _told(device: Device, promised: Mapping[str, int]) -> str:
     if not device.total_bytes:
         return f"{device.name} does not tell its memory"
     taken = []
+    own = ", ".join(name for name in device.holders if name in device.own)
+    others = ", ".join(name for name in device.holders if name not in device.own)
     if given := promised.get(device.key):
-        taken.append(f"{megabytes(given)} are given to models")
+        taken.append(f"{megabytes(given)} are given to models" + (f" ({own})" if own else ""))
     if device.foreign_bytes:
-        taken.append(f"{megabytes(device.foreign_bytes)} are held by others")
-    if taken and device.holders:
-        taken[-1] += f" ({', '.join(device.holders)})"
+        taken.append(f"{megabytes(device.foreign_bytes)} are held by others" + (f" ({others})" if others else ""))
     if device.headroom_bytes:
         taken.append(f"{megabytes(device.headroom_bytes)} are kept free")
     total = f"{megabytes(device.total_bytes)}{f' ({device.limit})' if device.limit else ''}"
@@ -426,7 +428,7 @@ def _remedies(
         enough = "the emptiest GPU has" if n_gpu == 1 else f"the emptiest {n_gpu} GPUs have"
         said.append(f"Say n_gpu {n_gpu}: {enough} room for one copy.")
     if sum(_has_room(_emptied(device), needs, count, {}) for device in devices) >= count:
-        said += _ends(devices)
+        said += _ends(devices, promised)
     unkept = [device.free(promised) + device.headroom_bytes >= _share(device, needs, count) for device in devices]
     if sum(unkept) >= count and any(device.headroom_bytes for device in devices):
         said.append(f"Lower {'gpu_headroom' if gpus else 'ram_headroom'}.")
@@ -441,9 +443,11 @@ def _emptied(device: Device) -> Device:
     return msgspec.structs.replace(device, foreign_bytes=0)
 
 
-def _ends(devices: Sequence[Device]) -> list[str]:
-    holders = tuple(dict.fromkeys(holder for device in devices for holder in device.holders))
-    return [f"End {' or '.join(holders[:SHOWN])}."] if holders else []
+def _ends(devices: Sequence[Device], promised: Mapping[str, int]) -> list[str]:
+    """Who may be ended: of ours only those that count, as others are taken to have gone."""
+    found = [name for one in devices for name in one.holders if promised.get(one.key) or name not in one.own]
+    names = tuple(dict.fromkeys(found))
+    return [f"End {' or '.join(names[:SHOWN])}."] if names else []
 
 
 def _enough(needs: Needs, gpus: Mapping[int, Device], promised: Mapping[str, int]) -> int | None:

@@ -414,7 +414,8 @@ class _Yard:
         empty = [msgspec.structs.replace(device, foreign_bytes=0) for device in devices]
         for_ever = isinstance(place(claim.needs, empty, {}, **self._wishes(claim)), NoRoom)
         refusal = msgspec.structs.replace(refusal, for_ever=for_ever)
-        return _beside_pinned(refusal, pinned) if pinned and not for_ever else refusal
+        without_pinned = place(claim.needs, devices, {}, **self._wishes(claim))
+        return _beside_pinned(refusal, pinned) if isinstance(without_pinned, Placement) else refusal
 
     def _refuse_or_settle(self, claim: Claim, refusal: NoRoom) -> None:
         """Memory that was given back a moment ago may yet be told as taken."""

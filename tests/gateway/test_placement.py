@@ -243,7 +243,7 @@ def test_without_gpus(needs: Needs, result: Any) -> None:
 def test_on_the_cpu_it_is_the_machines_memory_that_counts() -> None:
     needs = Needs(memory_bytes=5 * GB)
     assert place(needs, [the_ram(8)], {RAM: 3 * GB}) == Placement(gpu_uuids=None, memory={RAM: 5 * GB})
-    found = place(needs, [the_ram(8, headroom_bytes=GB, holders=("big-rep0",))], {RAM: 3 * GB})
+    found = place(needs, [the_ram(8, headroom_bytes=GB, holders=("big-rep0",), own=("big-rep0",))], {RAM: 3 * GB})
     assert isinstance(found, NoRoom)
     assert not found.for_ever
     assert found.text == (
@@ -436,12 +436,12 @@ OURS = ("big-rep0 (3,000 MB)", "old-rep1 (1,000 MB)")
 FOREIGN, UNKNOWN = "process 7, train.py (9,000 MB)", "process 9, of another container or user (1,000 MB)"
 MACHINES = {
     "no GPU": [the_ram(8)],
-    "no GPU, and little memory": [the_ram(8, headroom_bytes=GB, holders=OURS[:1])],
+    "no GPU, and little memory": [the_ram(8, headroom_bytes=GB, holders=OURS[:1], own=OURS)],
     "a limit of ours": [the_ram(8, limit="ram_limit")],
     "a limit of others": [the_ram(8, limit="the limit of our control group")],
     "an empty GPU": [a_device(0, 16), the_ram(64)],
     "a foreign process": [a_device(0, 4, holders=(FOREIGN,)), the_ram(6)],
-    "headroom": [a_device(0, 10, headroom_bytes=4 * GB, holders=(*OURS, FOREIGN)), the_ram(6)],
+    "headroom": [a_device(0, 10, headroom_bytes=4 * GB, holders=(*OURS, FOREIGN), own=OURS), the_ram(6)],
     "two GPUs": [a_device(0, 4, holders=(FOREIGN,)), a_device(1, 8, holders=(UNKNOWN,)), the_ram(6)],
     "one that does not tell": [a_device(0, 0, 0), a_device(1, 8), the_ram(6)],
     "slices": [a_device(1, 40, 40), a_slice(2, 0, 10), a_slice(3, 0, 20), the_ram(6)],
@@ -497,6 +497,16 @@ def test_only_what_would_make_it_fit_is_advised() -> None:
     assert "Let it take more" in gpus_of(Needs(memory_bytes=9 * GB, gpu_share=0.5), full)
     assert "Let it take" not in gpus_of(Needs(memory_bytes=20 * GB, gpu_share=0.5), full)
     assert "Let it take less" in gpus_of(Needs(memory_bytes=3 * GB, gpu_share=0.5), full)
+
+
+def test_models_of_ours_are_named_where_their_room_counts_and_never_among_the_others() -> None:
+    device = a_device(0, 10, holders=(OURS[0], FOREIGN), own=OURS)
+    said = gpus_of(Needs(memory_bytes=12 * GB), [device], {"GPU-0": 3 * GB})
+    assert f"3,000 MB are given to models ({OURS[0]}) and 6,000 MB are held by others ({FOREIGN})." in said
+    assert f"End {OURS[0]} or {FOREIGN}." in said
+    said = gpus_of(Needs(memory_bytes=12 * GB), [device])
+    assert OURS[0] not in said
+    assert f"End {FOREIGN}." in said
 
 
 def test_the_machines_memory_has_no_share() -> None:

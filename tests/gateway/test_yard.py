@@ -137,6 +137,14 @@ def test_a_pinned_model_refuses_nobody_once_it_is_being_stopped() -> None:
     assert goes.wait == {("new", 0): "p is being unloaded"}
 
 
+def test_pinned_models_are_only_blamed_where_their_room_would_do() -> None:
+    pinned = Holder(key=("p", 0), memory={RAM: 1 * GB}, is_pinned=True, ready_since=0.0)
+    crowded = msgspec.structs.replace(MACHINE, foreign_bytes=5 * GB)
+    for size, is_said in ((5, True), (8, False)):
+        refusal = decide([claim(size)], [pinned], [crowded], Rules(), 20.0).refuse["new", 0]
+        assert ("p is pinned" in refusal.text) is ("Unpin p." in refusal.text) is is_said
+
+
 def test_who_makes_room_is_told_of_one_and_of_many() -> None:
     idle = [Holder(key=(uid, 0), memory={RAM: 4 * GB}, ready_since=0.0) for uid in ("a", "b")]
     for size, said in ((4, "a is unloaded to make room"), (8, "a and b are unloaded to make room")):
