@@ -105,7 +105,7 @@ def _prepare(
 
     def size(launch: Launch) -> Sizing:
         path, *added = (_files_here(source, settings) for source in launch.artifact.sources)
-        facts = weights.read(path) if path else None
+        facts = weights.read(path, launch.artifact.loads) if path else None
         family = registry.find(launch.artifact.family.model_name, launch.artifact.family.model_type)
         needs = engines.find(launch.engine, known).needs(launch)
         specs = family.specs if family else ()
