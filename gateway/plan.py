@@ -4,19 +4,21 @@ rules of the yard, and pure."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
 
-from engines.base import Launch, Placement
+from engines.base import Launch, Needs, Placement, Tier
 from gateway.placement import Device, fell_back, how, needs_of, promised_by
 from gateway.sentences import said_of
 from gateway.sizing import Sizing
-from gateway.yard import Claim, Holder, Rules, decide, over
+from gateway.tiers import asleep
+from gateway.yard import Bed, Claim, Holder, Key, Rules, decide, over
 
 LATER_S = 1e9  # of a clock: whatever has begun, all is at rest
 Status = Literal["placed", "in turn", "refused"]
+TiersOf = Callable[[Launch, Placement, Needs], Sequence[Tier]]
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,11 +41,17 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def draw_up(
-    wanted: Sequence[tuple[Launch, Sizing]], devices: Sequence[Device], rules: Rules | None = None
+    wanted: Sequence[tuple[Launch, Sizing]],
+    devices: Sequence[Device],
+    rules: Rules | None = None,
+    tiers_of: TiersOf = lambda launch, placement, needs: (),
 ) -> tuple[Row, ...]:
     """A row for each copy, in the order in which they would be started: preloaded ones first, by priority.
 
     What comes on demand is taken to be asked for in that order too, and to stay, idle.
+
+    Args:
+        tiers_of: how a copy could sleep.
     """
     ordered = sorted(wanted, key=lambda one: (not one[0].preload, -one[0].priority))
     patient = msgspec.structs.replace(rules or Rules(), min_residency_s=0, max_wait_s=math.inf)
@@ -53,12 +61,13 @@ def draw_up(
         for index in range(launch.replica):
             row, placement = _row(launch, sizing, index, placed, devices, patient)
             if placement is not None:
-                placed.append((launch, _holder(launch, index, placement, len(placed))))
+                tiers = tiers_of(launch, placement, sizing.needs)
+                placed.append((launch, _holder(launch, index, placement, len(placed), tiers)))
             rows.append(row)
     return tuple(rows)
 
 
-def _holder(launch: Launch, index: int, placement: Placement, number: int) -> Holder:
+def _holder(launch: Launch, index: int, placement: Placement, number: int, tiers: Sequence[Tier]) -> Holder:
     """Ready and idle for long, the first the longest."""
     return Holder(
         key=(launch.uid, index),
@@ -68,6 +77,9 @@ def _holder(launch: Launch, index: int, placement: Placement, number: int) -> Ho
         is_pinned=launch.pinned,
         priority=launch.priority,
         group=launch.group,
+        beds=tuple(
+            Bed(tier=tier.name, memory=asleep(placement, tier).memory, host_bytes=tier.host_bytes) for tier in tiers
+        ),
     )
 
 
@@ -120,7 +132,11 @@ def _row(
         return told("refused", None, refusal.text), None
     # For another copy nobody has to go, but it starts once they have gone.
     gone = plan.evict or {one.key: claim.key for other, one in placed if not other.pinned and other is not launch}
-    staying = [one for one in holders if one.key not in gone]
+    staying = [
+        one.in_bed(bed.memory, bed.host_bytes) if (bed := _bed(one, plan.sleep)) else one
+        for one in holders
+        if one.key not in gone or one.key in plan.sleep
+    ]
     then = decide([claim], staying, devices, rules, LATER_S)
     if (placement := then.start.get(claim.key)) is None:
         refusal = then.refuse.get(claim.key)
@@ -128,10 +144,18 @@ def _row(
     rivals = [uid for uid, _ in gone]
     if plan.evict:
         why = over(claim, {one.key[0]: one.group for one in holders}, rules) or "there is no room beside what is idle"
-        ends = said_of(rivals, "is unloaded", "are unloaded")
-        return told("in turn", placement, f"When it is asked for, {ends}, as {why}."), None
-    ends = said_of(rivals, "is unloaded", "are unloaded")
-    return told("in turn", placement, f"It waits until {ends}: {plan.wait[claim.key]}."), None
+        sleeps = [key[0] for key in gone if key in plan.sleep]
+        ends = [key[0] for key in gone if key not in plan.sleep]
+        goes = [said_of(ends, "is unloaded", "are unloaded")] if ends else []
+        goes += [said_of(sleeps, "falls asleep", "fall asleep")] if sleeps else []
+        return told("in turn", placement, f"When it is asked for, {' and '.join(goes)}, as {why}."), None
+    gone_then = said_of(rivals, "is unloaded", "are unloaded")
+    return told("in turn", placement, f"It waits until {gone_then}: {plan.wait[claim.key]}."), None
+
+
+def _bed(holder: Holder, sleep: Mapping[Key, str]) -> Bed | None:
+    """The one that it sleeps in, if it does."""
+    return next((bed for bed in holder.beds if bed.tier == sleep.get(holder.key)), None)
 
 
 def free_after(rows: Sequence[Row], devices: Sequence[Device]) -> dict[str, int]:

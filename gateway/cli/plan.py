@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from engines.base import Engine, Launch
+    from engines.base import Engine, Launch, Needs, Placement, Tier
     from gateway.config import Settings
     from gateway.devices import SimulatedMachine
     from gateway.placement import Device
-    from gateway.plan import Row
+    from gateway.plan import Row, TiersOf
     from gateway.sizing import Sizing
     from gateway.yard import Rules
     from registry.schema import Source
@@ -42,13 +42,13 @@ def command(file: str, machine_file: str | None, gpus: str | None, as_json: bool
     if machine_file and gpus:
         raise click.UsageError("Say --machine or --gpus, not both.")
     try:
-        wanted, devices, rules = _prepare(file, _machine(machine_file, gpus))
+        wanted, devices, rules, tiers_of = _prepare(file, _machine(machine_file, gpus))
     except SettingsError as exc:
         if as_json:
             print_json({"file": file, "error": str(exc)})
         click.echo(str(exc), err=True)
         sys.exit(1)
-    rows = draw_up(wanted, devices, rules)
+    rows = draw_up(wanted, devices, rules, tiers_of)
     if as_json:
         print_json({"file": file, "error": None} | _data(rows, devices))
     else:
@@ -75,8 +75,8 @@ def _machine(machine_file: str | None, gpus: str | None) -> SimulatedMachine | N
 
 def _prepare(
     file: str, machine: SimulatedMachine | None
-) -> tuple[list[tuple[Launch, Sizing]], Sequence[Device], Rules]:
-    """What is wanted, with what it takes, the devices, and the rules."""
+) -> tuple[list[tuple[Launch, Sizing]], Sequence[Device], Rules, TiersOf]:
+    """What is wanted, with what it takes, the devices, the rules, and how models could sleep."""
     from functools import partial
 
     import engines
@@ -112,7 +112,10 @@ def _prepare(
         beside = bytes_beside(launch, path, tuple(filter(None, added)))
         return size_up(launch, needs, None, facts, [], experience, has_gpus=has_gpus, specs=specs, beside_bytes=beside)
 
-    return [(launch, size(launch)) for launch in launches], devices, rules_of(settings, devices)
+    def tiers_of(launch: Launch, placement: Placement, needs: Needs) -> Sequence[Tier]:
+        return engines.find(launch.engine, known).tiers(launch, placement, needs)
+
+    return [(launch, size(launch)) for launch in launches], devices, rules_of(settings, devices), tiers_of
 
 
 def _as_installed(engine: Engine) -> Engine:

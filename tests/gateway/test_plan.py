@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llms import a_launch
 from model_files import F32, gguf
 
-from engines.base import Launch, Needs
+from engines.base import Launch, Needs, Placement, Tier
 from gateway.cli import hostler
 from gateway.devices import Limits, SimulatedGpu, SimulatedMachine, SimulatedProcess, devices_of
 from gateway.placement import NoRoom, place
@@ -116,6 +116,25 @@ def test_how_many_may_be_loaded_at_once_counts_as_it_does_when_they_run(tmp_path
             else ("refused", "max_loaded 1 is reached, and kept is pinned. Unpin kept.")
         )
         for name in ("kept/0", "one/0", "two/0", "more/0", "more/1")
+    }
+
+
+def test_who_can_sleep_falls_asleep_rather_than_it_is_unloaded() -> None:
+    def tiers_of(launch: Launch, placement: Placement, needs: Needs) -> list[Tier]:
+        return [Tier(name="disk", sleep=(), wake=(), residual_bytes=1)] if launch.uid == "sleepy" else []
+
+    wanted = [
+        (a_launch(uid=uid), Sizing(needs=Needs(memory_bytes=size), basis="drawn"))
+        for uid, size in (("sleepy", 60), ("other", 30), ("new", 50), ("large", 100))
+    ]
+    devices = devices_of(SimulatedMachine(gpus=(SimulatedGpu(total=100),)).look(()), (), Limits(gpu_headroom=0))
+    rows = {row.model: (row.status, row.text) for row in draw_up(wanted, devices, tiers_of=tiers_of)}
+    why = "as there is no room beside what is idle."
+    assert rows == {
+        "sleepy": ("placed", ""),
+        "other": ("placed", ""),
+        "new": ("in turn", f"When it is asked for, sleepy falls asleep, {why}"),
+        "large": ("in turn", f"When it is asked for, sleepy and other are unloaded, {why}"),
     }
 
 
