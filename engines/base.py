@@ -291,7 +291,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """How its errors begin that are the request's fault though it blames itself -> what users are told of the model."""
 
     is_asleep: ClassVar[Call | None] = None
-    """What tells, by `is_sleeping` in its JSON, whether it sleeps, and does not wake it; None: it cannot."""
+    """What tells, by `is_sleeping` in its JSON, whether it sleeps; None: it has no tiers."""
 
     context_from: ClassVar[tuple[str, tuple[str | int, ...]] | None] = None
     """Where it tells how many tokens a request may have: the path, and the keys in its answer."""
@@ -331,8 +331,10 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
         """How it could sleep, run by the `command` of the same launch and placement; who wakes quickest first."""
         return ()
 
-    def sleeps_after_s(self, launch: Launch) -> float | None:
-        """After how long without a request it falls asleep by itself; whoever asks it then wakes it. None: never."""
+    def own_sleep(self, launch: Launch) -> tuple[float, Call] | None:
+        """After how long without a request it falls asleep by itself, so that whoever asks it then wakes it, and what
+        tells whether it sleeps, as `is_asleep`, without waking it. None: it never does.
+        """
         return None
 
     def read_options(self, options: Mapping[str, Any]) -> Any:

@@ -157,7 +157,6 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
     keeps_prefixes = True
     takes_flags = True
     options = LlamaCppOptions
-    is_asleep = Call(method="GET", path="/props", limit_s=5.0)
     context_from = ("/props", ("default_generation_settings", "n_ctx"))
     less_memory = "Lower context_length, n_parallel or n_gpu_layers, or say cache_type_k: q8_0 and cache_type_v: q8_0."
     refusals = {
@@ -218,10 +217,10 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
         """By its number, and none of the others."""
         return {"lora": _scales(names, lora_name)}
 
-    def sleeps_after_s(self, launch: Launch) -> float | None:
+    def own_sleep(self, launch: Launch) -> tuple[float, Call] | None:
         """As the launch says. It gives back all of the model's memory, and keeps the room that it was promised."""
-        found: float | None = self.read_options(launch.options).sleep_idle_seconds
-        return found
+        after_s = self.read_options(launch.options).sleep_idle_seconds
+        return (after_s, Call(method="GET", path="/props", limit_s=5.0)) if after_s else None
 
     def needs(self, launch: Launch) -> Needs:
         """What the launch says, else one GPU or several, by layers; no GPU where none of its layers may go there."""

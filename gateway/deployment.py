@@ -551,6 +551,8 @@ class Deployment:
 
     def why_sleepless(self) -> str:
         """Why it is never put to sleep; a sentence."""
+        if own := self.engine.own_sleep(self.launch):
+            return f"it does so by itself, after {own[0]:g} s without a request."
         if self.engine.is_asleep is None:
             return f"{self.engine.name} has no way to."
         if any(replica.tiers and not replica.beds() for replica in self.replicas):

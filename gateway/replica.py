@@ -487,16 +487,16 @@ class Replica:
 
     async def _watch_own_sleep(self, upstream: Upstream) -> None:
         """See when its engine falls asleep by itself, by asking it while it is idle for long enough, and at first."""
-        after_s = self.engine.sleeps_after_s(self.tried)
-        if after_s is None or self.engine.is_asleep is None:
+        if (own := self.engine.own_sleep(self.tried)) is None:
             return
+        after_s, call = own
         pause_s, asked = OWN_SLEEP_PAUSE_S, 0.0
         while True:
             used, idle_s = self.last_used, time.monotonic() - self.last_used
             if self.in_flight or (asked and not self.dozes and idle_s < after_s):
                 pause_s = OWN_SLEEP_PAUSE_S
             elif not self.dozes and time.monotonic() - asked >= pause_s:
-                is_asleep = await tiers.sleeps(upstream, self.engine.is_asleep)
+                is_asleep = await tiers.sleeps(upstream, call)
                 asked, pause_s = time.monotonic(), min(2 * pause_s, OWN_SLEEP_PAUSE_LIMIT_S)
                 if is_asleep and self.last_used == used:
                     self._dozes_after, self.dozes_since = used, asked

@@ -75,6 +75,8 @@ async def test_an_idle_engine_gives_its_memory_back_and_wakes_up(gateway: Gatewa
         model = (await gateway.get("/v1/models/sleeper")).json
         assert (model["status"], model["tier"]) == ("asleep", "disk")
         assert (await gateway.get("/v1/models/sleeper/queue")).json["state"] == "asleep"
+        refused = await gateway.post("/v1/models/sleeper/sleep")
+        assert "sleeper cannot sleep: it does so by itself, after 2 s without a request." in refused.error["message"]
         await asyncio.sleep(3)  # being asked for its state does not wake it
         assert (await gateway.until("sleeper"))["state"] == "asleep"
         assert (await gateway.complete("sleeper", **FRANCE)).json["choices"][0]["text"].startswith(" Paris")
