@@ -39,12 +39,19 @@ class Tools:
     load: Path
 
 
+def why_not() -> str:
+    """Why the programs cannot be built here; empty if they can."""
+    if sys.platform != "linux":
+        return "The mock engine and the client use epoll, which is Linux's."
+    if not shutil.which(COMPILER):
+        return f"There is no C compiler {COMPILER!r}: install one (Debian: gcc, libc6-dev), or name it in CC."
+    return ""
+
+
 def build(folder: Path) -> Tools:
     """Compile both into a folder; a second or so."""
-    if sys.platform != "linux":
-        raise Failed("The mock engine and the client use epoll, which is Linux's.")
-    if not shutil.which(COMPILER):
-        raise Failed(f"There is no C compiler {COMPILER!r}: install one (Debian: gcc), or name it in CC.")
+    if why := why_not():
+        raise Failed(why)
     for name in ("mock_engine", "load"):
         argv = [COMPILER, "-O2", "-o", str(folder / name), str(BENCH / f"{name}.c")]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120)

@@ -331,6 +331,12 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
         """How it could sleep, run by the `command` of the same launch and placement; who wakes quickest first."""
         return ()
 
+    def own_sleep(self, launch: Launch) -> tuple[float, Call] | None:
+        """After how long without a request it falls asleep by itself, so that whoever asks it then wakes it, and what
+        tells whether it sleeps, as `is_asleep`, without waking it. None: it never does.
+        """
+        return None
+
     def read_options(self, options: Mapping[str, Any]) -> Any:
         """A launch's options as the engine's Struct.
 

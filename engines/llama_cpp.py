@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from engines.base import (
     Adapter,
+    Call,
     Command,
     Endpoint,
     Engine,
@@ -215,6 +216,11 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
     def choose_adapter(self, names: Sequence[str], lora_name: str) -> Mapping[str, Any]:
         """By its number, and none of the others."""
         return {"lora": _scales(names, lora_name)}
+
+    def own_sleep(self, launch: Launch) -> tuple[float, Call] | None:
+        """As the launch says. It gives back all of the model's memory, and keeps the room that it was promised."""
+        after_s = self.read_options(launch.options).sleep_idle_seconds
+        return (after_s, Call(method="GET", path="/props", limit_s=5.0)) if after_s else None
 
     def needs(self, launch: Launch) -> Needs:
         """What the launch says, else one GPU or several, by layers; no GPU where none of its layers may go there."""

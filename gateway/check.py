@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -98,9 +98,9 @@ async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[s
     spec_reason, passed_over = await asyncio.to_thread(_about_specs, fleet, request, artifact, hubs)
     problems: list[str] = []
     unknown = [f"How the GPUs are: {silence}."] if silence else []
-    files = await _files(fleet, artifact.source, "", problems, unknown)
+    files = await _files(fleet, artifact.source, "", problems, unknown, artifact.loads)
     additions = [await _files(fleet, one.source, str(one), problems, unknown) for one in artifact.additions]
-    facts = await asyncio.to_thread(_facts, files, unknown)
+    facts = await asyncio.to_thread(_facts, files, unknown, artifact.loads)
     needs = engines.find(launch.engine, fleet.engines).needs(launch)
     has_gpus = any(device.gpu for device in devices)
     added_bytes = sum(addition.total_bytes or 0 for addition in additions)
@@ -252,12 +252,20 @@ def _spec_told(artifact: Artifact) -> dict[str, str | int | float | None]:
 # --- files
 
 
-async def _files(fleet: Fleet, source: Source, what: str, problems: list[str], unknown: list[str]) -> Files:
-    """Where the files are and how large, asking the hub where they are not here."""
+async def _files(
+    fleet: Fleet,
+    source: Source,
+    what: str,
+    problems: list[str],
+    unknown: list[str],
+    is_loaded: Callable[[str], bool] = lambda name: True,
+) -> Files:
+    """Where the files that are loaded are and how large, asking the hub where they are not here."""
     cache = fleet.settings.cache_path
     if source.model_hub == "local":
         try:
-            sizes = await asyncio.to_thread(local.list_files, source)
+            there = await asyncio.to_thread(local.list_files, source)
+            sizes = {name: size for name, size in there.items() if is_loaded(name)}
         except (HubError, OSError) as exc:
             problems.append(str(exc))
             sizes = {}
@@ -267,7 +275,9 @@ async def _files(fleet: Fleet, source: Source, what: str, problems: list[str], u
         return Files(what=what, are_here=bool(sizes), place=path, files=sizes, total_bytes=total)
     if path_here := find_cached(source, cache, is_use=False):
         marker = read_marker(marker_path(digest(source), cache))
-        sizes = {Path(name).name: size for name, size in marker.files.items()} if marker else {}
+        folder_here = path_here if path_here.is_dir() else path_here.parent
+        names = {_below(folder_here, Path(name)): size for name, size in marker.files.items()} if marker else {}
+        sizes = {name: size for name, size in names.items() if is_loaded(name)}
         total = sum(sizes.values()) or None
         return Files(what=what, are_here=True, place=str(path_here), files=sizes, total_bytes=total)
     folder = LIBRARIES[source.model_hub](os.environ) if source.model_hub in LIBRARIES else cache
@@ -289,6 +299,10 @@ async def _files(fleet: Fleet, source: Source, what: str, problems: list[str], u
     )
 
 
+def _below(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name
+
+
 def _free_bytes(folder: Path, unknown: list[str]) -> int | None:
     try:
         existing = next(one for one in (folder, *folder.parents) if one.exists())
@@ -298,10 +312,10 @@ def _free_bytes(folder: Path, unknown: list[str]) -> int | None:
         return None
 
 
-def _facts(files: Files, unknown: list[str]) -> Facts | None:
+def _facts(files: Files, unknown: list[str], is_loaded: Callable[[str], bool]) -> Facts | None:
     if not files.are_here:
         return None
-    facts = weights.read(Path(files.place))
+    facts = weights.read(Path(files.place), is_loaded)
     unknown += facts.problems
     return facts
 

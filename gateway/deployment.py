@@ -365,6 +365,13 @@ class Deployment:
         return next((state for state in BEST_FIRST if state in states), State.STOPPED)
 
     @property
+    def shown_state(self) -> State:
+        """As people read it: it sleeps where the engines of all copies that are ready do so by themselves."""
+        ready = [replica for replica in self.staying if replica.state is State.READY]
+        sleeps = self.state is State.READY and bool(ready) and all(replica.dozes for replica in ready)
+        return State.ASLEEP if sleeps else self.state
+
+    @property
     def is_loaded(self) -> bool:
         """Whether any part of it runs, or is about to."""
         return self._is_running
@@ -544,6 +551,8 @@ class Deployment:
 
     def why_sleepless(self) -> str:
         """Why it is never put to sleep; a sentence."""
+        if own := self.engine.own_sleep(self.launch):
+            return f"it does so by itself, after {own[0]:g} s without a request."
         if self.engine.is_asleep is None:
             return f"{self.engine.name} has no way to."
         if any(replica.tiers and not replica.beds() for replica in self.replicas):

@@ -198,6 +198,7 @@ def _gpu_device(gpu: Gpu, seen: Seen, held: Sequence[Held], limits: Limits) -> D
         headroom_bytes=limits.gpu_headroom,
         gpu=gpu,
         holders=_holders([*_own(held, gpu.uuid), *_others(gpu, seen)]),
+        own=_holders(_own(held, gpu.uuid)),
     )
 
 
@@ -221,6 +222,7 @@ def _ram_device(seen: Seen, held: Sequence[Held], limits: Limits) -> Device:
         foreign_bytes=max(0, seen.ram_used_bytes - ours),
         headroom_bytes=_usual_headroom(seen.ram_total_bytes) if limits.ram_headroom is None else limits.ram_headroom,
         holders=_holders(_own(held, RAM)),
+        own=_holders(_own(held, RAM)),
         limit=seen.ram_limit,
     )
     if limits.ram_limit is not None and limits.ram_limit < device.free({}):

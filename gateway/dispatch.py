@@ -183,10 +183,10 @@ class Dispatcher:
                 else:
                     waiting.replica.begin_waking(placement)
                 waiting.place.set_result(placement)
-        for key, (sentence, for_ever) in plan.refuse.items():
+        for key, refusal in plan.refuse.items():
             waiting = self._waiting.pop(key)
             if not waiting.place.done():
-                waiting.place.set_exception(NoPlace(sentence, for_ever=for_ever))
+                waiting.place.set_exception(NoPlace(refusal.reason, refusal.remedies, for_ever=refusal.for_ever))
         for key, waiting in self._waiting.items():
             is_new = waiting.replica.waits_for is None
             waiting.replica.waits_for = plan.wait.get(key, "nobody asks for it now")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -74,7 +74,9 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
     gpu_idx: (
         Annotated[tuple[int, ...], Meta(description="these GPUs and no others, split evenly over the copies")] | None
     ) = None
-    n_gpu: Annotated[int, Meta(ge=0, description="how many GPUs for a copy; 0: the CPU alone")] | None = None
+    n_gpu: (
+        Annotated[int, Meta(ge=0, description="how many GPUs for a copy; 0: the CPU alone")] | Literal["auto"] | None
+    ) = None
     options: Annotated[dict[str, Any], Meta(description="options of the engine, by its own names")] = {}
     force_options: Annotated[
         bool, Meta(description="pass options that are not known here to the engine's command line")
@@ -214,9 +216,9 @@ def _n_gpu(request: LaunchRequest) -> int | None:
     Raises:
         ValueError: they cannot be shared out so.
     """
-    named = request.gpu_idx
+    named, n_gpu = request.gpu_idx, None if request.n_gpu == "auto" else request.n_gpu
     if named is None:
-        return request.n_gpu
+        return n_gpu
     if len(set(named)) < len(named):
         raise ValueError(f"gpu_idx {list(named)} names a GPU twice.")
     if len(named) % request.replica:
@@ -225,10 +227,10 @@ def _n_gpu(request: LaunchRequest) -> int | None:
             f"{request.replica} copies gets as many as the others."
         )
     share = len(named) // request.replica
-    if request.n_gpu not in (None, share):
+    if n_gpu not in (None, share):
         each = "" if request.replica == 1 else f", {share} for each copy"
-        raise ValueError(f"gpu_idx names {len(named)} GPUs{each}, n_gpu says {request.n_gpu}: give one of them.")
-    return share if request.replica > 1 and named else request.n_gpu
+        raise ValueError(f"gpu_idx names {len(named)} GPUs{each}, n_gpu says {n_gpu}: give one of them.")
+    return share if request.replica > 1 and named else n_gpu
 
 
 def _of_engine(options: dict[str, Any], engine: Engine) -> dict[str, Any]:

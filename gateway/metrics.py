@@ -111,7 +111,7 @@ class FleetCollector(Collector):
             for replica in deployment.replicas:
                 labels = (deployment.launch.uid, str(replica.index))
                 in_flight.add_metric(labels, replica.in_flight)
-                state.add_metric((*labels, str(replica.state)), 1)
+                state.add_metric((*labels, str(replica.shown_state)), 1)
         tasks = GaugeMetricFamily(
             "hostler_tasks", "Of the gateway's own loop: a number that grows and grows is a leak."
         )

@@ -46,10 +46,13 @@ def outlook(deployment: Deployment) -> Outlook:
         return _coming(next(one for one in deployment.replicas if one.state is state), deployment.load_s())
     if state in RESTING:
         return _resting(next(one for one in deployment.replicas if one.state is state))
-    stage = str(state)
+    shown = deployment.shown_state
+    stage = str(shown)
     if state is State.READY and (deployment.is_held or deployment.waiting):
-        stage = f"busy with {deployment.in_flight} requests" + (", then makes room" if deployment.is_held else "")
-    return Outlook(state=str(state), stage=stage, left_s=deployment.load_s() if state is State.STOPPED else None)
+        count = deployment.in_flight
+        requests = "1 request" if count == 1 else f"{count} requests"
+        stage = f"busy with {requests}" + (", then makes room" if deployment.is_held else "")
+    return Outlook(state=str(shown), stage=stage, left_s=deployment.load_s() if state is State.STOPPED else None)
 
 
 def _resting(replica: Replica) -> Outlook:

@@ -16,6 +16,7 @@ import msgspec
 from engines.base import RAM, Launch, Needs, Placement
 from gateway.amounts import megabytes
 from gateway.gpus import Gpu
+from gateway.sentences import listed, said_of
 from registry.memory import kv_cache_bytes, most_tokens
 
 ENDLESS = 2**60
@@ -28,7 +29,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
 
     `total_bytes` is 0 where it does not tell: everything fits there. `foreign_bytes` is held by what is not ours; of
     these `passing_bytes` came so lately that they may be gone as soon, such as those of an engine that just ended.
-    `holders` are names for sentences; `limit` is the setting that the total comes from, if it is not all there is.
+    `holders` are names for sentences, and `own` those of them that are ours; `limit` is the setting that the total
+    comes from, if it is not all there is.
     """
 
     key: str
@@ -38,6 +40,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     headroom_bytes: int = 0
     gpu: Gpu | None = None
     holders: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
     limit: str = ""
 
     @property
@@ -58,16 +61,20 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NoRoom(msgspec.Struct, frozen=True, kw_only=True):
-    """Why there is no placement. `text` is all of it: the `reason`, with what is needed, what is free and who holds the
-    rest, and the `remedies` that would make it fit.
+    """Why there is no placement: the `reason`, with what is needed, what is free and who holds the rest, as part of a
+    sentence; and the `remedies` that would make it fit, each a sentence.
 
     `for_ever` says that it would not fit even if everything of ours went.
     """
 
-    text: str
-    for_ever: bool = False
-    reason: str = ""
+    reason: str
     remedies: tuple[str, ...] = ()
+    for_ever: bool = False
+
+    @property
+    def text(self) -> str:
+        """All of it, to be read after a colon."""
+        return " ".join((f"{self.reason}.", *self.remedies))
 
 
 def promised_by(placements: Iterable[Placement]) -> dict[str, int]:
@@ -154,10 +161,11 @@ def regain(awake: Placement, devices: Sequence[Device], promised: Mapping[str, i
     if not full:
         return awake
     told = "; ".join(_told(by_key[key], promised) if key in by_key else f"{key} is gone" for key in full)
-    wanted = ", ".join(
-        f"{megabytes(size)} of {by_key[key].name if key in by_key else key}" for key, size in full.items()
-    )
-    return _refusal(f"it needs {wanted} again, and there is no room: {told}", ())
+    wanted = listed(f"{megabytes(size)} of {by_key[key].name if key in by_key else key}" for key, size in full.items())
+    there = [by_key[key] for key in full if key in by_key]
+    would_fit = all(key in by_key and size <= _emptied(by_key[key]).free({}) for key, size in full.items())
+    ends = _ends(there, promised) if would_fit else []
+    return _refusal(f"to wake, it needs {wanted} again, but {told}", ends)
 
 
 def _try(
@@ -171,7 +179,7 @@ def _try(
     ways = _ways(needs)
     plain = [way for way in ways if way.gpu_layers is None] or [_Way(needs=_whole(needs))]
     tries = [(way, False) for way in ways] + ([(way, True) for way in plain] if cpu_fallback else [])
-    refusal = NoRoom(text="")
+    refusal = NoRoom(reason="")
     for way, may_fall_back in tries:
         found = _try_way(way, devices, promised, may_fall_back, apart_from)
         if isinstance(found, Placement):
@@ -230,7 +238,7 @@ def _try_way(
         asked = Needs(memory_bytes=way.ram_bytes)
         beside = _on_cpu(asked, devices, promised, ())
         if isinstance(beside, NoRoom):
-            return _refusal(f"of the layers that are not on the GPU {beside.reason}", beside.remedies)
+            return _refusal(f"for the layers that are not on a GPU, {beside.reason}", beside.remedies)
         memory = {**found.memory, **beside.memory}
         return msgspec.structs.replace(found, memory=memory, gpu_layers=way.gpu_layers)
     return msgspec.structs.replace(found, context_tokens=way.context_tokens)
@@ -240,9 +248,10 @@ def _with_layers(refusal: NoRoom, needs: Needs, devices: Sequence[Device], promi
     """The refusal with how many layers would have room on the GPUs, if any would."""
     for layers, sizes in needs.splits.items():
         way = _split_way(_whole(needs), layers, *sizes)
-        if isinstance(_try_way(way, devices, promised, False, ()), Placement):
+        found = _try_way(way, devices, promised, False, ())
+        if isinstance(found, Placement) and found.gpu_layers:
             of = f"{layers} of its {len(needs.splits) + 1} layers have room on GPUs, the others in the machine's memory"
-            return _refusal(refusal.reason, (f"n_gpu_layers {layers}: {of}.", *refusal.remedies))
+            return _refusal(refusal.reason, (f"Say n_gpu_layers {layers}: {of}.", *refusal.remedies))
     return refusal
 
 
@@ -265,7 +274,7 @@ def _try_as_it_is(
         instead = _on_cpu(needs, devices, promised, ())
         if isinstance(instead, Placement):
             return instead
-        return _refusal(f"{found.reason}; and {instead.reason}", (*found.remedies, *instead.remedies))
+        return _refusal(f"{found.reason}; and on the CPU {instead.reason}", (*found.remedies, *instead.remedies))
     return found
 
 
@@ -275,7 +284,7 @@ def _on_gpus(
     if needs.gpu_idx is not None:
         wanted = tuple(dict.fromkeys(needs.gpu_idx))
         if missing := [index for index in wanted if index not in gpus]:
-            return _not_there(f"it asks for GPU {_listed(missing)}", missing, gpus)
+            return _not_there(f"it asks for {_gpus_named(missing)}", missing, gpus)
         named = [gpus[index] for index in wanted]
         if all(_has_room(device, needs, len(named), promised) for device in named):
             return _given(named, needs)
@@ -287,8 +296,7 @@ def _on_gpus(
     for count in counts:
         usable = [device for device in gpus.values() if count == 1 or not _is_slice(device)]
         if needs.n_gpu is not None and count > len(usable):
-            slices = ", slices aside" if len(usable) < len(gpus) else ""
-            return _not_there(f"it asks for {count} GPUs{slices}", (), gpus)
+            return _not_there(f"it asks for {count} {'GPU' if count == 1 else 'GPUs'}", (), gpus)
         roomy = [device for device in usable if _has_room(device, needs, count, promised)]
         if len(roomy) >= count:
             order = 1 if _is_known(needs) else -1
@@ -302,7 +310,7 @@ def _on_cpu(
 ) -> Placement | NoRoom:
     ram = next((device for device in devices if device.gpu is None), Device(key=RAM))
     if needs.memory_bytes and needs.memory_bytes > ram.free(promised):
-        return _no_room(needs, (ram,), 1, promised, {})
+        return _no_room(msgspec.structs.replace(needs, gpu_share=None), (ram,), 1, promised, {})
     return Placement(gpu_uuids=gpu_uuids, memory={RAM: needs.memory_bytes}, cache_bytes=cache_bytes_of(needs))
 
 
@@ -346,39 +354,54 @@ def _is_slice(device: Device) -> bool:
 # --- sentences
 
 
-def _not_there(asked: str, missing: Sequence[int], gpus: Mapping[int, Device]) -> NoRoom:
-    there = f"this machine has {len(gpus)} ({_listed(gpus)})" if gpus else "this machine has none"
-    cut = {device.gpu.slice_of for device in gpus.values() if device.gpu} & set(missing)
-    slices = f"; GPU {_listed(sorted(i for i in cut if i is not None))} is cut into slices" if cut else ""
-    return _refusal(f"{asked}, and {there}{slices}", ("Change gpu_idx or n_gpu.",), for_ever=True)
+def _not_there(asked: str, missing: Collection[int], gpus: Mapping[int, Device]) -> NoRoom:
+    slices = [index for index, device in gpus.items() if _is_slice(device)]
+    whole = [index for index in gpus if index not in slices]
+    there = [f"{len(whole)} ({listed(whole)})"] if whole else []
+    if slices:
+        count = "1 slice" if len(slices) == 1 else f"{len(slices)} slices"
+        there.append(f"{count} of GPUs ({listed(slices)}){'' if missing else ', which cannot be joined'}")
+    cut = set(missing) & {device.gpu.slice_of for device in gpus.values() if device.gpu}
+    is_cut = f"; {said_of((f'GPU {index}' for index in sorted(cut)), 'is', 'are')} cut into slices" if cut else ""
+    said = f"{asked}, and this machine has {listed(there) or 'none'}{is_cut}"
+    return _refusal(said, ("Change gpu_idx or n_gpu.",), for_ever=True)
 
 
 def _no_room(
     needs: Needs, devices: Sequence[Device], count: int, promised: Mapping[str, int], gpus: Mapping[int, Device]
 ) -> NoRoom:
     """Of devices that are there and too full."""
-    if needs.gpu_share is not None:
-        what = f"{needs.gpu_share:.0%} of {'a GPU' if count == 1 else f'each of {count} GPUs'}"
-        if any(device.total_bytes and _split(needs, count) > _share(device, needs, count) for device in devices):
-            what = f"about {megabytes(_split(needs, count))} of each GPU and takes {what}"
-    else:
-        each = f", {megabytes(_share(devices[0], needs, count))} on each of {count} GPUs" if count > 1 else ""
-        what = f"about {megabytes(needs.memory_bytes)}{each}"
     told = "; ".join(_told(device, promised) for device in devices)
-    return _refusal(f"it needs {what}, and there is no room: {told}", _remedies(needs, devices, count, promised, gpus))
+    if needs.gpu_share is None:
+        each = f", {megabytes(_share(devices[0], needs, count))} on each of {count} GPUs" if count > 1 else ""
+        said = f"it needs about {megabytes(needs.memory_bytes)}{each}, but {told}"
+    else:
+        share = f"{needs.gpu_share:.0%} of {'a GPU' if count == 1 else f'each of {count} GPUs'}"
+        said = f"it takes {share}, but {told}"
+        if _share_is_too_small(needs, devices, count):
+            each = megabytes(_split(needs, count))
+            said = f"it needs about {each} on {'a GPU' if count == 1 else 'each GPU'}, and may take {share}: {told}"
+    return _refusal(said, _remedies(needs, devices, count, promised, gpus))
+
+
+def _share_is_too_small(needs: Needs, devices: Sequence[Device], count: int) -> bool:
+    return any(device.total_bytes and _split(needs, count) > _share(device, needs, count) for device in devices)
 
 
 def _told(device: Device, promised: Mapping[str, int]) -> str:
     if not device.total_bytes:
         return f"{device.name} does not tell its memory"
-    taken = [f"{megabytes(promised[device.key])} are given to models"] if promised.get(device.key) else []
+    taken = []
+    own = ", ".join(name for name in device.holders if name in device.own)
+    others = ", ".join(name for name in device.holders if name not in device.own)
+    if given := promised.get(device.key):
+        taken.append(f"{megabytes(given)} are given to models" + (f" ({own})" if own else ""))
     if device.foreign_bytes:
-        taken.append(f"{megabytes(device.foreign_bytes)} are held by others")
-    parts = [" and ".join(taken) + (f" ({', '.join(device.holders)})" if device.holders else "")] if taken else []
+        taken.append(f"{megabytes(device.foreign_bytes)} are held by others" + (f" ({others})" if others else ""))
     if device.headroom_bytes:
-        parts.append(f"{megabytes(device.headroom_bytes)} are kept free")
+        taken.append(f"{megabytes(device.headroom_bytes)} are kept free")
     total = f"{megabytes(device.total_bytes)}{f' ({device.limit})' if device.limit else ''}"
-    rest = f": {', '.join(parts)}" if parts else ""
+    rest = f": {listed(taken)}" if taken else ""
     return f"{device.name} has {megabytes(max(0, device.free(promised)))} of {total} free{rest}"
 
 
@@ -388,25 +411,43 @@ def _remedies(
     free = sorted((device.free(promised) for device in devices), reverse=True)[:count]
     room_bytes = max(0, free[-1] * count) if free else 0
     said = []
+    would_hold = [device.total_bytes - device.headroom_bytes >= _split(needs, count) for device in devices]
+    if needs.gpu_share is not None and _share_is_too_small(needs, devices, count) and sum(would_hold) >= count:
+        said.append("Let it take more of each GPU, by the engine's option for that.")
+    elif needs.gpu_share is not None and needs.memory_bytes and free and free[-1] >= _split(needs, count):
+        said.append("Let it take less of each GPU, by the engine's option for that.")
     if needs.cache and needs.attention and needs.cache_bytes is None and needs.gpu_share is None:
         rest = room_bytes - (needs.memory_bytes - cache_bytes_of(needs))
         tokens = most_tokens(needs.attention, needs.cache, rest) if rest > 0 else 0
         if tokens and tokens * needs.cache.sequences >= needs.cache_tokens:  # a shorter one would take as much
-            said.append(f"A smaller context: up to {tokens} tokens of each request (context_length) fit.")
+            said.append(f"Lower context_length: up to {tokens:,} tokens of each request fit.")
     smaller = [name for name, size in needs.lighter.items() if size <= room_bytes]
     if smaller:
-        said.append(f"Another spec of the family: {', '.join(smaller[:SHOWN])}.")
+        said.append(f"Take another spec of the family: {listed(smaller[:SHOWN], 'or')}.")
     if (n_gpu := _enough(needs, gpus, promised)) and needs.gpu_idx is None and n_gpu != needs.n_gpu:
-        said.append(f"n_gpu {n_gpu}: the emptiest {n_gpu} GPUs have room for one copy.")
-    holders = tuple(dict.fromkeys(holder for device in devices for holder in device.holders))
-    if holders:
-        said.append(f"The end of {', '.join(holders[:SHOWN])}.")
+        enough = "the emptiest GPU has" if n_gpu == 1 else f"the emptiest {n_gpu} GPUs have"
+        said.append(f"Say n_gpu {n_gpu}: {enough} room for one copy.")
+    if sum(_has_room(_emptied(device), needs, count, {}) for device in devices) >= count:
+        said += _ends(devices, promised)
     unkept = [device.free(promised) + device.headroom_bytes >= _share(device, needs, count) for device in devices]
-    if sum(unkept) >= count:
-        said.append(f"Less {'gpu_headroom' if gpus else 'ram_headroom'}.")
+    if sum(unkept) >= count and any(device.headroom_bytes for device in devices):
+        said.append(f"Lower {'gpu_headroom' if gpus else 'ram_headroom'}.")
+    if any(device.limit == "ram_limit" for device in devices):
+        said.append("Raise ram_limit, if the machine has more.")
     if needs.gpu_share is None:
-        said.append("`memory` of the launch, if it takes less than is estimated.")
+        said.append("Set `memory` of the launch, if it takes less than is estimated.")
     return said
+
+
+def _emptied(device: Device) -> Device:
+    return msgspec.structs.replace(device, foreign_bytes=0)
+
+
+def _ends(devices: Sequence[Device], promised: Mapping[str, int]) -> list[str]:
+    """Who may be ended: of ours only those that count, as others are taken to have gone."""
+    found = [name for one in devices for name in one.holders if promised.get(one.key) or name not in one.own]
+    names = tuple(dict.fromkeys(found))
+    return [f"End {' or '.join(names[:SHOWN])}."] if names else []
 
 
 def _enough(needs: Needs, gpus: Mapping[int, Device], promised: Mapping[str, int]) -> int | None:
@@ -418,9 +459,9 @@ def _enough(needs: Needs, gpus: Mapping[int, Device], promised: Mapping[str, int
 
 
 def _refusal(reason: str, remedies: Iterable[str], *, for_ever: bool = False) -> NoRoom:
-    remedies = tuple(dict.fromkeys(remedies))
-    return NoRoom(text=" ".join((f"{reason}.", *remedies)), for_ever=for_ever, reason=reason, remedies=remedies)
+    by_means = {remedy.partition(":")[0]: remedy for remedy in reversed(list(remedies))}
+    return NoRoom(reason=reason, remedies=tuple(by_means.values())[::-1], for_ever=for_ever)
 
 
-def _listed(numbers: Collection[int]) -> str:
-    return ", ".join(map(str, numbers))
+def _gpus_named(indexes: Collection[int]) -> str:
+    return f"{'GPU' if len(indexes) == 1 else 'GPUs'} {listed(indexes)}"

@@ -11,13 +11,14 @@ import msgspec
 
 from engines.base import Launch, Needs, Placement, Tier
 from gateway.placement import Device, fell_back, how, needs_of, promised_by
+from gateway.sentences import said_of
 from gateway.sizing import Sizing
 from gateway.tiers import bed
 from gateway.yard import Claim, Holder, Key, Plan, Rules, decide, over
 
 LATER_S = 1e9  # of a clock: whatever has begun, all is at rest
-Tiers = Callable[[Launch, Placement, Needs], Sequence[Tier]]
 Status = Literal["placed", "in turn", "refused"]
+TiersOf = Callable[[Launch, Placement, Needs], Sequence[Tier]]
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,14 +47,14 @@ def draw_up(
     wanted: Sequence[tuple[Launch, Sizing]],
     devices: Sequence[Device],
     rules: Rules | None = None,
-    tiers: Tiers = lambda launch, placement, needs: (),
+    tiers_of: TiersOf = lambda launch, placement, needs: (),
 ) -> tuple[Row, ...]:
     """A row for each copy, in the order in which they would be started: preloaded ones first, by priority.
 
     What comes on demand is taken to be asked for in that order too, and to stay, idle.
 
     Args:
-        tiers: as engines tell, how a copy could sleep.
+        tiers_of: as engines tell, how a copy could sleep.
     """
     ordered = sorted(wanted, key=lambda one: (not one[0].preload, -one[0].priority))
     patient = msgspec.structs.replace(rules or Rules(), min_residency_s=0, max_wait_s=math.inf)
@@ -63,14 +64,14 @@ def draw_up(
         for index in range(launch.replica):
             row, placement = _row(launch, sizing, index, placed, devices, patient)
             if placement is not None:
-                holder = _holder(launch, sizing, index, placement, len(placed), tiers)
+                holder = _holder(launch, sizing, index, placement, len(placed), tiers_of)
                 placed.append((launch, holder))
                 row = msgspec.structs.replace(row, sleeps_in=tuple(bed.tier for bed in holder.beds))
             rows.append(row)
     return tuple(rows)
 
 
-def _holder(launch: Launch, sizing: Sizing, index: int, placement: Placement, number: int, tiers: Tiers) -> Holder:
+def _holder(launch: Launch, sizing: Sizing, index: int, placement: Placement, number: int, tiers_of: TiersOf) -> Holder:
     """Ready and idle for long, the first the longest."""
     weight_bytes = sizing.needs.weight_bytes or (sizing.estimate.weights if sizing.estimate else 0)
     needs = msgspec.structs.replace(sizing.needs, weight_bytes=weight_bytes)
@@ -82,7 +83,7 @@ def _holder(launch: Launch, sizing: Sizing, index: int, placement: Placement, nu
         is_pinned=launch.pinned,
         priority=launch.priority,
         group=launch.group,
-        beds=tuple(bed(placement, tier) for tier in tiers(launch, placement, needs)),
+        beds=tuple(bed(placement, tier) for tier in tiers_of(launch, placement, needs)),
     )
 
 
@@ -132,7 +133,7 @@ def _row(
             said.append(f"{differs[0].upper()}{differs[1:]}.")
         return told("placed", placement, " ".join(said)), placement
     if (refusal := plan.refuse.get(claim.key)) is not None:
-        return told("refused", None, refusal[0]), None
+        return told("refused", None, refusal.text), None
     # For another copy nobody has to go, but it starts once they have gone.
     gone = plan.evict or {one.key: claim.key for other, one in placed if not other.pinned and other is not launch}
     staying = [one for one in holders if one.key not in gone]
@@ -144,13 +145,14 @@ def _row(
     ]
     then = decide([claim], staying, devices, rules, LATER_S)
     if (placement := then.start.get(claim.key)) is None:
-        return told("refused", None, (then.refuse.get(claim.key) or (then.wait[claim.key],))[0]), None
+        refusal = then.refuse.get(claim.key)
+        return told("refused", None, refusal.text if refusal else f"{then.wait[claim.key]}."), None
     if plan.evict:
         why = over(claim, {one.key[0]: one.group for one in holders}, rules) or "there is no room beside what is idle"
         row = told("in turn", placement, f"When it is asked for, {_goers(plan)}, as {why}.")
         return msgspec.structs.replace(row, asleep_for_it={_name(key): tier for key, tier in plan.sleep.items()}), None
-    rivals = ", ".join(dict.fromkeys(uid for uid, _ in gone))
-    return told("in turn", placement, f"Waits until others are unloaded ({rivals}): {plan.wait[claim.key]}"), None
+    gone_then = said_of([uid for uid, _ in gone], "is unloaded", "are unloaded")
+    return told("in turn", placement, f"It waits until {gone_then}: {plan.wait[claim.key]}."), None
 
 
 def _name(key: Key) -> str:
@@ -159,13 +161,11 @@ def _name(key: Key) -> str:
 
 def _goers(plan: Plan) -> str:
     """Who makes room, and how."""
-    told = []
-    ends = dict.fromkeys(uid for uid, _ in (key for key in plan.evict if key not in plan.sleep))
-    if ends:
-        told.append(f"{', '.join(ends)} {'are' if len(ends) > 1 else 'is'} unloaded")
+    ends = [uid for uid, _ in (key for key in plan.evict if key not in plan.sleep)]
+    told = [said_of(ends, "is unloaded", "are unloaded")] if ends else []
     for tier in dict.fromkeys(plan.sleep.values()):
-        uids = dict.fromkeys(key[0] for key, its in plan.sleep.items() if its == tier)
-        told.append(f"{', '.join(uids)} {'sleep' if len(uids) > 1 else 'sleeps'} (tier {tier})")
+        uids = [key[0] for key, its in plan.sleep.items() if its == tier]
+        told.append(said_of(uids, f"falls asleep (tier {tier})", f"fall asleep (tier {tier})"))
     return " and ".join(told)
 
 

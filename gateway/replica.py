@@ -56,6 +56,9 @@ SHARED_PAUSE_S = 0.2
 EXIT_LIMIT_S = 1.0  # for a process to be seen to end that has just broken a connection
 REHEARSE_AFTER_S = 20.0  # idle for so long, nobody is likely to ask in the next moment
 TIER_FAILURES = 2  # until a tier is not used any more
+OWN_TIER = "disk"  # of an engine that sleeps by itself: it reads its weights again from their files
+OWN_SLEEP_PAUSE_S = 0.5
+OWN_SLEEP_PAUSE_LIMIT_S = 30.0  # for one that should sleep by now, and does not say so
 
 
 class State(enum.StrEnum):
@@ -119,10 +122,11 @@ class Replaced(Exception):
 
 
 class NoPlace(Exception):
-    """There is no room, whoever of ours goes; `for_ever` if the machine is too small."""
+    """There is no room, whoever of ours goes; `for_ever` if the machine is too small. What would help are sentences."""
 
-    def __init__(self, sentence: str, *, for_ever: bool) -> None:
-        super().__init__(sentence)
+    def __init__(self, reason: str, remedies: Sequence[str], *, for_ever: bool) -> None:
+        super().__init__(reason)
+        self.remedies = remedies
         self.for_ever = for_ever
 
 
@@ -195,6 +199,8 @@ class Replica:
         self._is_wanted = False  # awake
         self._is_rehearsal = False
         self._turn = asyncio.Event()  # what it is to do has changed
+        self._dozes_after: float | None = None  # when it was last used before its engine fell asleep by itself
+        self.dozes_since = 0.0
         self._tier_failures: Counter[str] = Counter()
         self._needs_of_start: Needs | None = None
         self._own: Upstream | None = None  # also while nobody else may use it
@@ -328,6 +334,7 @@ class Replica:
             asyncio.create_task(self._end_if_silent(process, upstream, path, begun.command)),
             asyncio.create_task(self._count_others(process)),
             asyncio.create_task(self._read_context(upstream)),
+            asyncio.create_task(self._watch_own_sleep(upstream)),
         )
         exited = asyncio.ensure_future(process.wait())
         try:
@@ -463,6 +470,40 @@ class Replica:
             self._tell("WARNING", f"{text} there is no memory; context_length of the launch would insist on a length")
 
     # --- how it sleeps and wakes
+
+    @property
+    def dozes(self) -> bool:
+        """Whether its engine sleeps by itself. It is ready all the same: whoever asks it wakes it."""
+        return self.state is State.READY and not self.in_flight and self._dozes_after == self.last_used
+
+    @property
+    def shown_state(self) -> State:
+        """As people read it."""
+        return State.ASLEEP if self.dozes else self.state
+
+    @property
+    def shown_tier(self) -> str | None:
+        """In which it sleeps, falls asleep, or wakes."""
+        return OWN_TIER if self.dozes else self.tier.name if self.tier else None
+
+    async def _watch_own_sleep(self, upstream: Upstream) -> None:
+        """See when its engine falls asleep by itself, by asking it while it is idle for long enough, and at first."""
+        if (own := self.engine.own_sleep(self.tried)) is None:
+            return
+        after_s, call = own
+        pause_s, asked = OWN_SLEEP_PAUSE_S, 0.0
+        while True:
+            used, idle_s = self.last_used, time.monotonic() - self.last_used
+            if self.in_flight or (asked and not self.dozes and idle_s < after_s):
+                pause_s = OWN_SLEEP_PAUSE_S
+            elif not self.dozes and time.monotonic() - asked >= pause_s:
+                is_asleep = await tiers.sleeps(upstream, call)
+                asked, pause_s = time.monotonic(), min(2 * pause_s, OWN_SLEEP_PAUSE_LIMIT_S)
+                if is_asleep and self.last_used == used:
+                    self._dozes_after, self.dozes_since = used, asked
+                    self._tell("INFO", f"{self.name} sleeps by itself (tier {OWN_TIER}), as nobody asks for it")
+                    self._changed()
+            await asyncio.sleep(OWN_SLEEP_PAUSE_S)
 
     @property
     def falls_to(self) -> Mapping[str, int] | None:
@@ -711,8 +752,8 @@ class Replica:
         try:
             await self._ask_for_place(self, needs, None)
         except NoPlace as exc:
-            advice = "Ask for less, or give it more."
-            failure = _failure(f"it cannot be placed: {str(exc).rstrip('.')}", advice, Cause.PLACE, final=True)
+            advice = " ".join(exc.remedies) or "Ask for less, or give it more."
+            failure = _failure(f"it cannot be placed: {exc}", advice, Cause.PLACE, final=True)
             raise ReplicaFailed(failure, None if exc.for_ever else PLACE_RETRY_S) from exc
         if self.placement and fell_back(needs, self.placement):
             self._tell("WARNING", f"{self.name} runs on the CPU, as cpu_fallback allows: the GPUs have no room")

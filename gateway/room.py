@@ -12,6 +12,7 @@ from engines.base import RAM, Launch, Needs, Placement
 from gateway.amounts import megabytes
 from gateway.placement import Device, NoRoom, how, needs_of, place, promised_by
 from gateway.process import memory_bytes
+from gateway.sentences import listed
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +62,7 @@ class Room(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         """What it is."""
         indexes = sorted(device.gpu.index for device in self.devices if device.gpu)
-        return f"GPU {', '.join(map(str, indexes))}" if indexes else "the machine's memory"
+        return f"{'GPU' if len(indexes) == 1 else 'GPUs'} {listed(indexes)}" if indexes else "the machine's memory"
 
 
 def find_room(launch: Launch, needs: Needs, devices: Sequence[Device], given: Sequence[Placement]) -> Room:
@@ -159,7 +160,8 @@ def verdict(problems: Sequence[str], room: Room, needs: Needs, replicas: int) ->
     elif room.refusal:
         size = min(needs.shorter.values(), default=size)
     takes = f"about {megabytes(size)}" if size else f"{needs.gpu_share or 0:.0%} of a GPU"
-    needed = f"{copies} {takes}{each}, and {room.name} has {megabytes(room.free_bytes)} free"
+    has = "have" if sum(device.gpu is not None for device in room.devices) > 1 else "has"
+    needed = f"{copies} {takes}{each}, and {room.name} {has} {megabytes(room.free_bytes)} free"
     if room.fits:
         return f"It fits{differs}. {needed}."
     if room.refusal and not room.refusal.for_ever:
@@ -171,4 +173,4 @@ def advice(room: Room, replicas: int) -> list[str]:
     """What would make it fit."""
     if room.refusal is None:
         return []
-    return [*room.refusal.remedies, *([f"Fewer copies than {replicas}."] if replicas > 1 else [])]
+    return [*room.refusal.remedies, *([f"Launch fewer copies than {replicas}."] if replicas > 1 else [])]

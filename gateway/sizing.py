@@ -83,7 +83,7 @@ async def needs_now(
     def read() -> tuple[Facts | None, int]:
         if not launch.artifact.has_files:
             return None, 0
-        return weights.read(paths[0]), bytes_beside(launch, paths[0], paths[1:])
+        return weights.read(paths[0], launch.artifact.loads), bytes_beside(launch, paths[0], paths[1:])
 
     facts, beside = await asyncio.to_thread(read)
     weight_bytes = beside + ((facts and facts.weight_bytes) or 0)

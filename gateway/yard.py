@@ -25,6 +25,7 @@ import msgspec
 
 from engines.base import RAM, Needs, Placement
 from gateway.placement import Device, NoRoom, place, regain
+from gateway.sentences import listed, said_of
 
 SETTLE_S = 5.0  # memory that just came back is not everywhere told at once
 SETTLE_PAUSE_S = 0.5
@@ -139,7 +140,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     `evict`: holder -> the claim it makes room for. `sleep`: holder -> the tier to sleep in; who makes room and is not
     among these, ends. `rehearse`: holder -> the tier to sleep in for a moment, keeping all its room. `hold`: holders
     that get no more requests until one that has waited
-    too long has its place. `wait` and `refuse` say why; whether a refusal is for ever is beside its sentence.
+    too long has its place. `wait` says why as part of a sentence, `refuse` why and what would help.
     `look_again_s`: after so long time alone may change the answer.
     """
 
@@ -149,7 +150,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     rehearse: dict[Key, str] = {}
     hold: frozenset[Key] = frozenset()
     wait: dict[Key, str] = {}
-    refuse: dict[Key, tuple[str, bool]] = {}
+    refuse: dict[Key, NoRoom] = {}
     look_again_s: float | None = None
 
 
@@ -210,7 +211,7 @@ class _Yard:
         self._rehearse: dict[Key, str] = {}
         self._hold: set[Key] = set()
         self._wait: dict[Key, str] = {}
-        self._refuse: dict[Key, tuple[str, bool]] = {}
+        self._refuse: dict[Key, NoRoom] = {}
         self._looks: list[float] = []
 
     def plan(self) -> Plan:
@@ -262,7 +263,7 @@ class _Yard:
             self._wait[claim.key] = f"there is no room for another copy: {found}"
             return
         if not claim.is_wished:
-            self._wait[claim.key] = f"nobody asks for it now, and there is no room: {found}"
+            self._wait[claim.key] = f"nobody asks for it now, and there is no room for it: {found}"
             return
         if isinstance(soon := self._fit(claim, staying), Placement):
             self._wait[claim.key] = self._goers() or "another model wakes"
@@ -319,12 +320,11 @@ class _Yard:
                     self._shrink(victim, victim.in_bed(bed.memory, bed.host_bytes))
             ends = [victim for victim in victims if beds[victim.key] is None]
             sleeps = [victim for victim in victims if beds[victim.key] is not None]
-            told = (f"{_names(ends)} is unloaded" if ends else "", f"{_names(sleeps)} falls asleep" if sleeps else "")
-            self._wait[claim.key] = f"{' and '.join(filter(None, told))} to make room"
+            self._wait[claim.key] = f"{_goings(ends, sleeps, 'unloaded')} to make room"
             self._book(claim, placement)
             return
         if is_now and claim.awake is not None and isinstance(self._fit_anew(claim), Placement):
-            self._refuse[claim.key] = ("others are busy where it sleeps, and there is room elsewhere", False)
+            self._refuse[claim.key] = NoRoom(reason="others are busy where it sleeps, and there is room elsewhere")
             return
         self._look_when_time_helps(claim)
         if self.is_late(claim):
@@ -337,14 +337,17 @@ class _Yard:
                 victims = [self._staying.pop(key) for key in beds]
                 turns = {victim.key: turn_s for victim in victims if (turn_s := self._turn_s(victim, claim)) != 0}
                 if turns:
-                    having = _names(victim for victim in victims if victim.key in turns)
-                    self._wait[claim.key] = f"{having} has its turn, then makes room"
+                    having = [victim for victim in victims if victim.key in turns]
+                    self._wait[claim.key] = (
+                        _of(having, "has its turn, then makes", "have their turn, then make") + " room"
+                    )
                     self._looks += filter(None, turns.values())
                 else:
                     # The idle ones too: they would be busy again by the time that the last of the others is idle.
                     self._hold |= {victim.key for victim in victims}
-                    ending = _names(victim for victim in victims if victim.key not in idle)
-                    self._wait[claim.key] = f"{ending} ends what it has begun, then makes room"
+                    ending = [victim for victim in victims if victim.key not in idle]
+                    one, many = "ends what it has begun, then makes room", "end what they have begun, then make room"
+                    self._wait[claim.key] = _of(ending, one, many)
                 self._leaving += victims  # they stay until they are idle, but nobody else gets their room
                 self._book(claim, placement)
                 return
@@ -367,7 +370,7 @@ class _Yard:
             placement = regain(claim.awake, self._view, taken)
         else:
             placement = place(claim.needs, self._view, taken, **self._wishes(claim))
-        return placement.text if isinstance(placement, NoRoom) else placement
+        return placement.reason if isinstance(placement, NoRoom) else placement
 
     def _fit_anew(self, claim: Claim) -> Placement | str:
         """The place of one that sleeps if it were started anew now, beside what it has kept."""
@@ -396,38 +399,38 @@ class _Yard:
         starting = tuple(uuid for placement in beside for uuid in placement.gpu_uuids or ())
         return _Wishes(cpu_fallback=claim.cpu_fallback, apart_from=(*claim.apart_from, *starting))
 
-    def _never(self, claim: Claim, devices: Sequence[Device]) -> tuple[str, bool] | None:
+    def _never(self, claim: Claim, devices: Sequence[Device]) -> NoRoom | None:
         """Why it cannot have room whoever of ours goes, and whether that is for ever."""
         pinned = [one for one in self._staying.values() if one.is_pinned and one.key != claim.key]
         promised = Counter[str]()
         for one in pinned:
             promised.update(one.memory)
         if why := over(claim, _loaded(pinned), self._rules):
-            return f"{why}, and {_names(pinned)} is pinned", False
+            return _beside_pinned(NoRoom(reason=why), pinned)
         if claim.awake is not None:
             found = regain(claim.awake, devices, promised)
-            return (found.text, False) if isinstance(found, NoRoom) else None
+            return found if isinstance(found, NoRoom) else None
         if not isinstance(refusal := place(claim.needs, devices, promised, **self._wishes(claim)), NoRoom):
             return None
         empty = [msgspec.structs.replace(device, foreign_bytes=0) for device in devices]
         for_ever = isinstance(place(claim.needs, empty, {}, **self._wishes(claim)), NoRoom)
-        by_pinned = f" {_names(pinned)} is pinned." if pinned and not for_ever else ""
-        return refusal.text + by_pinned, for_ever
+        refusal = msgspec.structs.replace(refusal, for_ever=for_ever)
+        without_pinned = place(claim.needs, devices, {}, **self._wishes(claim))
+        return _beside_pinned(refusal, pinned) if isinstance(without_pinned, Placement) else refusal
 
-    def _refuse_or_settle(self, claim: Claim, refusal: tuple[str, bool]) -> None:
+    def _refuse_or_settle(self, claim: Claim, refusal: NoRoom) -> None:
         """Memory that was given back a moment ago may yet be told as taken."""
-        _, for_ever = refusal
         is_new = self._now - claim.since < SETTLE_S
         at_best = [device.at_best for device in self._devices]
         fits_at_best = self._never(claim, at_best) is None
-        if for_ever or not (is_new or fits_at_best):
+        if refusal.for_ever or not (is_new or fits_at_best):
             self._refuse[claim.key] = refusal
             return
         if fits_at_best and not claim.is_extra:
             self._view = at_best
-            self._keep_for(claim, refusal[0])
+            self._keep_for(claim, refusal.reason)
             self._view = self._devices
-        self._wait[claim.key] = refusal[0]
+        self._wait[claim.key] = refusal.reason
         self._looks.append(SETTLE_PAUSE_S)
 
     def _keep_for(self, claim: Claim, why: str) -> None:
@@ -568,8 +571,7 @@ class _Yard:
         """Who makes room already, and how."""
         ends = [one for one in self._leaving if one.key not in self._staying]
         sleeps = [one for one in self._leaving if one.key in self._staying]
-        told = (f"{_names(ends)} is being unloaded" if ends else "", f"{_names(sleeps)} falls asleep" if sleeps else "")
-        return " and ".join(filter(None, told))
+        return _goings(ends, sleeps, "being unloaded")
 
     def _blockers(self, claim: Claim) -> str:
         """Who is in the way, and with what."""
@@ -625,5 +627,21 @@ def _is_deeper(move: Move, made: Mapping[Key, Bed | None]) -> bool:
     return bed is not None and (move.bed is None or sum(move.bed.memory.values()) < sum(bed.memory.values()))
 
 
-def _names(holders: Iterable[Holder]) -> str:
-    return ", ".join(dict.fromkeys(one.key[0] for one in holders)) or "another model"
+def _of(holders: Iterable[Holder], one: str, many: str) -> str:
+    """What is said of these models, or of another one where it is not known which."""
+    return said_of([holder.key[0] for holder in holders] or ["another model"], one, many)
+
+
+def _goings(ends: Sequence[Holder], sleeps: Sequence[Holder], how: str) -> str:
+    """Who makes room, and how."""
+    told = (_of(ends, f"is {how}", f"are {how}") if ends else "", _of(sleeps, "falls asleep", "fall asleep"))
+    return " and ".join(filter(None, told if sleeps else told[:1]))
+
+
+def _beside_pinned(refusal: NoRoom, pinned: Sequence[Holder]) -> NoRoom:
+    """With who is in the way and may not go."""
+    return msgspec.structs.replace(
+        refusal,
+        reason=f"{refusal.reason}, and {_of(pinned, 'is pinned', 'are pinned')}",
+        remedies=(*refusal.remedies, f"Unpin {listed(one.key[0] for one in pinned)}."),
+    )

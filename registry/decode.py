@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -81,6 +81,8 @@ def _decode(data: Any, kind: Any, path: str, strict: bool) -> Any:
         return msgspec.convert(data, kind, strict=strict, dec_hook=_decode_secret)
     except msgspec.ValidationError as exc:
         text, _, where = str(exc).partition(" - at `$")
+        if text.startswith("Invalid enum value") and not where and (choices := _choices(kind)):
+            text += f", expected {' or '.join(choices)}"
         raise DecodeError(f"{text} - at `{path}{where.rstrip('`')}`") from exc
 
 
@@ -104,6 +106,17 @@ def faults(data: Any, kind: Any, path: str = "$", *, strict: bool = True) -> Ite
         _decode(data, kind, path, strict)
     except DecodeError as exc:
         yield str(exc)
+
+
+def _choices(kind: Any) -> list[str]:
+    """What a value may be, where words are among it; null aside."""
+    if get_origin(kind) is Literal:
+        return [repr(word) for word in get_args(kind)]
+    if get_origin(kind) is Annotated:
+        return _choices(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [choice for one in get_args(kind) for choice in _choices(one)]
+    return [f"`{kind.__name__}`"] if kind in (bool, int, float, str) else []
 
 
 def _without_notes(kind: Any) -> Any:

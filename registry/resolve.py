@@ -6,12 +6,14 @@ import glob
 import re
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal, InvalidOperation
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from registry.additions import (
+    TRANSFORMER_WEIGHTS,
     Addition,
     AdditionWishes,
     NoAddition,
@@ -75,6 +77,11 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def has_files(self) -> bool:
         """Whether there is anything to fetch and to load."""
         return self.source.model_hub != NO_FILES
+
+    def loads(self, name: str) -> bool:
+        """Whether that file of its source is loaded, by its path there, and not what an addition replaces."""
+        is_replaced = any(addition.role == "gguf" for addition in self.additions)
+        return not (is_replaced and any(fnmatchcase(name, pattern) for pattern in TRANSFORMER_WEIGHTS))
 
     @property
     def sources(self) -> tuple[Source, ...]:

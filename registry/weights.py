@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +106,18 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     problems: tuple[str, ...] = ()
 
 
-def read(path: Path) -> Facts:
-    """What is known of a model from its GGUF file, its safetensors file, or its folder. Never raises."""
+def read(path: Path, is_loaded: Callable[[str], bool] = lambda name: True) -> Facts:
+    """What is known of a model from its GGUF file, its safetensors file, or its folder. Never raises.
+
+    Args:
+        is_loaded: whether a file of the folder counts, by its path there.
+    """
     problems: list[str] = []
     try:
         if path.is_file():
             found = _of_file(path, problems)
         elif path.is_dir():
-            found = _of_folder(path, problems)
+            found = _of_folder(path, problems, is_loaded)
         else:
             problems.append(f"There is no file or folder {path}.")
             found = {}
@@ -238,8 +242,8 @@ def _gguf_attention(own: Any, architecture: str | None, layers: int | None) -> t
 # -- folders
 
 
-def _of_folder(path: Path, problems: list[str]) -> dict[str, Any]:
-    sizes = sizes_in(path)
+def _of_folder(path: Path, problems: list[str], is_loaded: Callable[[str], bool]) -> dict[str, Any]:
+    sizes = {name: size for name, size in sizes_in(path).items() if is_loaded(name)}
     try:
         needed = what_engines_need(sizes, str(path))
     except HubError:

@@ -486,7 +486,7 @@ class Replay:
         if "cannot be placed" not in one.text:
             return False
         pinned = [uid for uid, wish in self.wishes.items() if wish["fields"]["pinned"]]
-        return self.had_others or any(f"{uid} is pinned" in one.text for uid in pinned) or not self._fits(one.uid)
+        return self.had_others or bool(pinned and " pinned." in one.text) or not self._fits(one.uid)
 
     def _fits(self, uid: str) -> bool:
         """Whether the machine, if it were empty, has room for a copy."""

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from unittest import mock
 
 import msgspec
+from grammar import assert_clause, assert_sentences
 from judged import judge
 
 from engines.base import RAM, Call, Engine, Launch, Needs, Placement, Tier
@@ -361,6 +362,11 @@ class World:
         """What the machine tells of itself now."""
         now = self.loop.time()
         self._lagging = [one for one in self._lagging if one[0] > now]
+        for replica in self._replicas():
+            if replica.waits_for is not None:
+                assert_clause(replica.waits_for)
+            if replica.failure:
+                assert_sentences(str(replica.failure))
         alive = [replica for replica in self._replicas() if replica.is_alive]
         used = Counter(self.foreign)
         for memory in (*(memory for _, memory in self._lagging), *(replica.used for replica in alive)):

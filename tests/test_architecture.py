@@ -35,7 +35,7 @@ PACKAGE_MAY_IMPORT = {
 
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
-    ("amounts", "limits", "keeper", "pace", "question", "stand_in"),
+    ("amounts", "sentences", "limits", "keeper", "pace", "question", "stand_in"),
     ("addresses", "errors", "events", "files", "gpus", "metrics", "queue", "upstream", "launch"),
     ("calls", "causes", "connections", "crowd", "handover", "watchdog"),
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),

@@ -15,7 +15,7 @@ import native
 import pytest
 from native import Failed
 
-COMPILER = pytest.mark.skipif(not shutil.which(native.COMPILER), reason="the programs are C: install a compiler")
+COMPILER = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not())
 
 
 class Engine:
@@ -125,7 +125,7 @@ def test_the_table_says_what_is_met(cpu_us: float, said: str) -> None:
 
 
 @COMPILER
-@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is the reference: install it")
+@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is the reference: install it (Debian: nginx-light)")
 def test_the_command_measures_and_tells(tmp_path: Path) -> None:
     words = ["--cells", "c1,s64", "--repetitions", "1", "--seconds", "0.1", "--no-plot", "--out", str(tmp_path)]
     argv = [sys.executable, str(native.BENCH / "overhead.py"), *words, "--json", str(tmp_path / "runs.json")]

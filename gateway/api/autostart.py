@@ -51,7 +51,7 @@ class Autostart:
                 "model_name": deployment.launch.artifact.family.model_name,
                 "model_type": deployment.launch.artifact.family.model_type,
                 "enabled": deployment.launch.preload,
-                "status": str(deployment.state),
+                "status": str(deployment.shown_state),
             }
             for deployment in self._fleet.deployments()
         ]

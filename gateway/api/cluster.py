@@ -83,7 +83,7 @@ class Cluster:
 
     async def workers(self, request: Request) -> Response:
         """This machine and what it serves."""
-        models = {deployment.launch.uid: str(deployment.state) for deployment in self._fleet.deployments()}
+        models = {deployment.launch.uid: str(deployment.shown_state) for deployment in self._fleet.deployments()}
         return json_answer([{"work-ip": self._address(request), "models": models}])
 
     async def ui_config(self, request: Request) -> Response:

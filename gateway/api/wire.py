@@ -87,8 +87,8 @@ def model_card(deployment: Deployment, origin: str) -> dict[str, Any]:
         "object": "model",
         "created": int(deployment.launched_at),
         "owned_by": "hostler",
-        "status": str(deployment.state),
-        "tier": next((replica.tier.name for replica in deployment.replicas if replica.tier), None),
+        "status": str(deployment.shown_state),
+        "tier": next(filter(None, (replica.shown_tier for replica in deployment.replicas)), None),
         "failure_cause": deployment.failure_cause,
         **description(deployment),
         "replica": launch.replica,
@@ -201,7 +201,7 @@ def instance_replica(replica: Replica) -> dict[str, Any]:
         "accelerators": list(replica.placement.gpu_uuids or ()) if replica.placement else [],
         "gpu_idx": list(replica.launch.gpus_of(replica.index) or ()),
         "status": instance_status(replica.state),
-        "model_state": str(replica.state),
+        "model_state": str(replica.shown_state),
         "created_ts": int(time.time() - (time.monotonic() - replica.state_since)),
         "error_message": str(replica.failure) if is_bad and replica.failure else None,
         "error_cause": replica.failure.cause if is_bad and replica.failure else None,
@@ -254,9 +254,9 @@ def replica_card(deployment: Deployment, replica: Replica, now: float) -> Replic
     return ReplicaCard(
         uid=deployment.launch.uid,
         replica=replica.index,
-        state=replica.state,
-        tier=replica.tier.name if replica.tier else None,
-        state_s=now - replica.state_since,
+        state=replica.shown_state,
+        tier=replica.shown_tier,
+        state_s=now - (replica.dozes_since if replica.dozes else replica.state_since),
         engine=deployment.launch.engine,
         pid=pid,
         address=replica.address,
@@ -328,7 +328,7 @@ def unmasked(given: dict[str, Any], launch: Launch) -> dict[str, Any]:
 
 
 def read_launch(body: dict[str, Any]) -> tuple[str | None, LaunchRequest]:
-    """A launch body as users write it: nulls count as absent, unknown keys are options of the engine.
+    """A launch body as users write it: nulls but that of `n_gpu` count as absent, unknown keys are engine options.
 
     Returns:
         the uid wished for, if any, and the request.
@@ -336,7 +336,7 @@ def read_launch(body: dict[str, Any]) -> tuple[str | None, LaunchRequest]:
         ValueError: naming the key and what is allowed.
     """
     given: dict[str, Any] = {"preload": True}  # launched means running, after a restart too
-    given |= {key: value for key, value in body.items() if value is not None}
+    given |= {key: value for key, value in body.items() if value is not None or key == "n_gpu"}
     uid = given.pop("model_uid", None)
     _read_replica(given, body)
     _read_gpus(given)
@@ -405,11 +405,11 @@ def _read_adapters(given: dict[str, Any]) -> None:
 
 
 def _read_gpus(given: dict[str, Any]) -> None:
-    """n_gpu: "auto", a number from 1 on, or the CPU alone; gpu_idx: a number, some, or a text of some.
+    """n_gpu: "auto", a number, or null or 0 for the CPU alone; gpu_idx: a number, some, or a text of some.
 
     `device` cpu means the CPU alone too; any other is an option of the engines that have one.
     """
-    n_gpu = given.pop("n_gpu", None)
+    n_gpu = given.pop("n_gpu", "auto")
     if str(given.get("device", "")).lower().startswith("cpu"):
         del given["device"]
         given["n_gpu"] = 0
@@ -422,11 +422,11 @@ def _read_gpus(given: dict[str, Any]) -> None:
         if not isinstance(given["gpu_idx"], list):
             raise ValueError(f"`gpu_idx` is the number of a GPU, or a list of such, not {gpu_idx!r}.")
         return
-    if n_gpu in (None, "auto"):
+    if n_gpu == "auto":
         return
-    number = int(n_gpu) if str(n_gpu).isdecimal() else n_gpu
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+    number = 0 if n_gpu is None else int(n_gpu) if str(n_gpu).isdecimal() else n_gpu
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise ValueError(
-            f"The parameter `n_gpu` must be greater than 0, or auto, not {n_gpu!r}; say device=cpu for the CPU alone."
+            f"The parameter `n_gpu` must be greater than 0, or auto, or 0 or null for the CPU alone, not {n_gpu!r}."
         )
     given["n_gpu"] = number

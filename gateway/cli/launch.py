@@ -169,8 +169,6 @@ def wish_of(options: dict[str, Any]) -> dict[str, Any]:
         given["gpu_idx"] = _gpus(given["gpu_idx"])
     if "n_gpu" in given:
         given["n_gpu"] = _n_gpu(given["n_gpu"])
-        if given["n_gpu"] is None:
-            given["device"] = "cpu"  # says the same to a gateway that takes null for nothing said
     if "replica_config" in given:
         given["replica_config"] = _json(given["replica_config"], "--replica-config")
     return given | ({"peft_model_config": adapters} if adapters else {})

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gateway.config import Settings
     from gateway.devices import SimulatedMachine
     from gateway.placement import Device
-    from gateway.plan import Row, Tiers
+    from gateway.plan import Row, TiersOf
     from gateway.sizing import Sizing
     from gateway.yard import Rules
     from registry.schema import Source
@@ -42,13 +42,13 @@ def command(file: str, machine_file: str | None, gpus: str | None, as_json: bool
     if machine_file and gpus:
         raise click.UsageError("Say --machine or --gpus, not both.")
     try:
-        wanted, devices, rules, tiers = _prepare(file, _machine(machine_file, gpus))
+        wanted, devices, rules, tiers_of = _prepare(file, _machine(machine_file, gpus))
     except SettingsError as exc:
         if as_json:
             print_json({"file": file, "error": str(exc)})
         click.echo(str(exc), err=True)
         sys.exit(1)
-    rows = draw_up(wanted, devices, rules, tiers)
+    rows = draw_up(wanted, devices, rules, tiers_of)
     if as_json:
         print_json({"file": file, "error": None} | _data(rows, devices))
     else:
@@ -75,8 +75,8 @@ def _machine(machine_file: str | None, gpus: str | None) -> SimulatedMachine | N
 
 def _prepare(
     file: str, machine: SimulatedMachine | None
-) -> tuple[list[tuple[Launch, Sizing]], Sequence[Device], Rules, Tiers]:
-    """What is wanted, with what it takes, the devices, the rules, and how models can sleep."""
+) -> tuple[list[tuple[Launch, Sizing]], Sequence[Device], Rules, TiersOf]:
+    """What is wanted, with what it takes, the devices, the rules, and how models could sleep."""
     from functools import partial
 
     import engines
@@ -105,17 +105,17 @@ def _prepare(
 
     def size(launch: Launch) -> Sizing:
         path, *added = (_files_here(source, settings) for source in launch.artifact.sources)
-        facts = weights.read(path) if path else None
+        facts = weights.read(path, launch.artifact.loads) if path else None
         family = registry.find(launch.artifact.family.model_name, launch.artifact.family.model_type)
         needs = engines.find(launch.engine, known).needs(launch)
         specs = family.specs if family else ()
         beside = bytes_beside(launch, path, tuple(filter(None, added)))
         return size_up(launch, needs, None, facts, [], experience, has_gpus=has_gpus, specs=specs, beside_bytes=beside)
 
-    def tiers(launch: Launch, placement: Placement, needs: Needs) -> Sequence[Tier]:
+    def tiers_of(launch: Launch, placement: Placement, needs: Needs) -> Sequence[Tier]:
         return engines.find(launch.engine, known).tiers(launch, placement, needs)
 
-    return [(launch, size(launch)) for launch in launches], devices, rules_of(settings, devices), tiers
+    return [(launch, size(launch)) for launch in launches], devices, rules_of(settings, devices), tiers_of
 
 
 def _as_installed(engine: Engine) -> Engine:

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from harness import FAKE_ENGINE, Gateway, StartGateway, until
 from hub_servers import ModelScope, Server
+from model_files import safetensors
 
 from engines.diffusers import Diffusers
 from gateway.cli import hostler
@@ -208,6 +209,52 @@ async def test_check_tells_each_repository(start: Start, hub: ModelScope) -> Non
         return CliRunner().invoke(hostler, ["check", *words])
 
     assert f"Files of gguf Q8_0: to be fetched from modelscope:{WEIGHTS}" in (await asyncio.to_thread(run)).output
+
+
+def a_pipeline(folder: Path) -> tuple[Path, Path, int]:
+    """A folder with more than a GGUF file's transformer needs, that file, and the bytes of what is loaded of both."""
+    base, gguf = folder / "base", folder / "mine.gguf"
+    for part, rows in (("transformer", 5000), ("vae", 300)):
+        (base / part).mkdir(parents=True)
+        (base / part / "config.json").write_text("{}")
+        (base / part / "diffusion_pytorch_model.safetensors").write_bytes(safetensors({"w": ("F32", [rows], 4)}))
+    (base / "model_index.json").write_text("{}")
+    gguf.write_bytes(LARGE)
+    return base, gguf, 300 * 4 + len(LARGE)
+
+
+async def test_check_counts_of_a_folder_only_what_a_gguf_file_does_not_replace(start: Start, tmp_path: Path) -> None:
+    base, gguf, loaded_bytes = a_pipeline(tmp_path)
+    gateway = await start()
+    wish = {"model_uid": "p", "model_name": "painter", "model_type": "image", "model_path": str(base)}
+    report = (await gateway.post("/v1/models/check", wish | {"gguf_model_path": str(gguf)})).json
+    assert set(report["files"]["files"]) == LEAN | {"vae/config.json"}
+    header_bytes = (base / "vae/diffusion_pytorch_model.safetensors").stat().st_size - 300 * 4
+    assert abs(report["memory"]["weights_bytes"] - loaded_bytes) <= header_bytes
+    whole = (await gateway.post("/v1/models/check", wish)).json
+    assert "transformer/diffusion_pytorch_model.safetensors" in whole["files"]["files"]
+    assert abs(whole["memory"]["weights_bytes"] - 5300 * 4) <= 2 * header_bytes
+
+
+async def test_check_counts_what_is_in_the_cache_by_its_folders(start: Start) -> None:
+    gateway = await start()
+    for wish in (WISH, WISH | {"model_uid": "whole", "gguf_quantization": None}):
+        assert (await gateway.post("/v1/models", wish)).status == 200
+    report = (await gateway.post("/v1/models/check", WISH | {"model_uid": "new"})).json
+    assert set(report["files"]["files"]) == LEAN
+    assert report["memory"]["weights_bytes"] == 3000 + len(LARGE)
+
+
+def test_plan_counts_what_check_counts(tmp_path: Path) -> None:
+    base, gguf, loaded_bytes = a_pipeline(tmp_path)
+    models = {
+        uid: {"model_path": str(base), "model_type": "image", "model_engine": "diffusers"} | more
+        for uid, more in (("lean", {"gguf_model_path": str(gguf)}), ("whole", {}))
+    }
+    (file := tmp_path / "models.yaml").write_text(json.dumps({"models": models, "home": str(tmp_path / "home")}))
+    done = CliRunner().invoke(hostler, ["plan", str(file), "--gpus", "1x80GiB", "--json"])
+    taken = {row["model"]: row["memory_bytes"] for row in json.loads(done.output)["models"]}
+    assert taken["lean"] - taken["whole"] == pytest.approx(loaded_bytes - 5300 * 4, abs=1000)
 
 
 async def test_the_cache_knows_them_as_the_models(start: Start, hub: ModelScope) -> None:

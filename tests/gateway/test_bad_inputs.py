@@ -83,7 +83,7 @@ LAUNCHES: list[Any] = [
     *[{"model_name": name} for name in ("nope", 5, [], {}, "../x", "/etc/passwd")],
     *[{"model_path": path, "model_uid": "x"} for path in ("relative.gguf", "/no/such.gguf", 5, [], "\0")],
     *[{"model_name": "smollm2-instruct", "replica": number} for number in (0, -1, 1.5, True, "two", [], 1000)],
-    *[{"model_name": "smollm2-instruct", "n_gpu": number} for number in (0, -1, "many", [], True)],
+    *[{"model_name": "smollm2-instruct", "n_gpu": number} for number in (-1, "-1", "many", [], True, 1.5)],
     *[{"model_name": "smollm2-instruct", "gpu_idx": index} for index in ("x", [0, 0], {}, [-1.5])],
     *[{"model_name": "smollm2-instruct", "model_engine": engine} for engine in ("vlm", 5, [])],
     *[

@@ -105,7 +105,6 @@ async def test_every_option_of_a_launch(run: Shell, stand_in: StandIn) -> None:
         "replica": 2,
         "n_worker": 1,
         "n_gpu": None,
-        "device": "cpu",
         "gpu_idx": [0, 1],
         "worker_ip": "10.0.0.1",
         "context_length": 4096,

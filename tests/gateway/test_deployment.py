@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from grammar import assert_sentences
 from harness import a_node
 
 from engines.base import EngineSettings, Launch
@@ -521,8 +522,9 @@ async def test_a_model_without_its_files_fails_for_good_at_the_first_try(tmp_pat
 
 async def test_a_model_that_cannot_be_placed_fails_for_good_at_the_first_try(tmp_path: Path) -> None:
     async with deployed(tmp_path, fields={"gpu_idx": (4096,)}) as deployment:
-        with pytest.raises(ModelFailed, match="it cannot be placed: it asks for GPU 4096"):
+        with pytest.raises(ModelFailed, match="it cannot be placed: it asks for GPU 4096") as caught:
             await acquire(deployment)
+        assert_sentences(caught.value.message)
         assert deployment.replicas[0].starts == 0
 
 

@@ -15,6 +15,7 @@ from engines.base import Command, Endpoint, Engine, Launch, Placement
 from gateway.api.wire import read_launch
 from gateway.launch import RESERVED_UIDS, LaunchRequest, Site, check_uid, file_name, plan
 from gateway.placement import needs_of
+from registry.decode import decode
 from registry.registry import Registry
 from registry.resolve import Artifact, Selection
 from registry.schema import LLMFamily, ModelSpec, Virtualenv
@@ -467,6 +468,30 @@ def test_any_text_is_a_short_uid_or_refused_with_a_sentence(uid: str) -> None:
 def test_the_device_of_a_body_is_the_cpu_or_an_option(device: str | None, n_gpu: int | None, options: Any) -> None:
     _, wish = read_launch({"model_name": "qwen", "device": device, "n_gpu": "auto"})
     assert (wish.n_gpu, wish.options) == (n_gpu, options)
+
+
+@pytest.mark.parametrize(
+    ("said", "n_gpu"), [({}, None), *(({"n_gpu": one}, got) for one, got in (("auto", None), (0, 0), ("0", 0), (2, 2)))]
+)
+def test_a_body_and_the_settings_say_the_number_of_gpus_alike(said: dict[str, Any], n_gpu: int | None) -> None:
+    _, wish = read_launch({"model_name": "qwen", **said})
+    settings = decode(said, LaunchRequest, "models.m", strict=False)
+    for one in (wish, settings):
+        assert a_plan(n_gpu=one.n_gpu).n_gpu == n_gpu
+
+
+def test_null_as_the_number_of_gpus_of_a_body_is_the_cpu_as_in_xinference() -> None:
+    for body, n_gpu, gpu_idx in (({"n_gpu": None}, 0, None), ({"n_gpu": None, "gpu_idx": [1]}, None, (1,))):
+        _, wish = read_launch({"model_name": "qwen", **body})
+        assert (wish.n_gpu, wish.gpu_idx) == (n_gpu, gpu_idx)
+
+
+@pytest.mark.parametrize("n_gpu", [-1, "-1", "many", True, 1.5, []])
+def test_what_is_no_number_of_gpus_is_refused_with_what_is(n_gpu: Any) -> None:
+    with pytest.raises(ValueError, match="`n_gpu` must be greater than 0, or auto, or 0 or null for the CPU"):
+        read_launch({"model_name": "qwen", "n_gpu": n_gpu})
+    with pytest.raises(ValueError, match=r"models\.m\.n_gpu"):
+        decode({"n_gpu": n_gpu}, LaunchRequest, "models.m", strict=False)
 
 
 def test_a_device_means_nothing_to_an_engine_that_has_no_such_option() -> None:

@@ -68,11 +68,20 @@ async def test_a_draft_model_changes_nothing_of_the_answer(gateway: Gateway, smo
 async def test_an_idle_engine_gives_its_memory_back_and_wakes_up(gateway: Gateway, smollm2_gguf: Path) -> None:
     launch = {"model_uid": "sleeper", "model_path": str(smollm2_gguf), "sleep_idle_seconds": 2} | SMALL
     assert (await gateway.post("/v1/models", launch)).status == 200
-    awake = (await gateway.until("sleeper", state="ready"))["memory_bytes"]
-    async with asyncio.timeout(30):
-        while (await gateway.until("sleeper", state="ready"))["memory_bytes"] > awake / 2:
-            await asyncio.sleep(0.2)
-    assert (await gateway.complete("sleeper", **FRANCE)).json["choices"][0]["text"].startswith(" Paris")
+    awake = await gateway.until("sleeper", state="ready", tier=None)
+    for _ in range(2):
+        asleep = await gateway.until("sleeper", state="asleep", tier="disk")
+        assert asleep["memory_bytes"] < awake["memory_bytes"] / 2
+        model = (await gateway.get("/v1/models/sleeper")).json
+        assert (model["status"], model["tier"]) == ("asleep", "disk")
+        assert (await gateway.get("/v1/models/sleeper/queue")).json["state"] == "asleep"
+        refused = await gateway.post("/v1/models/sleeper/sleep")
+        assert "sleeper cannot sleep: it does so by itself, after 2 s without a request." in refused.error["message"]
+        await asyncio.sleep(3)  # being asked for its state does not wake it
+        assert (await gateway.until("sleeper"))["state"] == "asleep"
+        assert (await gateway.complete("sleeper", **FRANCE)).json["choices"][0]["text"].startswith(" Paris")
+        assert (await gateway.until("sleeper"))["state"] == "ready"
+    assert (await gateway.until("sleeper"))["pid"] == awake["pid"]
 
 
 async def test_an_adapter_that_is_not_there_ends_in_a_sentence(

@@ -7,13 +7,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from grammar import assert_clause, assert_sentences
 from hypothesis import given
 from hypothesis import strategies as st
 from llms import a_launch
 
 from engines.base import RAM, Needs, Placement
 from gateway.gpus import Gpu, list_gpus
-from gateway.placement import Device, NoRoom, needs_of, place
+from gateway.placement import Device, NoRoom, needs_of, place, regain
 from registry.memory import Attention, Cache, kv_cache_bytes
 
 GB = 10**9
@@ -128,7 +129,7 @@ def test_layers_are_on_gpus_as_many_as_fit_or_as_are_asked_for(
 def test_a_launch_that_allows_no_split_is_told_how_many_layers_would_fit() -> None:
     refusal = place(of_layers(), [a_device(0, 8), the_ram(12)], {})
     assert isinstance(refusal, NoRoom)
-    said = "n_gpu_layers 7: 7 of its 10 layers have room on GPUs, the others in the machine's memory."
+    said = "Say n_gpu_layers 7: 7 of its 10 layers have room on GPUs, the others in the machine's memory."
     assert said in refusal.remedies
     assert said in refusal.text
     assert "n_gpu_layers 7" in place(of_layers(gpu_layers=8), [a_device(0, 8), the_ram(12)], {}).text  # type: ignore[union-attr]
@@ -207,15 +208,15 @@ def test_headroom_and_what_others_hold_is_not_given() -> None:
     device = a_device(0, free_gb=10, total_gb=16, headroom_bytes=2 * GB)
     assert gpus_of(Needs(memory_bytes=8 * GB), [device]) == ("GPU-0",)
     said = gpus_of(Needs(memory_bytes=8 * GB + 1), [device])
-    assert "6,000 MB are held by others, 2,000 MB are kept free" in said
+    assert "6,000 MB are held by others and 2,000 MB are kept free" in said
 
 
 @pytest.mark.parametrize(
     ("needs", "why"),
     [
-        (Needs(n_gpu=5), "it asks for 5 GPUs, and this machine has 4 (0, 1, 2, 3)."),
-        (Needs(gpu_idx=(1, 4, 7)), "it asks for GPU 4, 7, and this machine has 4 (0, 1, 2, 3)."),
-        (Needs(gpu_idx=(-1,)), "it asks for GPU -1, and this machine has 4 (0, 1, 2, 3)."),
+        (Needs(n_gpu=5), "it asks for 5 GPUs, and this machine has 4 (0, 1, 2 and 3)."),
+        (Needs(gpu_idx=(1, 4, 7)), "it asks for GPUs 4 and 7, and this machine has 4 (0, 1, 2 and 3)."),
+        (Needs(gpu_idx=(-1,)), "it asks for GPU -1, and this machine has 4 (0, 1, 2 and 3)."),
     ],
 )
 def test_what_is_not_there_is_told_with_what_is(needs: Needs, why: str) -> None:
@@ -231,7 +232,7 @@ def test_what_is_not_there_is_told_with_what_is(needs: Needs, why: str) -> None:
     [
         (Needs(), None),
         (Needs(n_gpu=0), ()),
-        (Needs(n_gpu=1), "it asks for 1 GPUs, and this machine has none. Change gpu_idx or n_gpu."),
+        (Needs(n_gpu=1), "it asks for 1 GPU, and this machine has none. Change gpu_idx or n_gpu."),
         (Needs(gpu_idx=(0,)), "it asks for GPU 0, and this machine has none. Change gpu_idx or n_gpu."),
     ],
 )
@@ -242,13 +243,13 @@ def test_without_gpus(needs: Needs, result: Any) -> None:
 def test_on_the_cpu_it_is_the_machines_memory_that_counts() -> None:
     needs = Needs(memory_bytes=5 * GB)
     assert place(needs, [the_ram(8)], {RAM: 3 * GB}) == Placement(gpu_uuids=None, memory={RAM: 5 * GB})
-    found = place(needs, [the_ram(8, headroom_bytes=GB, holders=("big-rep0",))], {RAM: 3 * GB})
+    found = place(needs, [the_ram(8, headroom_bytes=GB, holders=("big-rep0",), own=("big-rep0",))], {RAM: 3 * GB})
     assert isinstance(found, NoRoom)
     assert not found.for_ever
     assert found.text == (
-        "it needs about 5,000 MB, and there is no room: the machine's memory has 4,000 MB of 8,000 MB free: 3,000 MB "
-        "are given to models (big-rep0), 1,000 MB are kept free. The end of big-rep0. Less ram_headroom. `memory` of "
-        "the launch, if it takes less than is estimated."
+        "it needs about 5,000 MB, but the machine's memory has 4,000 MB of 8,000 MB free: 3,000 MB are given to models "
+        "(big-rep0) and 1,000 MB are kept free. End big-rep0. Lower ram_headroom. Set `memory` of the launch, if it "
+        "takes less than is estimated."
     )
 
 
@@ -275,11 +276,11 @@ def test_a_refusal_says_what_would_make_it_fit() -> None:
     found = place(needs, [a_device(0, 10, holders=("train (pid 7)",)), a_device(1, 8)], {})
     assert isinstance(found, NoRoom)
     assert found.remedies == (
-        "A smaller context: up to 25000 tokens of each request (context_length) fit.",
-        "Another spec of the family: 7B q4_0.",
-        "n_gpu 2: the emptiest 2 GPUs have room for one copy.",
-        "The end of train (pid 7).",
-        "`memory` of the launch, if it takes less than is estimated.",
+        "Lower context_length: up to 25,000 tokens of each request fit.",
+        "Take another spec of the family: 7B q4_0.",
+        "Say n_gpu 2: the emptiest 2 GPUs have room for one copy.",
+        "End train (pid 7).",
+        "Set `memory` of the launch, if it takes less than is estimated.",
     )
 
 
@@ -303,7 +304,7 @@ def test_a_launchs_own_variable_names_its_gpus(named: str | None, gpu_idx: tuple
 
 def test_a_share_that_is_too_small_for_the_model_is_told() -> None:
     said = gpus_of(Needs(memory_bytes=9 * GB, gpu_share=0.5), FOUR)
-    assert said.startswith("it needs about 9,000 MB of each GPU and takes 50% of a GPU, and there is no room")
+    assert said.startswith("it needs about 9,000 MB on a GPU, and may take 50% of a GPU: GPU 0 has ")
     assert gpus_of(Needs(memory_bytes=9 * GB, gpu_share=0.5, can_spread=True), FOUR) == ("GPU-1", "GPU-2")
 
 
@@ -313,7 +314,7 @@ def test_a_shorter_context_is_no_advice_where_the_cache_would_stay_as_large() ->
     for tokens, is_said in ((0, True), (100_000, False)):
         found = place(msgspec.structs.replace(needs, cache_tokens=tokens), [a_device(0, 8)], {})
         assert isinstance(found, NoRoom)
-        assert ("A smaller context" in found.text) is is_said
+        assert ("Lower context_length" in found.text) is is_said
 
 
 def test_bytes_that_came_lately_are_not_for_ever() -> None:
@@ -333,8 +334,11 @@ def test_slices_hold_models_of_their_own_and_are_not_joined() -> None:
     assert gpus_of(Needs(memory_bytes=18 * GB), devices) == ("MIG-3",)
     assert gpus_of(Needs(gpu_idx=(3,), memory_bytes=1), devices) == ("MIG-3",)
     assert "GPU 0 is cut into slices" in gpus_of(Needs(gpu_idx=(0,)), devices)
-    assert "it asks for 2 GPUs, slices aside" in gpus_of(Needs(n_gpu=2), devices)
-    assert "no room" in gpus_of(Needs(memory_bytes=60 * GB, can_spread=True), devices)
+    assert (
+        "it asks for 2 GPUs, and this machine has 1 (1) and 2 slices of GPUs (2 and 3), which cannot be joined."
+        in gpus_of(Needs(n_gpu=2), devices)
+    )
+    assert "about 60,000 MB, but GPU 1 has" in gpus_of(Needs(memory_bytes=60 * GB, can_spread=True), devices)
 
 
 def test_a_gpu_that_does_not_tell_its_memory_takes_what_comes() -> None:
@@ -424,3 +428,87 @@ def test_no_device_gives_more_than_it_has_and_wishes_are_kept(
         has_gpus = any(device.gpu for device in devices)
         asked_for = needs.n_gpu == 0 or needs.gpu_idx == () or not has_gpus
         assert asked_for or (cpu_fallback and needs.gpu_idx is None)
+
+
+# --- sentences
+
+OURS = ("big-rep0 (3,000 MB)", "old-rep1 (1,000 MB)")
+FOREIGN, UNKNOWN = "process 7, train.py (9,000 MB)", "process 9, of another container or user (1,000 MB)"
+MACHINES = {
+    "no GPU": [the_ram(8)],
+    "no GPU, and little memory": [the_ram(8, headroom_bytes=GB, holders=OURS[:1], own=OURS)],
+    "a limit of ours": [the_ram(8, limit="ram_limit")],
+    "a limit of others": [the_ram(8, limit="the limit of our control group")],
+    "an empty GPU": [a_device(0, 16), the_ram(64)],
+    "a foreign process": [a_device(0, 4, holders=(FOREIGN,)), the_ram(6)],
+    "headroom": [a_device(0, 10, headroom_bytes=4 * GB, holders=(*OURS, FOREIGN), own=OURS), the_ram(6)],
+    "two GPUs": [a_device(0, 4, holders=(FOREIGN,)), a_device(1, 8, holders=(UNKNOWN,)), the_ram(6)],
+    "one that does not tell": [a_device(0, 0, 0), a_device(1, 8), the_ram(6)],
+    "slices": [a_device(1, 40, 40), a_slice(2, 0, 10), a_slice(3, 0, 20), the_ram(6)],
+    "a slice": [a_slice(2, 0, 10), the_ram(6)],
+}
+WISHES: list[dict[str, Any]] = [
+    *({"n_gpu": count} for count in (None, 0, 1, 2, 5)),
+    *({"gpu_idx": indexes} for indexes in ((), (0,), (0, 1), (4,), (4, 7))),
+]
+
+
+def all_needs() -> list[Needs]:
+    cache, attention = Cache(tokens=100_000), (Attention(layers=10, key=1000, value=1000),)
+    lighter = {"7B q8_0": 12 * GB, "7B q4_0": 3 * GB, "7B q3": 2 * GB}
+    long = Needs(memory_bytes=13 * GB, cache=cache, attention=attention, lighter=lighter)
+    plain = [
+        Needs(memory_bytes=size * GB, gpu_share=share, can_spread=can_spread)
+        for size in (0, 12, 200)
+        for share in (None, 0.5, 0.9)
+        for can_spread in (False, True)
+    ]
+    return [*plain, long, of_layers(), of_layers(may_split=True), of_layers(gpu_layers=3), a_long_one()]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("wish", WISHES, ids=str)
+def test_a_refusal_is_made_of_whole_sentences(machine: str, wish: dict[str, Any]) -> None:
+    for needs in (msgspec.structs.replace(one, **wish) for one in all_needs()):
+        for cpu_fallback in (False, True):
+            for promised in ({}, {"GPU-0": 3 * GB, RAM: 3 * GB}):
+                found = place(needs, MACHINES[machine], promised, cpu_fallback=cpu_fallback)
+                if isinstance(found, NoRoom):
+                    assert_clause(found.reason)
+                    assert_sentences(found.text)
+                    for remedy in found.remedies:
+                        assert_sentences(remedy)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_what_keeps_one_asleep_is_told_in_whole_sentences(machine: str) -> None:
+    for memory in ({"GPU-0": 60 * GB}, {"GPU-0": 60 * GB, "GPU-9": GB}, {"GPU-0": 60 * GB, RAM: 90 * GB}):
+        found = regain(Placement(gpu_uuids=("GPU-0",), memory=memory), MACHINES[machine], {"GPU-0": GB})
+        if isinstance(found, NoRoom):
+            assert found.reason.startswith("to wake, it needs ")
+            assert_sentences(found.text)
+
+
+def test_only_what_would_make_it_fit_is_advised() -> None:
+    full = [a_device(0, 4, holders=(FOREIGN,))]
+    assert f"End {FOREIGN}." in gpus_of(Needs(memory_bytes=12 * GB), full)
+    assert "End " not in gpus_of(Needs(memory_bytes=20 * GB), full)
+    assert "n_gpu_layers" not in gpus_of(of_layers(), [the_ram(4)])
+    assert "Let it take more" in gpus_of(Needs(memory_bytes=9 * GB, gpu_share=0.5), full)
+    assert "Let it take" not in gpus_of(Needs(memory_bytes=20 * GB, gpu_share=0.5), full)
+    assert "Let it take less" in gpus_of(Needs(memory_bytes=3 * GB, gpu_share=0.5), full)
+
+
+def test_models_of_ours_are_named_where_their_room_counts_and_never_among_the_others() -> None:
+    device = a_device(0, 10, holders=(OURS[0], FOREIGN), own=OURS)
+    said = gpus_of(Needs(memory_bytes=12 * GB), [device], {"GPU-0": 3 * GB})
+    assert f"3,000 MB are given to models ({OURS[0]}) and 6,000 MB are held by others ({FOREIGN})." in said
+    assert f"End {OURS[0]} or {FOREIGN}." in said
+    said = gpus_of(Needs(memory_bytes=12 * GB), [device])
+    assert OURS[0] not in said
+    assert f"End {FOREIGN}." in said
+
+
+def test_the_machines_memory_has_no_share() -> None:
+    said = gpus_of(Needs(memory_bytes=9 * GB, gpu_share=0.5), [the_ram(4)])
+    assert said.startswith("it needs about 9,000 MB, but the machine's memory has 4,000 MB of 4,000 MB free.")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from grammar import assert_sentences
 from hypothesis import given
 from hypothesis import strategies as st
 from llms import a_launch
@@ -59,7 +60,7 @@ def test_twelve_models_on_eight_gpus_one_of_them_held_by_somebody_else(tmp_path:
     assert rows["half/0"]["memory"] == {"GPU-5": 40 * GIB}
     beside = rows["beside/0"]["text"]
     assert "GPU 0 has 19,327 MB of 85,899 MB free: 65,498 MB are held by others (process 1, train.py" in beside
-    assert "Another spec of the family: 4B, 1_7B, 0_6B." in beside
+    assert "Take another spec of the family: 4B, 1_7B or 0_6B." in beside
     assert "on each of 7 GPUs" in rows["giant/0"]["text"]
     devices = {device["name"]: device for device in json.loads(done.output)["devices"]}
     given: dict[str, int] = {}
@@ -107,12 +108,35 @@ def test_how_many_may_be_loaded_at_once_counts_as_it_does_when_they_run(tmp_path
         "more/0": ("in turn", "When it is asked for, one is unloaded, as max_loaded 2 is reached."),
         "more/1": (
             "in turn",
-            "Waits until others are unloaded (one): there is no room for another copy: max_loaded 2 is reached",
+            "It waits until one is unloaded: there is no room for another copy: max_loaded 2 is reached.",
         ),
     }
     assert a_plan(tmp_path, models, max_loaded=1) == {
-        name: ("placed", "") if name == "kept/0" else ("refused", "max_loaded 1 is reached, and kept is pinned")
+        name: (
+            ("placed", "")
+            if name == "kept/0"
+            else ("refused", "max_loaded 1 is reached, and kept is pinned. Unpin kept.")
+        )
         for name in ("kept/0", "one/0", "two/0", "more/0", "more/1")
+    }
+
+
+def test_who_can_sleep_falls_asleep_rather_than_it_is_unloaded() -> None:
+    def tiers_of(launch: Launch, placement: Placement, needs: Needs) -> list[Tier]:
+        return [Tier(name="disk", sleep=(), wake=(), residual_bytes=1)] if launch.uid == "sleepy" else []
+
+    wanted = [
+        (a_launch(uid=uid), Sizing(needs=Needs(memory_bytes=size), basis="drawn"))
+        for uid, size in (("sleepy", 60), ("other", 30), ("new", 50), ("large", 100))
+    ]
+    devices = devices_of(SimulatedMachine(gpus=(SimulatedGpu(total=100),)).look(()), (), Limits(gpu_headroom=0))
+    rows = {row.model: (row.status, row.text) for row in draw_up(wanted, devices, tiers_of=tiers_of)}
+    why = "as there is no room beside what is idle."
+    assert rows == {
+        "sleepy": ("placed", ""),
+        "other": ("placed", ""),
+        "new": ("in turn", f"When it is asked for, sleepy falls asleep (tier disk), {why}"),
+        "large": ("in turn", f"When it is asked for, sleepy and other are unloaded, {why}"),
     }
 
 
@@ -123,11 +147,11 @@ def test_groups_count_as_they_do_when_they_run(tmp_path: Path) -> None:
         "a/0": ("placed", ""),
         "b/0": ("in turn", "When it is asked for, a is unloaded, as the group few has its 1 loaded."),
         "c/0": ("placed", ""),
-        "alone/0": ("in turn", "When it is asked for, a, c are unloaded, as the group lonely is loaded alone."),
+        "alone/0": ("in turn", "When it is asked for, a and c are unloaded, as the group lonely is loaded alone."),
     }
     models["c"] = {"pinned": True}
     status, text = a_plan(tmp_path, models, groups=groups)["alone/0"]
-    assert (status, text) == ("refused", "the group lonely is loaded alone, and c is pinned")
+    assert (status, text) == ("refused", "the group lonely is loaded alone, and c is pinned. Unpin c.")
 
 
 def test_who_makes_room_is_the_one_of_least_priority(tmp_path: Path) -> None:
@@ -198,9 +222,9 @@ def test_what_is_no_machine_is_told(
 @pytest.mark.parametrize(
     ("sleep_bytes", "tier", "text"),
     [
-        (40 * GIB, "ram", "a sleeps (tier ram)"),
-        (10 * GIB, "disk", "a sleeps (tier disk)"),
-        (0, "disk", "a sleeps (tier disk)"),
+        (40 * GIB, "ram", "a falls asleep (tier ram)"),
+        (10 * GIB, "disk", "a falls asleep (tier disk)"),
+        (0, "disk", "a falls asleep (tier disk)"),
         (None, None, "a is unloaded"),  # it cannot sleep
     ],
 )
@@ -231,7 +255,7 @@ def test_who_can_sleep_is_told_of_a_settings_file(tmp_path: Path) -> None:
     status, text = a_plan(tmp_path, models, sleep_memory="50GiB")["second/0"]
     assert (status, text) == (
         "in turn",
-        "When it is asked for, first sleeps (tier ram), as there is no room beside what is idle.",
+        "When it is asked for, first falls asleep (tier ram), as there is no room beside what is idle.",
     )
     done = run(tmp_path, str(tmp_path / "settings.yaml"), "--gpus", "1x80GiB")
     assert done.output.splitlines()[0].split()[4:7] == ["WHERE", "SLEEPS", "IN"]
@@ -287,3 +311,5 @@ def test_what_is_planned_fits_at_once_and_what_is_refused_never_would(
         elif launch.replica == 1 and not is_any_pinned:
             assert row.status != "refused"
         assert bool(row.text) or row.status == "placed"
+        if row.text:
+            assert_sentences(row.text)

@@ -168,7 +168,7 @@ def test_lighter_specs_of_the_family_are_known_for_advice() -> None:
     assert list(needs.lighter) == ["7B q4_0", "0_5B q8_0"]
     found = place(needs, [Device(key="ram", total_bytes=needs.lighter["7B q4_0"])], {})
     assert isinstance(found, NoRoom)
-    assert "Another spec of the family: 7B q4_0, 0_5B q8_0." in found.remedies
+    assert "Take another spec of the family: 7B q4_0 or 0_5B q8_0." in found.remedies
 
 
 async def test_what_is_served_elsewhere_takes_nothing_here() -> None:

@@ -61,7 +61,7 @@ async def test_a_full_queue_refuses_with_the_time_to_come_back(start_gateway: St
     refused = await gateway.complete()
     assert (refused.status, refused.error["code"]) == (429, "rate_limit_exceeded")
     assert "1 requests wait for the model already" in refused.error["message"]
-    assert "fake is busy with 1 requests" in refused.error["message"]
+    assert "fake is busy with 1 request" in refused.error["message"]
     assert refused.headers["retry-after"] == "1"
     await asyncio.sleep(1.2)
     assert (await gateway.complete()).headers["retry-after"] == "2"  # as long as the first has waited by now

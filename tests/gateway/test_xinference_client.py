@@ -187,7 +187,7 @@ async def test_refusals_say_what_xinference_says(client: RESTfulClient, smollm2_
     assert "has not been launched yet" in await refusal(client.cancel_launch_model, "nope")
     assert "qwen3" in await refusal(client.launch_model, "qwen33")
     assert "replica" in await refusal(client.launch_model, "smollm2-instruct", replica=0)
-    assert "n_gpu" in await refusal(client.launch_model, "smollm2-instruct", n_gpu=0)
+    assert "n_gpu" in await refusal(client.launch_model, "smollm2-instruct", n_gpu=-1)
     assert "multiple of replica" in await refusal(client.launch_model, "smollm2-instruct", replica=2, gpu_idx=[0])
     assert "does not exist" in await refusal(client.launch_model, "smollm2-instruct", model_path="/no/such.gguf")
     assert (await call(client.get_launch_model_progress, "nope"))["progress"] == 0.0

@@ -150,7 +150,8 @@ def test_memory_that_others_have_only_just_taken_refuses_nobody_yet() -> None:
     assert list(plan.wait) == [("new", 0)]
     settled = Device(key=RAM, total_bytes=10 * GB, foreign_bytes=6 * GB)
     assert list(decide([claim(6, since=18.0)], [], [settled], Rules(), 20.0).wait) == [("new", 0)]
-    text, for_ever = decide([claim(6)], [], [settled], Rules(), 20.0).refuse["new", 0]
+    refusal = decide([claim(6)], [], [settled], Rules(), 20.0).refuse["new", 0]
+    text, for_ever = refusal.text, refusal.for_ever
     assert "held by others" in text
     assert not for_ever
 
@@ -158,9 +159,28 @@ def test_memory_that_others_have_only_just_taken_refuses_nobody_yet() -> None:
 def test_a_pinned_model_refuses_nobody_once_it_is_being_stopped() -> None:
     pinned = {"key": ("p", 0), "memory": {RAM: 6 * GB}, "is_pinned": True, "ready_since": 0.0}
     stays = decide([claim(6)], [Holder(**pinned)], [MACHINE], Rules(), 20.0)  # type: ignore[arg-type]
-    assert "p is pinned" in stays.refuse["new", 0][0]
+    assert "p is pinned" in stays.refuse["new", 0].text
+    assert stays.refuse["new", 0].remedies[-1] == "Unpin p."
     goes = decide([claim(6)], [Holder(**pinned, is_leaving=True)], [MACHINE], Rules(), 20.0)  # type: ignore[arg-type]
     assert goes.wait == {("new", 0): "p is being unloaded"}
+
+
+def test_pinned_models_are_only_blamed_where_their_room_would_do() -> None:
+    pinned = Holder(key=("p", 0), memory={RAM: 1 * GB}, is_pinned=True, ready_since=0.0)
+    crowded = msgspec.structs.replace(MACHINE, foreign_bytes=5 * GB)
+    for size, is_said in ((5, True), (8, False)):
+        refusal = decide([claim(size)], [pinned], [crowded], Rules(), 20.0).refuse["new", 0]
+        assert ("p is pinned" in refusal.text) is ("Unpin p." in refusal.text) is is_said
+
+
+def test_who_makes_room_is_told_of_one_and_of_many() -> None:
+    idle = [Holder(key=(uid, 0), memory={RAM: 4 * GB}, ready_since=0.0) for uid in ("a", "b")]
+    for size, said in ((4, "a is unloaded to make room"), (8, "a and b are unloaded to make room")):
+        assert decide([claim(size)], idle, [MACHINE], Rules(), 20.0).wait == {("new", 0): said}
+    busy = [msgspec.structs.replace(one, work=2) for one in idle]
+    one, many = "ends what it has begun, then makes room", "end what they have begun, then make room"
+    for size, said in ((4, f"a {one}"), (8, f"a and b {many}")):
+        assert decide([claim(size)], busy, [MACHINE], Rules(), 40.0).wait == {("new", 0): said}
 
 
 def test_of_the_busy_those_go_that_end_first_and_a_load_that_others_wait_for_last() -> None:
@@ -563,7 +583,7 @@ def test_whose_place_is_taken_for_good_is_started_anew_elsewhere() -> None:
     busy = sleeper("busy", 70, work=1)
     assert decide([waking], [asleep("old", work=1), busy], CARDS, ROOMY, 100.0).refuse == {}
     plan = decide([waking], [asleep("old", work=1), busy], cards, ROOMY, 100.0)
-    assert "there is room elsewhere" in plan.refuse["old", 0][0]
+    assert "there is room elsewhere" in plan.refuse["old", 0].text
     leaving = Holder(key=("leaving", 0), memory={"GPU-1": 30 * GB}, is_leaving=True)
     assert decide([waking], [asleep("old", work=1), busy, leaving], cards, ROOMY, 100.0).refuse == {}
     # Who took its place a moment ago may be gone as soon.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import pytest
@@ -93,3 +93,8 @@ def test_the_schema_shows_a_secret_as_text() -> None:
 
     properties = schema(Door)["$defs"]["Door"]["properties"]
     assert properties["keys"]["items"] == {"type": "string"}
+
+
+def test_a_word_that_is_none_of_those_allowed_is_refused_with_them() -> None:
+    with pytest.raises(DecodeError, match=r"^Invalid enum value 'x', expected `int` or 'auto' or 'none' - at `\$`$"):
+        decode("x", Annotated[int, msgspec.Meta(ge=0)] | Literal["auto", "none"] | None)
