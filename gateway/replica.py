@@ -290,7 +290,7 @@ class Replica:
             await self._run(paths, python)
         finally:
             self.process = self.placement = self.tier = self._awake = self._needs_of_start = None
-            self.tiers, self.host_bytes, self.is_asleep = (), 0, False
+            self.tiers, self.host_bytes, self.is_asleep, self.context_tokens = (), 0, False, None
             self._changed()
 
     async def _run(self, paths: Sequence[Path], python: str | None) -> None:
@@ -549,7 +549,7 @@ class Replica:
         assert awake is not None
         last_used, ready_since = self.last_used, self.ready_since
         try:
-            await self._change(tier.sleep, Stage.UNSURE if self._is_rehearsal else Stage.ASLEEP, ends_asleep=True)
+            await self._change(tier.sleep, Stage.ASLEEP, ends_asleep=True)
         except OSError as exc:  # nothing was asked of it yet
             self._tell("WARNING", f"{self.name} stays awake: {exc}")
             self.host_bytes, self.tier = self._host_bytes_before, None
@@ -923,7 +923,7 @@ class Replica:
 
     def _leave(self, state: State) -> None:
         """Stop being somewhere to send requests to."""
-        self.upstream = self.address = self.context_tokens = None
+        self.upstream = self.address = None
         self._enter(state)
 
     def __str__(self) -> str:

@@ -470,3 +470,76 @@ async def test_two_copies_sleep_and_wake_together(
         while {one["state"] for one in await gateway.replicas()} != {"ready"}:
             await asyncio.sleep(0.02)
     assert len(events_in(tmp_path / "a.events", "start")) == 2
+
+
+async def test_who_may_not_wait_for_a_model_that_sleeps_wakes_it(
+    start_gateway: StartGateway, env: dict[str, str], model: Models
+) -> None:
+    gateway = await start_gateway(**swapping(model("a", queue_limit=0, preload=True)), env=env)
+    await gateway.until("a", state="ready")
+    assert (await gateway.post("/v1/models/a/sleep")).status == 200
+    assert (await gateway.complete("a")).status == 429
+    await gateway.until("a", state="ready")
+    assert await ask(gateway, "a") == "tok0 tok1"
+
+
+async def test_who_asks_for_a_sleep_that_fails_is_told_so(
+    start_gateway: StartGateway, env: dict[str, str], model: Models
+) -> None:
+    gateway = await start_gateway(**swapping(model("a", {"sleep_fails": 1}, preload=True)), env=env)
+    await gateway.until("a", state="ready")
+    answer = await gateway.post("/v1/models/a/sleep")
+    assert (answer.status, "made to fail by FAKE_ENGINE" in answer.error["message"]) == (503, True)
+    assert await ask(gateway, "a") == "tok0 tok1"
+
+
+async def test_who_slept_before_it_was_stopped_does_not_sleep(
+    start_gateway: StartGateway, env: dict[str, str], model: Models
+) -> None:
+    gateway = await start_gateway(**swapping(model("a", preload=True)), env=env)
+    await gateway.until("a", state="ready")
+    assert (await gateway.post("/v1/models/a/sleep")).status == 200
+    assert (await gateway.post("/v1/models/a/stop")).json["status"] == "stopped"
+    answer = await gateway.post("/v1/models/a/sleep")
+    assert (answer.status, "a is stopped" in answer.error["message"]) == (400, True)
+
+
+async def test_a_reload_does_not_wait_for_copies_that_sleep_to_wake(
+    start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
+) -> None:
+    gateway = await start_gateway(**swapping({}, ram_limit="3GB"), env=env)
+    ((uid, wish),) = model("a", replica=2).items()
+    assert (await gateway.post("/v1/models", wish | {"model_uid": uid})).status == 200
+    async with asyncio.timeout(20):
+        while {one["state"] for one in await gateway.replicas()} != {"ready"}:
+            await asyncio.sleep(0.02)
+    assert (await gateway.post("/v1/models/a/sleep")).status == 200
+    answer = await gateway.post("/v1/models/a/reload", {"model_config": {"sleep_after_s": 100}})
+    assert answer.status in (200, 202), answer.body
+    async with asyncio.timeout(20):
+        while (await gateway.get("/v1/models/a/reload")).json["stage"] not in ("ready", "error"):
+            await asyncio.sleep(0.05)
+    assert (await gateway.get("/v1/models/a/reload")).json["error"] is None
+    assert await ask(gateway, "a") == "tok0 tok1"
+    assert len(events_in(tmp_path / "a.events", "start")) >= 3
+
+
+async def test_how_long_requests_may_be_is_still_known_after_a_sleep(
+    start_gateway: StartGateway, env: dict[str, str], model: Models
+) -> None:
+    gateway = await start_gateway(**swapping(model("a", preload=True)), env=env)
+
+    async def length() -> int | None:
+        told: int | None = (await gateway.get("/v1/models/a")).json["max_model_len"]
+        return told
+
+    async with asyncio.timeout(20):
+        while await length() is None:
+            await asyncio.sleep(0.02)
+    before = await length()
+    assert (await gateway.post("/v1/models/a/sleep")).status == 200
+    assert await length() == before
+    assert await ask(gateway, "a") == "tok0 tok1"
+    assert await length() == before
+    assert (await gateway.post("/v1/models/a/stop")).status == 200
+    assert await length() is None
