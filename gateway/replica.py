@@ -500,6 +500,8 @@ class Replica:
 
     def rehearse_in_s(self, now: float) -> float | None:
         """How long it has to be idle yet until that is well; None if there is nothing to be had by it."""
+        if self.launch.pinned and self.launch.sleep_after_s is None:
+            return None  # it makes no room
         beds = self.beds()
         has_to = bool(beds) and beds[0][0].is_first_slow and not self.host_bytes
         if self.state is not State.READY or self.in_flight or not has_to:
