@@ -16,15 +16,20 @@ from typing import Any
 import aiohttp
 import pytest
 from harness import Gateway, StartGateway, a_node, events_in, is_running, until
-from sleepy import installed_in
+from sleepy import Sleepy, installed_in
 
-from engines.base import RAM, Placement, Tier
+from engines.base import RAM, Launch, Needs, Placement, Tier
 from gateway import tiers
 from gateway.amounts import bytes_or_share
 from gateway.async_client import AsyncClient
 from gateway.client import Client
 from gateway.config import Settings
+from gateway.experience import Experience
+from gateway.kept import EngineProcess
 from gateway.lives import Slumber, Stage, note_slumber, slumber_of
+from gateway.replica import Replica, State
+from registry.resolve import Artifact
+from registry.schema import LLMFamily, ModelSpec, Source
 
 KEEP = {"HOSTLER_ORPHAN_TIMEOUT_S": "20"}  # after a gateway that was killed
 GB = 10**9
@@ -431,6 +436,55 @@ async def test_a_pause_waits_for_who_falls_asleep_and_lets_nobody_begin(tmp_path
         assert not begun.is_set()
         node.go_on()
         await second
+
+
+async def test_who_tries_its_first_sleep_as_another_gateway_takes_over_is_known_to_sleep(tmp_path: Path) -> None:
+    (tmp_path / "fake.gguf").write_bytes(b"GGUF")
+    spec = ModelSpec(model_format="ggufv2", model_hub="local", model_id=str(tmp_path / "fake.gguf"))
+    source = Source(model_hub="local", model_id=spec.model_id)
+    artifact = Artifact(family=LLMFamily(model_name="a", model_specs=(spec,)), spec=spec, source=source)
+    envs = {
+        "FAKE_ENGINE": json.dumps({"can_sleep": True, "sleep_s": 0.5}),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    launch = Launch(uid="a", artifact=artifact, engine="sleepy", envs=envs)
+
+    async def place(replica: Replica, needs: Needs, awake: Placement | None) -> Placement:
+        replica.placement = Placement(memory={RAM: GB})
+        return replica.placement
+
+    async def has_gpus() -> bool:
+        return False
+
+    async with a_node(tmp_path / "home") as node:
+        replica = Replica(
+            launch,
+            0,
+            Sleepy(),
+            node,
+            log=tmp_path / "log",
+            settings=Settings,
+            changed=lambda: None,
+            place=place,
+            has_gpus=has_gpus,
+            experience=Experience(),
+            tell=lambda kind, text: None,
+        )
+        running = asyncio.create_task(replica.run())
+        try:
+            await until(lambda: replica.state is State.READY)
+            assert isinstance(replica.process, EngineProcess)
+            folder = replica.process.folder
+            replica.fall_asleep("ram", is_rehearsal=True)
+            await until(lambda: slumber_of(folder).stage is Stage.UNSURE)
+            await node.pause()
+            assert slumber_of(folder).stage is Stage.ASLEEP
+            node.go_on()
+            await until(lambda: replica.state is State.READY)
+            assert slumber_of(folder).stage is Stage.AWAKE
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
 
 
 @pytest.mark.parametrize(
