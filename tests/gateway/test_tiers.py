@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 from harness import Gateway, StartGateway, a_node, events_in, is_running, until
 from sleepy import Sleepy, installed_in
 
-from engines.base import RAM, Launch, Needs, Placement, Tier
+from engines.base import RAM, Call, Endpoint, Launch, Needs, Placement, Tier
 from gateway import tiers
 from gateway.amounts import bytes_or_share
 from gateway.async_client import AsyncClient
@@ -27,7 +27,9 @@ from gateway.config import Settings
 from gateway.experience import Experience
 from gateway.kept import EngineProcess
 from gateway.lives import Slumber, Stage, note_slumber, slumber_of
-from gateway.replica import Replica, State
+from gateway.nodes.local import LocalNode
+from gateway.replica import Replica, ReplicaFailed, State
+from gateway.upstream import Upstream
 from registry.resolve import Artifact
 from registry.schema import LLMFamily, ModelSpec, Source
 
@@ -438,7 +440,9 @@ async def test_a_pause_waits_for_who_falls_asleep_and_lets_nobody_begin(tmp_path
         await second
 
 
-async def test_who_tries_its_first_sleep_as_another_gateway_takes_over_is_known_to_sleep(tmp_path: Path) -> None:
+@contextlib.asynccontextmanager
+async def a_replica(tmp_path: Path) -> AsyncIterator[tuple[Replica, LocalNode]]:
+    """One whose engine takes half a second to fall asleep; nobody runs it yet."""
     (tmp_path / "fake.gguf").write_bytes(b"GGUF")
     spec = ModelSpec(model_format="ggufv2", model_hub="local", model_id=str(tmp_path / "fake.gguf"))
     source = Source(model_hub="local", model_id=spec.model_id)
@@ -447,7 +451,6 @@ async def test_who_tries_its_first_sleep_as_another_gateway_takes_over_is_known_
         "FAKE_ENGINE": json.dumps({"can_sleep": True, "sleep_s": 0.5}),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    launch = Launch(uid="a", artifact=artifact, engine="sleepy", envs=envs)
 
     async def place(replica: Replica, needs: Needs, awake: Placement | None) -> Placement:
         replica.placement = Placement(memory={RAM: GB})
@@ -457,19 +460,26 @@ async def test_who_tries_its_first_sleep_as_another_gateway_takes_over_is_known_
         return False
 
     async with a_node(tmp_path / "home") as node:
-        replica = Replica(
-            launch,
-            0,
-            Sleepy(),
+        yield (
+            Replica(
+                Launch(uid="a", artifact=artifact, engine="sleepy", envs=envs),
+                0,
+                Sleepy(),
+                node,
+                log=tmp_path / "log",
+                settings=Settings,
+                changed=lambda: None,
+                place=place,
+                has_gpus=has_gpus,
+                experience=Experience(),
+                tell=lambda kind, text: None,
+            ),
             node,
-            log=tmp_path / "log",
-            settings=Settings,
-            changed=lambda: None,
-            place=place,
-            has_gpus=has_gpus,
-            experience=Experience(),
-            tell=lambda kind, text: None,
         )
+
+
+async def test_who_tries_its_first_sleep_as_another_gateway_takes_over_is_known_to_sleep(tmp_path: Path) -> None:
+    async with a_replica(tmp_path) as (replica, node):
         running = asyncio.create_task(replica.run())
         try:
             await until(lambda: replica.state is State.READY)
@@ -485,6 +495,38 @@ async def test_who_tries_its_first_sleep_as_another_gateway_takes_over_is_known_
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("left", "says", "is_believed"),
+    [
+        (Stage.AWAKE, False, True),
+        (Stage.AWAKE, None, True),  # it answers others, and has no time
+        (Stage.AWAKE, True, False),
+        (Stage.ASLEEP, True, True),
+        (Stage.ASLEEP, None, False),
+        (Stage.ASLEEP, False, False),
+    ],
+)
+async def test_an_engine_that_is_taken_over_is_as_it_was_left(
+    left: Stage, says: bool | None, is_believed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def sleeps(upstream: Upstream, is_asleep: Call) -> bool | None:
+        return says
+
+    monkeypatch.setattr(tiers, "sleeps", sleeps)
+    async with a_replica(tmp_path) as (replica, _):
+        upstream = Upstream(Endpoint(socket=str(tmp_path / "e.sock"), api_key=""))
+        replica.tiers = (Tier(name="ram", sleep=(), wake=()),)
+        try:
+            asked = replica._is_left_asleep(upstream, Slumber(stage=left, tier="ram"))
+            if is_believed:
+                assert await asked is (left is Stage.ASLEEP)
+            else:
+                with pytest.raises(ReplicaFailed, match=f"it was left {left}"):
+                    await asked
+        finally:
+            await upstream.close()
 
 
 @pytest.mark.parametrize(
