@@ -56,6 +56,9 @@ BACKUP_BYTES, BACKUP_FACTOR = 300_000_000, 1.05
 SLEEP_LIMIT_S, SLOWEST_BYTES_S = 60.0, 200_000_000  # to take pinned memory, and to copy
 WARM_UP_LIMIT_S = 60.0
 WORKER_FILE, RELOAD = "v1/worker/gpu_worker.py", "def reload_weights("
+# What makes of a model more, or something else, than what its files say.
+NOT_OF_FILES = ("lora_list", "enable_lora", "speculative_config", "quantization")
+CONVERTING = ("load_format", "lora_modules", "convert", "runner")  # where nobody has read what is said of it
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 USUAL_CACHE_TOKENS = 16384  # of all sequences together, at least
 TENSOR_PARALLEL = (2, 4, 8, 16)  # heads are a multiple of these
@@ -402,11 +405,17 @@ def _warm_up(launch: Launch) -> Call:
 
 
 def _reloads(options: VllmOptions, launch: Launch, folder: Path | None) -> bool:
-    """Whether all that it has of a model comes back from the files: neither adapters nor a draft model do."""
-    if options.lora_list or options.enable_lora or options.speculative_config or options.quantization:
+    """Whether all that it has of a model comes back from the files.
+
+    Neither adapters nor a draft model do, nor the layers that vLLM adds to a model that embeds or ranks: what it does
+    not find again stays what it is then, garbage, and vLLM says nothing of it.
+    """
+    added = _by_name({**launch.forced_options, **options.extra_args}).keys()
+    if any(getattr(options, name) for name in NOT_OF_FILES) or added & {*NOT_OF_FILES, *CONVERTING}:
         return False
+    is_generating = launch.artifact.family.model_type == "LLM" and options.runner in (None, "auto", "generate")
     is_plain = launch.artifact.spec.model_format == "pytorch" and options.load_format in (None, "auto", "safetensors")
-    return is_plain and folder is not None and _says(folder / WORKER_FILE, RELOAD)
+    return is_generating and is_plain and folder is not None and _says(folder / WORKER_FILE, RELOAD)
 
 
 @cache

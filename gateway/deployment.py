@@ -301,7 +301,7 @@ class Deployment:
                 "Try again, or launch it with more replicas, a higher request_limits, or a queue_limit to wait in."
             )
         if len(self._queue) >= self.queue_limit:
-            if not self.queue_limit and not self._start_wanted:
+            if not self.queue_limit and (self._is_resting or not self._start_wanted):
                 self.start()  # nobody may wait for it, but somebody wants it
             metrics.REFUSED.labels(self.launch.uid, "queue_full").inc()
             raise TooManyRequests(
@@ -511,11 +511,13 @@ class Deployment:
         Raises:
             Busy: it does.
             BadRequest: it cannot sleep, or has no bed; the text says why.
+            ModelFailed: it was to, and did not.
         """
         uid = self.launch.uid
         self._check_idle()
+        asked_at = time.time()
         if self._is_resting:
-            return await self._until_asleep()
+            return await self._until_asleep(asked_at)
         if self.state is not State.READY:
             raise BadRequest(f"{uid} is {self.state}: only a model that is ready can be put to sleep.")
         if not all(replica.beds() for replica in self.ready()):
@@ -536,7 +538,7 @@ class Deployment:
                 f"{uid} has no bed: what is free of the machine's memory, or of `sleep_memory`, does not suffice. "
                 f"`hostler stop {uid}` unloads it."
             )
-        return await self._until_asleep()
+        return await self._until_asleep(asked_at)
 
     def _check_idle(self) -> None:
         """Raises Busy."""
@@ -544,10 +546,15 @@ class Deployment:
             uid, count = self.launch.uid, self.in_flight
             raise Busy(f"{uid} answers {count} requests, and {self.waiting} wait for it. Try again later.")
 
-    async def _until_asleep(self) -> None:
-        """Each step has its limit."""
-        while self._is_resting and self.state is State.FALLING_ASLEEP:
+    async def _until_asleep(self, asked_at: float) -> None:
+        """Each step has its limit. Raises ModelFailed."""
+        while self._is_resting and self.state in (State.FALLING_ASLEEP, State.STOPPING):
             await self.changed()
+        if self.state in (*RESTING, State.WAKING) or self.in_flight or self.waiting:
+            return
+        uid = self.launch.uid
+        failures = (one.failure for one in self.replicas if one.failure and one.failure.at >= asked_at)
+        raise ModelFailed(f"{uid} did not fall asleep: {next(failures, f'`hostler events {uid}` tells why.')}")
 
     def why_sleepless(self) -> str:
         """Why it is never put to sleep; a sentence."""
@@ -633,7 +640,7 @@ class Deployment:
                 self._stopping = self._is_forced = True
                 self.notify()  # lives are told, not cancelled: a second cancel would leave an engine behind
                 await asyncio.gather(*lives.values(), return_exceptions=True)
-                self._is_running = self._stopping = self._is_forced = False
+                self._is_running = self._stopping = self._is_forced = self._is_resting = False
                 self._forget_leaving(self._leaving.copy())
 
     async def _keep_alive(self, lives: dict[Replica, asyncio.Task[None]]) -> None:

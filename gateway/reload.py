@@ -129,8 +129,8 @@ def is_current(replica: Replica, deployment: Deployment) -> bool:
 
 
 def _is_coming(replica: Replica, deployment: Deployment) -> bool:
-    """Whether it is to be ready, and may yet be."""
-    is_wanted = deployment.is_loaded and replica in deployment.staying
+    """Whether it is to be ready, and may yet be; not while the model sleeps, as it starts when somebody asks then."""
+    is_wanted = deployment.is_loaded and not deployment.is_resting and replica in deployment.staying
     return (
         is_wanted
         and replica.state is not State.READY

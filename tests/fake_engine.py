@@ -403,7 +403,8 @@ class Engine:
             return {"status": "ok"}
         if path.endswith("/models"):
             model = {"id": self.flags.alias or self.flags.model, "object": "model", "created": 0}
-            return {"object": "list", "data": [{**model, "owned_by": "llamacpp"}]}
+            length = {"max_model_len": int(self.flags.ctx_size) or 4096}  # as vLLM's server
+            return {"object": "list", "data": [{**model, "owned_by": "llamacpp", **length}]}
         if path == "/busy":
             return {"busy": self.busy, "queued": self.queued, "connections": self.connections}
         return list(self.requests)

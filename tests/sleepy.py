@@ -20,6 +20,7 @@ class Sleepy(Engine, frozen=True, kw_only=True):
     name = "sleepy"
     model_types = ("LLM",)
     is_asleep = Call(method="GET", path="/is_sleeping", limit_s=5.0)
+    context_from = ("/v1/models", ("data", 0, "max_model_len"))
 
     def installed(self) -> str | None:
         """It is here."""

@@ -14,7 +14,7 @@ from engines.base import Endpoint, EngineSettings, Needs, Placement
 from engines.vllm import NOT_FLAGS, Vllm, VllmOptions
 from registry.decode import DecodeError
 from registry.memory import Cache
-from registry.schema import RerankFamily
+from registry.schema import EmbeddingFamily, RerankFamily
 
 SOCKET = Endpoint(socket="/run/a.sock", api_key="the-secret-key")
 PORT = Endpoint(port=4321, api_key="the-secret-key")
@@ -355,24 +355,30 @@ def test_asleep_it_keeps_its_weights_in_the_machines_memory_or_reads_them_again(
     assert (ram.is_first_slow, disk.is_first_slow) == (True, False)
     assert [(call.path, json.loads(call.body or b"")["model"]) for call in ram.warm_up] == [("/v1/completions", "mine")]
     ranker = a_launch(family=RerankFamily(model_name="r", model_specs=()))
-    assert [call.path for tier in engine.tiers(ranker, ON_GPU, Needs()) for call in tier.warm_up] == ["/v1/rerank"] * 2
+    assert [call.path for tier in engine.tiers(ranker, ON_GPU, Needs()) for call in tier.warm_up] == ["/v1/rerank"]
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "fields"),
     [
-        {"lora_list": [{"lora_name": "a", "local_path": "/b"}]},
-        {"speculative_config": {"model": "/d"}},
-        {"load_format": "dummy"},
-        {"quantization": "bitsandbytes"},
+        ({"lora_list": [{"lora_name": "a", "local_path": "/b"}]}, {}),
+        ({"speculative_config": {"model": "/d"}}, {}),
+        ({"load_format": "dummy"}, {}),
+        ({"quantization": "bitsandbytes"}, {}),
+        ({"runner": "pooling"}, {}),
+        ({}, {"forced_options": {"quantization": "fp8"}}),
+        ({}, {"family": EmbeddingFamily(model_name="e", dimensions=8, max_tokens=8, model_specs=())}),
+        ({}, {"family": RerankFamily(model_name="r", model_specs=())}),
     ],
     ids=str,
 )
-def test_what_does_not_come_back_from_the_files_is_kept_in_memory(options: dict[str, Any], tmp_path: Path) -> None:
+def test_what_does_not_come_back_from_the_files_is_kept_in_memory(
+    options: dict[str, Any], fields: dict[str, Any], tmp_path: Path
+) -> None:
     python = a_python(tmp_path)
     a_package(python, "vllm", "vllm-0.26.0", SOURCE | RELOADING)
     engine = Vllm(settings=EngineSettings(python=str(python)))
-    assert [tier.name for tier in engine.tiers(a_launch(options), ON_GPU, Needs())] == ["ram"]
+    assert [tier.name for tier in engine.tiers(a_launch(options, **fields), ON_GPU, Needs())] == ["ram"]
 
 
 def test_a_version_that_cannot_read_its_weights_again_only_keeps_them(gpu: Vllm) -> None:

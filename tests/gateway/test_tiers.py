@@ -9,22 +9,29 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from harness import Gateway, StartGateway, a_node, events_in, is_running, until
-from sleepy import installed_in
+from sleepy import Sleepy, installed_in
 
-from engines.base import RAM, Placement, Tier
+from engines.base import RAM, Call, Endpoint, Launch, Needs, Placement, Tier
 from gateway import tiers
 from gateway.amounts import bytes_or_share
 from gateway.async_client import AsyncClient
 from gateway.client import Client
 from gateway.config import Settings
+from gateway.experience import Experience
+from gateway.kept import EngineProcess
 from gateway.lives import Slumber, Stage, note_slumber, slumber_of
+from gateway.nodes.local import LocalNode
+from gateway.replica import Replica, ReplicaFailed, State
+from gateway.upstream import Upstream
+from registry.resolve import Artifact
+from registry.schema import LLMFamily, ModelSpec, Source
 
 KEEP = {"HOSTLER_ORPHAN_TIMEOUT_S": "20"}  # after a gateway that was killed
 GB = 10**9
@@ -433,6 +440,95 @@ async def test_a_pause_waits_for_who_falls_asleep_and_lets_nobody_begin(tmp_path
         await second
 
 
+@contextlib.asynccontextmanager
+async def a_replica(tmp_path: Path) -> AsyncIterator[tuple[Replica, LocalNode]]:
+    """One whose engine takes half a second to fall asleep; nobody runs it yet."""
+    (tmp_path / "fake.gguf").write_bytes(b"GGUF")
+    spec = ModelSpec(model_format="ggufv2", model_hub="local", model_id=str(tmp_path / "fake.gguf"))
+    source = Source(model_hub="local", model_id=spec.model_id)
+    artifact = Artifact(family=LLMFamily(model_name="a", model_specs=(spec,)), spec=spec, source=source)
+    envs = {
+        "FAKE_ENGINE": json.dumps({"can_sleep": True, "sleep_s": 0.5}),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+    async def place(replica: Replica, needs: Needs, awake: Placement | None) -> Placement:
+        replica.placement = Placement(memory={RAM: GB})
+        return replica.placement
+
+    async def has_gpus() -> bool:
+        return False
+
+    async with a_node(tmp_path / "home") as node:
+        yield (
+            Replica(
+                Launch(uid="a", artifact=artifact, engine="sleepy", envs=envs),
+                0,
+                Sleepy(),
+                node,
+                log=tmp_path / "log",
+                settings=Settings,
+                changed=lambda: None,
+                place=place,
+                has_gpus=has_gpus,
+                experience=Experience(),
+                tell=lambda kind, text: None,
+            ),
+            node,
+        )
+
+
+async def test_who_tries_its_first_sleep_as_another_gateway_takes_over_is_known_to_sleep(tmp_path: Path) -> None:
+    async with a_replica(tmp_path) as (replica, node):
+        running = asyncio.create_task(replica.run())
+        try:
+            await until(lambda: replica.state is State.READY)
+            assert isinstance(replica.process, EngineProcess)
+            folder = replica.process.folder
+            replica.fall_asleep("ram", is_rehearsal=True)
+            await until(lambda: slumber_of(folder).stage is Stage.UNSURE)
+            await node.pause()
+            assert slumber_of(folder).stage is Stage.ASLEEP
+            node.go_on()
+            await until(lambda: replica.state is State.READY)
+            assert slumber_of(folder).stage is Stage.AWAKE
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("left", "says", "is_believed"),
+    [
+        (Stage.AWAKE, False, True),
+        (Stage.AWAKE, None, True),  # it answers others, and has no time
+        (Stage.AWAKE, True, False),
+        (Stage.ASLEEP, True, True),
+        (Stage.ASLEEP, None, False),
+        (Stage.ASLEEP, False, False),
+    ],
+)
+async def test_an_engine_that_is_taken_over_is_as_it_was_left(
+    left: Stage, says: bool | None, is_believed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def sleeps(upstream: Upstream, is_asleep: Call) -> bool | None:
+        return says
+
+    monkeypatch.setattr(tiers, "sleeps", sleeps)
+    async with a_replica(tmp_path) as (replica, _):
+        upstream = Upstream(Endpoint(socket=str(tmp_path / "e.sock"), api_key=""))
+        replica.tiers = (Tier(name="ram", sleep=(), wake=()),)
+        try:
+            asked = replica._is_left_asleep(upstream, Slumber(stage=left, tier="ram"))
+            if is_believed:
+                assert await asked is (left is Stage.ASLEEP)
+            else:
+                with pytest.raises(ReplicaFailed, match=f"it was left {left}"):
+                    await asked
+        finally:
+            await upstream.close()
+
+
 @pytest.mark.parametrize(
     ("memory", "bytes_asleep"),
     [({"GPU-0": 60 * GB}, {"GPU-0": 2 * GB, RAM: 9 * GB}), ({RAM: 5 * GB}, {RAM: 11 * GB}), ({"GPU-0": GB}, None)],
@@ -470,3 +566,76 @@ async def test_two_copies_sleep_and_wake_together(
         while {one["state"] for one in await gateway.replicas()} != {"ready"}:
             await asyncio.sleep(0.02)
     assert len(events_in(tmp_path / "a.events", "start")) == 2
+
+
+async def test_who_may_not_wait_for_a_model_that_sleeps_wakes_it(
+    start_gateway: StartGateway, env: dict[str, str], model: Models
+) -> None:
+    gateway = await start_gateway(**swapping(model("a", queue_limit=0, preload=True)), env=env)
+    await gateway.until("a", state="ready")
+    assert (await gateway.post("/v1/models/a/sleep")).status == 200
+    assert (await gateway.complete("a")).status == 429
+    await gateway.until("a", state="ready")
+    assert await ask(gateway, "a") == "tok0 tok1"
+
+
+async def test_who_asks_for_a_sleep_that_fails_is_told_so(
+    start_gateway: StartGateway, env: dict[str, str], model: Models
+) -> None:
+    gateway = await start_gateway(**swapping(model("a", {"sleep_fails": 1}, preload=True)), env=env)
+    await gateway.until("a", state="ready")
+    answer = await gateway.post("/v1/models/a/sleep")
+    assert (answer.status, "made to fail by FAKE_ENGINE" in answer.error["message"]) == (503, True)
+    assert await ask(gateway, "a") == "tok0 tok1"
+
+
+async def test_who_slept_before_it_was_stopped_does_not_sleep(
+    start_gateway: StartGateway, env: dict[str, str], model: Models
+) -> None:
+    gateway = await start_gateway(**swapping(model("a", preload=True)), env=env)
+    await gateway.until("a", state="ready")
+    assert (await gateway.post("/v1/models/a/sleep")).status == 200
+    assert (await gateway.post("/v1/models/a/stop")).json["status"] == "stopped"
+    answer = await gateway.post("/v1/models/a/sleep")
+    assert (answer.status, "a is stopped" in answer.error["message"]) == (400, True)
+
+
+async def test_a_reload_does_not_wait_for_copies_that_sleep_to_wake(
+    start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
+) -> None:
+    gateway = await start_gateway(**swapping({}, ram_limit="3GB"), env=env)
+    ((uid, wish),) = model("a", replica=2).items()
+    assert (await gateway.post("/v1/models", wish | {"model_uid": uid})).status == 200
+    async with asyncio.timeout(20):
+        while {one["state"] for one in await gateway.replicas()} != {"ready"}:
+            await asyncio.sleep(0.02)
+    assert (await gateway.post("/v1/models/a/sleep")).status == 200
+    answer = await gateway.post("/v1/models/a/reload", {"model_config": {"sleep_after_s": 100}})
+    assert answer.status in (200, 202), answer.body
+    async with asyncio.timeout(20):
+        while (await gateway.get("/v1/models/a/reload")).json["stage"] not in ("ready", "error"):
+            await asyncio.sleep(0.05)
+    assert (await gateway.get("/v1/models/a/reload")).json["error"] is None
+    assert await ask(gateway, "a") == "tok0 tok1"
+    assert len(events_in(tmp_path / "a.events", "start")) >= 3
+
+
+async def test_how_long_requests_may_be_is_still_known_after_a_sleep(
+    start_gateway: StartGateway, env: dict[str, str], model: Models
+) -> None:
+    gateway = await start_gateway(**swapping(model("a", preload=True)), env=env)
+
+    async def length() -> int | None:
+        told: int | None = (await gateway.get("/v1/models/a")).json["max_model_len"]
+        return told
+
+    async with asyncio.timeout(20):
+        while await length() is None:
+            await asyncio.sleep(0.02)
+    before = await length()
+    assert (await gateway.post("/v1/models/a/sleep")).status == 200
+    assert await length() == before
+    assert await ask(gateway, "a") == "tok0 tok1"
+    assert await length() == before
+    assert (await gateway.post("/v1/models/a/stop")).status == 200
+    assert await length() is None

@@ -653,6 +653,23 @@ def test_the_first_sleep_of_a_model_is_before_somebody_wants_its_room() -> None:
         world.raise_faults()
 
 
+def test_who_makes_no_room_does_not_try_to_sleep_and_takes_no_memory_for_it() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(sleep_memory="50%", min_residency_s=0), {RAM: 20 * GB, "GPU-0": 10 * GB})
+
+        async def main() -> None:
+            world.begin()
+            a = world.deploy(Model(uid="a", memory=6 * GB, tiers=("ram",), residual=GB, fields={"pinned": True}))
+            world.deploy(Model(uid="b", memory=6 * GB))
+            assert await world.ask("a", 1.0) == "answered"
+            await asyncio.sleep(REHEARSE_AFTER_S + 60)
+            assert (str(a.state), a.replicas[0].host_bytes) == ("ready", 0)
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
 def test_a_client_that_leaves_lets_the_model_sleep_on() -> None:
     with virtual_time() as loop:
         world = World(Settings(min_residency_s=0), {RAM: 20 * GB, "GPU-0": 10 * GB})
