@@ -56,18 +56,17 @@ def is_between_requests(connection: Any) -> bool:
     return is_answered and cycle.scope is connection.scope  # else another request has begun to come
 
 
-async def take(channel: int, protocol: Callable[[], asyncio.Protocol]) -> None:
-    """Go on with what the gateway before us passes on, until it has no more. The channel is ours to close."""
+async def take(channel: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
+    """Go on with what the gateway before us passes on, until it has no more."""
     loop = asyncio.get_running_loop()
-    with socket.socket(fileno=channel) as ours:
-        ours.setblocking(False)
-        taken = 0
-        while descriptors := await _next(loop, ours):
-            for descriptor in descriptors:
-                with suppress(OSError):  # it was closed meanwhile
-                    _, made = await loop.connect_accepted_socket(protocol, socket.socket(fileno=descriptor))
-                    _close_if_idle(loop, made)
-                    taken += 1
+    channel.setblocking(False)
+    taken = 0
+    while descriptors := await _next(loop, channel):
+        for descriptor in descriptors:
+            with suppress(OSError):  # it was closed meanwhile
+                _, made = await loop.connect_accepted_socket(protocol, socket.socket(fileno=descriptor))
+                _close_if_idle(loop, made)
+                taken += 1
     if taken:
         logger.info("%d connections of clients were taken over.", taken)
 
