@@ -1,14 +1,17 @@
-"""What is passed on to a gateway that begins to end itself is there when it passes on what it has; nothing after it."""
+"""Connections that one gateway passes on to the next, where that ends itself meanwhile, or has no more open files."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import socket
 from typing import Any, cast
 
 import pytest
 import uvicorn
 
+from gateway import connections
 from gateway.server import Server
 
 
@@ -35,3 +38,31 @@ async def test_who_ends_has_all_that_was_passed_on_and_is_given_no_more() -> Non
             connection.shutdown()
         for client in clients:
             client.close()
+
+
+async def test_who_has_too_many_files_open_tells_what_is_lost_and_takes_what_comes_later(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ours, theirs = socket.socketpair()
+    (one, _one), (two, _two) = socket.socketpair(), socket.socketpair()
+    served = asyncio.get_running_loop().create_future()
+
+    class Protocol(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            served.set_result(transport)
+
+    with ours, theirs, one, _one, two, _two:
+        taking = asyncio.create_task(connections.take(theirs, Protocol))
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        os.close(free := os.dup(ours.fileno()))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            socket.send_fds(ours, [b"c"], [one.fileno()])
+            await asyncio.sleep(0.1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert "too many files are open" in caplog.text
+        socket.send_fds(ours, [b"c"], [two.fileno()])
+        (await asyncio.wait_for(served, 5)).close()
+        ours.close()
+        await asyncio.wait_for(taking, 5)
