@@ -56,18 +56,17 @@ def is_between_requests(connection: Any) -> bool:
     return is_answered and cycle.scope is connection.scope  # else another request has begun to come
 
 
-async def take(channel: int, protocol: Callable[[], asyncio.Protocol]) -> None:
-    """Go on with what the gateway before us passes on, until it has no more. The channel is ours to close."""
+async def take(channel: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
+    """Go on with what the gateway before us passes on, until it has no more."""
     loop = asyncio.get_running_loop()
-    with socket.socket(fileno=channel) as ours:
-        ours.setblocking(False)
-        taken = 0
-        while descriptors := await _next(loop, ours):
-            for descriptor in descriptors:
-                with suppress(OSError):  # it was closed meanwhile
-                    _, made = await loop.connect_accepted_socket(protocol, socket.socket(fileno=descriptor))
-                    _close_if_idle(loop, made)
-                    taken += 1
+    channel.setblocking(False)
+    taken = 0
+    while (descriptors := await _next(loop, channel)) is not None:
+        for descriptor in descriptors:
+            with suppress(OSError):  # it was closed meanwhile
+                _, made = await loop.connect_accepted_socket(protocol, socket.socket(fileno=descriptor))
+                _close_if_idle(loop, made)
+                taken += 1
     if taken:
         logger.info("%d connections of clients were taken over.", taken)
 
@@ -80,11 +79,11 @@ def _close_if_idle(loop: asyncio.AbstractEventLoop, connection: Any) -> None:
         )
 
 
-async def _next(loop: asyncio.AbstractEventLoop, channel: socket.socket) -> list[int]:
-    """The next descriptors; none at the end."""
+async def _next(loop: asyncio.AbstractEventLoop, channel: socket.socket) -> list[int] | None:
+    """The next descriptors; None at the end."""
     while True:
         try:
-            _, descriptors, _, _ = socket.recv_fds(channel, 1, AT_ONCE)
+            said, descriptors, flags, _ = socket.recv_fds(channel, 1, AT_ONCE)
         except BlockingIOError:
             readable = loop.create_future()
             loop.add_reader(channel, _set, readable)
@@ -93,11 +92,13 @@ async def _next(loop: asyncio.AbstractEventLoop, channel: socket.socket) -> list
             finally:
                 loop.remove_reader(channel)
         except OSError:
-            return []
+            return None
         else:
+            if flags & socket.MSG_CTRUNC:
+                logger.error("Connections of clients are lost, as too many files are open: raise `ulimit -n`.")
             for descriptor in descriptors:
                 os.set_inheritable(descriptor, False)
-            return descriptors
+            return descriptors if said else None
 
 
 def _set(future: asyncio.Future[None]) -> None:

@@ -207,7 +207,7 @@ def _ways(needs: Needs) -> list[_Way]:
     ways = [_Way(needs=whole)]
     for tokens, size in needs.shorter.items():
         cache = msgspec.structs.replace(needs.cache, tokens=tokens) if needs.cache else None
-        less = msgspec.structs.replace(whole, memory_bytes=size, cache=cache, lighter={})
+        less = msgspec.structs.replace(whole, memory_bytes=size, cache=cache)
         ways.append(_Way(needs=less, context_tokens=tokens))
     if needs.shorter and needs.can_spread and needs.n_gpu is None and needs.gpu_idx is None:
         on_one = (msgspec.structs.replace(way.needs, can_spread=False) for way in ways)
@@ -233,7 +233,9 @@ def _try_way(
 ) -> Placement | NoRoom:
     found = _try_as_it_is(way.needs, devices, promised, cpu_fallback, apart_from)
     if isinstance(found, NoRoom):
-        return found
+        if way.context_tokens is None or found.for_ever:
+            return found
+        return _refusal(f"with a context of only {way.context_tokens:,} tokens {found.reason}", found.remedies)
     if found.gpu_uuids and way.gpu_layers is not None:
         asked = Needs(memory_bytes=way.ram_bytes)
         beside = _on_cpu(asked, devices, promised, ())

@@ -61,6 +61,10 @@ class Server(uvicorn.Server):
         self._should_drain = True
         self._signalled_at: float | None = None
         self._look_at = 0.0
+        self._closed_at = 0.0  # the door, of the monotonic clock
+        self._busy_at = 0.0  # when somebody was answered last
+        self._taken_from: socket.socket
+        self._taking: asyncio.Task[None] | None = None
         self._is_restarting = False
         self._ignores_hang_up = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
@@ -132,8 +136,9 @@ class Server(uvicorn.Server):
         for server in self.servers:
             server.close()
         handing_over = asyncio.create_task(self._fleet.hand_over()) if self.successor else None
-        began = time.monotonic()
-        while self._should_drain and (self._fleet.relays or time.monotonic() < began + self._drain_s(began)):
+        await self.end_taking()
+        self._closed_at = self._busy_at = time.monotonic()
+        while self._should_drain and time.monotonic() < self._drained_by():
             if self.successor:
                 self._pass_connections_on()
                 self._end_with(self.successor)
@@ -146,17 +151,35 @@ class Server(uvicorn.Server):
         if self._fleet.next_door and (door := await self._fleet.next_door):
             await door.close()
 
-    def _drain_s(self, began: float) -> float:
-        """How long what there is now may go on, since it began."""
+    def _drained_by(self) -> float:
+        """Until when what there is now may go on."""
         settings = self._fleet.settings
+        if self._fleet.relays:
+            self._busy_at = time.monotonic()
+            return math.inf
         if any(deployment.in_flight or deployment.waiting for deployment in self._fleet.deployments()):
+            self._busy_at = time.monotonic()
             if self.successor is None:
-                return settings.drain_timeout_s
-            signalled = math.inf if self._signalled_at is None else self._signalled_at - began
-            return min(settings.restart_drain_s, signalled + settings.drain_timeout_s)
+                return self._closed_at + settings.drain_timeout_s
+            signalled_at = math.inf if self._signalled_at is None else self._signalled_at
+            return min(self._closed_at + settings.restart_drain_s, signalled_at + settings.drain_timeout_s)
         if self.successor and self.server_state.connections:  # half a request, or the end of an answer
-            return settings.drain_timeout_s
+            return self._busy_at + settings.drain_timeout_s
         return 0.0
+
+    async def take(self, channel: int) -> None:
+        """Go on with the connections that the gateway before us passes on, until it has no more, or we end."""
+        with socket.socket(fileno=channel) as self._taken_from:
+            self._taking = asyncio.create_task(connections.take(self._taken_from, self.protocol))
+            await self._taking
+
+    async def end_taking(self) -> None:
+        """What comes too late is answered where it is; what has come is passed on again, or closed with the others."""
+        if self._taking is None or self._taking.done():
+            return
+        with contextlib.suppress(OSError):  # nobody is there any more
+            self._taken_from.shutdown(socket.SHUT_RD)
+        await asyncio.wait([self._taking], timeout=CLOSE_LIMIT_S)
 
     def _pass_connections_on(self) -> None:
         """Who waits with the next request is served next door from now on."""
@@ -266,7 +289,7 @@ async def _greet(
             before.serving()
     logger.info("Listening on %s", address)
     if before:
-        await connections.take(before.channel, server.protocol)
+        await server.take(before.channel)
     if greeting is not None:
         try:
             await greeting(fleet, address)

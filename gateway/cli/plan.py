@@ -85,7 +85,8 @@ def _prepare(
     from gateway.dispatch import rules_of
     from gateway.experience import Experience
     from gateway.fleet import available_engines, open_registry, plan_declared
-    from gateway.gpus import list_gpus
+    from gateway.gpus import LIMIT_S, list_gpus
+    from gateway.question import Question
     from gateway.sizing import bytes_beside, size_up
     from registry import weights
 
@@ -95,7 +96,7 @@ def _prepare(
         known = tuple(map(_as_installed, known))
     registry = open_registry(settings)
     launches = plan_declared(settings, registry, known)
-    look = machine.look if machine else partial(look_here, list_gpus)
+    look = machine.look if machine else partial(look_here, Question(list_gpus, limit_s=LIMIT_S))
     observer = Observer(look)
     devices = asyncio.run(observer.observe((), limits_of(settings)))
     if observer.silence:

@@ -90,9 +90,10 @@ def test_a_shorter_context_goes_before_the_cpu_and_a_refusal_is_about_the_shorte
     found = place(a_long_one(), devices, full, cpu_fallback=True)
     assert isinstance(found, Placement)
     assert (found.gpu_uuids, found.context_tokens) == ((), None)
-    refusal = place(a_long_one(), devices, full)
+    refusal = place(a_long_one(lighter={"1B": 5 * GB}), devices, full)
     assert isinstance(refusal, NoRoom)
-    assert "it needs about 18,000 MB" in refusal.text
+    assert refusal.text.startswith("with a context of only 16,000 tokens it needs about 18,000 MB")
+    assert "Another spec of the family: 1B." in refusal.text
     assert not refusal.for_ever
 
 

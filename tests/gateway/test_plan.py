@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,18 @@ def run(tmp_path: Path, *words: str) -> Any:
 
 def rows_of(done: Any) -> dict[str, dict[str, Any]]:
     return {f"{row['model']}/{row['replica']}": row for row in json.loads(done.output)["models"]}
+
+
+def test_a_driver_that_hangs_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr("gateway.gpus.list_gpus", lambda **_: over.wait(30))
+    monkeypatch.setattr("gateway.gpus.LIMIT_S", 0.1)
+    file = tmp_path / "settings.yaml"
+    file.write_text("models: {}")
+    done = run(tmp_path, str(file))
+    over.set()
+    assert done.exit_code == 1
+    assert "NVML does not answer" in done.output
 
 
 def test_twelve_models_on_eight_gpus_one_of_them_held_by_somebody_else(tmp_path: Path) -> None:

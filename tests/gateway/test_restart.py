@@ -117,6 +117,11 @@ class Wire:
             await self._reader.readexactly(int(length))
             return int(head.split()[1]), head
 
+    async def end_of_stream(self) -> None:
+        """Of a chunked answer."""
+        async with asyncio.timeout(30):
+            await self._reader.readuntil(b"\r\n0\r\n\r\n")
+
     async def ask(self) -> tuple[int, bytes]:
         self.say(A_REQUEST)
         return await self.answer()
@@ -126,10 +131,16 @@ class Wire:
 
 
 BODY = b'{"model":"fake","prompt":"x"}'
-A_REQUEST = (
-    b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    b"content-length: %d\r\n\r\n%s" % (len(BODY), BODY)
-)
+
+
+def request(body: bytes) -> bytes:
+    return (
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n%s" % (len(body), body)
+    )
+
+
+A_REQUEST = request(BODY)
 
 
 async def test_clients_between_two_requests_keep_their_connections_and_the_old_process_is_done_at_once(
@@ -222,6 +233,20 @@ async def test_a_stream_outlasts_the_usual_drain_in_the_old_gateway(start_gatewa
     assert lines[-1] == "data: [DONE]"
     assert not any("error" in line for line in lines)
     assert await engine_of(gateway) == engine
+
+
+async def test_the_connection_of_a_stream_that_outlasts_the_usual_drain_goes_on_too(
+    start_gateway: StartGateway,
+) -> None:
+    gateway = await start_gateway(fake=SLOW | {"tokens": 60}, model={"preload": True}, drain_timeout_s=0.5)
+    wire = await Wire.to(gateway)
+    wire.say(request(BODY.replace(b"}", b',"stream":true}')))
+    await gateway.until(in_flight=1)
+    await restart(gateway)
+    await wire.end_of_stream()
+    await until(lambda: is_stand_in(gateway.process.pid), limit_s=5)
+    assert (await wire.ask())[0] == 200
+    wire.close()
 
 
 async def test_how_long_streams_may_go_on_in_the_old_gateway_can_be_set(start_gateway: StartGateway) -> None:

@@ -1,0 +1,68 @@
+"""Connections that one gateway passes on to the next, where that ends itself meanwhile, or has no more open files."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import socket
+from typing import Any, cast
+
+import pytest
+import uvicorn
+
+from gateway import connections
+from gateway.server import Server
+
+
+async def test_who_ends_has_all_that_was_passed_on_and_is_given_no_more() -> None:
+    config = uvicorn.Config(cast(Any, None), lifespan="off")
+    config.load()
+    ours, theirs = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as listener, ours:
+        server = Server(config, cast(Any, None), listener, -1)
+        server.lifespan = config.lifespan_class(config)
+        taking = asyncio.create_task(server.take(theirs.detach()))
+        await asyncio.sleep(0)
+        clients = []
+        for _ in range(100):
+            clients.append(socket.create_connection(listener.getsockname()))
+            with listener.accept()[0] as accepted:
+                socket.send_fds(ours, [b"c"], [accepted.fileno()])
+        await server.end_taking()
+        assert len(server.server_state.connections) == len(clients)
+        with pytest.raises(BrokenPipeError):
+            socket.send_fds(ours, [b"c"], [clients[0].fileno()])
+        await asyncio.wait_for(taking, 1)
+        for connection in list(server.server_state.connections):
+            connection.shutdown()
+        for client in clients:
+            client.close()
+
+
+async def test_who_has_too_many_files_open_tells_what_is_lost_and_takes_what_comes_later(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ours, theirs = socket.socketpair()
+    (one, _one), (two, _two) = socket.socketpair(), socket.socketpair()
+    served = asyncio.get_running_loop().create_future()
+
+    class Protocol(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            served.set_result(transport)
+
+    with ours, theirs, one, _one, two, _two:
+        taking = asyncio.create_task(connections.take(theirs, Protocol))
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        os.close(free := os.dup(ours.fileno()))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            socket.send_fds(ours, [b"c"], [one.fileno()])
+            await asyncio.sleep(0.1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert "too many files are open" in caplog.text
+        socket.send_fds(ours, [b"c"], [two.fileno()])
+        (await asyncio.wait_for(served, 5)).close()
+        ours.close()
+        await asyncio.wait_for(taking, 5)
