@@ -4,7 +4,8 @@
     python bench/idle.py --owners          # instead: what each package that is imported adds to the memory
 
 Several checkouts take turns. Of each: `hostler serve` without a model, and with two mock engines that are ready; the
-first request to one of them, and the tenth. Python's bytecode is written before, as an installer does.
+first request to one of them, and the tenth. The first round writes Python's bytecode, as installers do, and is not
+counted.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import http.client
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -32,7 +32,7 @@ SETTLE_S = 1.5
 MIB = 2**20
 HEAD = (
     *("start to 200, s", "CPU of it, s", "RSS, MiB", "PSS, MiB", "threads"),
-    *("with 2 models: RSS, MiB", "first request, ms", "tenth, ms", "RSS after, MiB"),
+    *("with 2 models: start to 200, s", "RSS, MiB", "first request, ms", "tenth, ms", "RSS after, MiB"),
 )
 
 OWNERS = """
@@ -74,7 +74,6 @@ def main() -> int:
     parser.add_argument("--owners", action="store_true", help="what holds the memory")
     options = parser.parse_args()
     trees = [ROOT, *(tree.resolve() for tree in options.tree)]
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryDirectory(prefix="idle-") as name:
         folder = Path(name)
         try:
@@ -106,7 +105,7 @@ def measure(setting: Setting, tree: Path) -> list[float]:
         time.sleep(SETTLE_S)
         ready = process.memory_info().rss / MIB
         asked = [ask_ms(running) for _ in range(10)]
-        return [*alone, ready, asked[0], asked[-1], process.memory_info().rss / MIB]
+        return [*alone, running.start_s, ready, asked[0], asked[-1], process.memory_info().rss / MIB]
 
 
 def ask_ms(running: Running) -> float:
@@ -143,6 +142,7 @@ def table(trees: list[Path], runs: list[dict[Path, list[float]]]) -> str:
 def owners(tree: Path) -> str:
     """What each package adds; shared libraries are within."""
     env = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'gateway' / 'sdk'}"}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
     argv = [sys.executable, "-P", "-c", OWNERS.replace("MODULES", json.dumps(SERVING))]
     for _ in range(2):  # the first may have to compile
         done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=native.START_LIMIT_S)
@@ -153,7 +153,7 @@ def owners(tree: Path) -> str:
     found: Counter[str] = Counter()
     for line in lines:
         name, _, grown = line.rpartition(" ")
-        found[re.split(r"\.", name)[0]] += int(grown)
+        found[name.partition(".")[0]] += int(grown)
     told = [f"{tree.name}: the interpreter {begin / 1024:.1f} MiB, with all imports {end / 1024:.1f} MiB"]
     return "\n".join([*told, *(f"  {name:24}{grown:7} KiB" for name, grown in found.most_common(40))])
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -290,6 +288,8 @@ def parse(path: Path) -> dict[str, Any]:
     try:
         match path.suffix:
             case ".toml":
+                import tomllib
+
                 data = tomllib.loads(text)
             case ".json":
                 data = json.loads(text)
@@ -306,6 +306,13 @@ def parse(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path} holds {type(data).__name__}, not keys with values.")
     data.pop("$schema", None)  # a word to editors
     return data
+
+
+def _check_spelling(variable: str, names: Mapping[str, str]) -> None:
+    from difflib import get_close_matches
+
+    if near := get_close_matches(variable, names, 1, 0.85):
+        raise SettingsError(f"The environment has {variable}, which is no setting. Did you mean {near[0]}?")
 
 
 def _parse_yaml(text: str) -> Any:
@@ -325,8 +332,8 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         if variable not in names:
             if variable in (KEY_VARIABLE, ENDPOINT_VARIABLE):
                 continue
-            if variable.startswith(ENV_PREFIX) and (near := difflib.get_close_matches(variable, names, 1, 0.85)):
-                raise SettingsError(f"The environment has {variable}, which is no setting. Did you mean {near[0]}?")
+            if variable.startswith(ENV_PREFIX):
+                _check_spelling(variable, names)
             continue
         field = names[variable]
         if types[field] in (tuple[Secret, ...], tuple[str, ...]) and not text.lstrip().startswith("["):
