@@ -200,6 +200,7 @@ def hostler(root: Path = ROOT, **more: Any) -> Start:
         port, log, settings = free_port(), folder / "log", folder / "settings.json"
         settings.write_text(json.dumps(hostler_settings(setting.tools, folder) | {"port": port} | more))
         env = {name: value for name, value in os.environ.items() if not name.startswith("HOSTLER_")}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its bytecode; a checkout has it from here on
         env["PYTHONPATH"] = f"{root}{os.pathsep}{root / 'gateway' / 'sdk'}"
         argv = [sys.executable, "-P", "-m", "gateway.cli", "serve", "-c", settings]
         since = time.monotonic()

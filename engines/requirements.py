@@ -14,15 +14,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
-from packaging.markers import InvalidMarker, Marker
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 SYSTEM = re.compile(r"#system_([A-Za-z0-9._-]+)#")
 DEPENDENCIES = re.compile(r"#([A-Za-z0-9._-]+)_dependencies#")
 ENGINE_TERM = re.compile(r"""#(?:model_)?engine#\s*(==|!=)\s*(?:"([^"]*)"|'([^']*)')""")
 CUDA_TERM = re.compile(r"""\bcuda_version\s*(~=|==|!=|<=|>=|<|>)\s*(?:"([^"]*)"|'([^']*)')""")
+SEPARATORS = re.compile(r"[-_.]+")
 FIELDS = re.compile(r"\s*;\s*")
 HOLDS, FAILS = 'python_version >= "0"', 'python_version < "0"'  # in the words of markers
 
@@ -44,7 +41,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 def same_name(name: str) -> str:
     """An engine's or distribution's name as it is compared: case aside, with `-` for `_` and `.`."""
-    return canonicalize_name(name)
+    return SEPARATORS.sub("-", name).lower()
 
 
 def resolve(
@@ -79,15 +76,19 @@ def engines_named(entries: Iterable[str]) -> set[str]:
 
 def is_satisfied(requirement: str, installed: Mapping[str, str]) -> bool:
     """Whether what is installed does for a requirement; never for URLs and paths."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
     try:
         parsed = Requirement(requirement)
     except InvalidRequirement:
         return False
-    version = installed.get(canonicalize_name(parsed.name))
+    version = installed.get(same_name(parsed.name))
     return version is not None and not parsed.url and parsed.specifier.contains(version, prereleases=True)
 
 
 def _resolve_one(entry: str, engine: str, facts: Facts, dependencies: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    from packaging.requirements import InvalidRequirement, Requirement
+
     what, marker = _split(entry)
     if what.startswith("-") or not what or not what.isprintable():
         raise ValueError(f"{entry!r} is no package. Options of pip have fields of their own beside `packages`.")
@@ -116,6 +117,9 @@ def _split(entry: str) -> tuple[str, str]:
 
 
 def _holds(entry: str, marker: str, engine: str, facts: Facts) -> bool:
+    from packaging.markers import InvalidMarker, Marker
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
     def engine_term(match: re.Match[str]) -> str:
         is_same = same_name(match[2] or match[3] or "") == engine
         return HOLDS if is_same == (match[1] == "==") else FAILS
@@ -136,10 +140,10 @@ def _holds(entry: str, marker: str, engine: str, facts: Facts) -> bool:
 
 def _system(entry: str, name: str, engine: str, facts: Facts, dependencies: Mapping[str, Sequence[str]]) -> str:
     """That distribution as the base has it, or else as the engine's own packages pin it."""
-    if version := facts.installed.get(canonicalize_name(name)):
+    if version := facts.installed.get(same_name(name)):
         return f"{name}=={version}"
     for requirement in dependencies.get(engine, ()):
-        if _distribution(requirement) == canonicalize_name(name):
+        if _distribution(requirement) == same_name(name):
             return requirement
     base = facts.python or "the gateway's Python"
     raise ValueError(f"{entry!r} asks for the {name} of {base}, which has none. Name a version instead.")
@@ -150,8 +154,11 @@ def _is_place(what: str) -> bool:
 
 
 def _distribution(requirement: str) -> str:
+    from packaging.requirements import Requirement
+    from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+
     if not _is_place(requirement):
-        return canonicalize_name(Requirement(requirement).name)
+        return same_name(Requirement(requirement).name)
     try:
         return parse_wheel_filename(requirement.split("#")[0].rsplit("/", 1)[-1])[0]
     except InvalidWheelFilename:

@@ -11,6 +11,7 @@ import errno
 import re
 import signal
 from collections.abc import Sequence
+from functools import cache
 
 import msgspec
 
@@ -167,7 +168,12 @@ TELLS: tuple[tuple[str, str, Cause], ...] = (
     (ANY, r"Error no file named|does not appear to have a file named|there is no file /", Cause.FILES),
     (ANY, r"(^|[\]):] )FileNotFoundError: ", Cause.FILES),
 )
-COMPILED = tuple((engine, re.compile(pattern), cause) for engine, pattern, cause in TELLS)
+
+
+@cache
+def _tells() -> tuple[tuple[str, re.Pattern[str], Cause], ...]:
+    """The table, compiled when the first engine fails: that takes longer than the import of this file."""
+    return tuple((engine, re.compile(pattern), cause) for engine, pattern, cause in TELLS)
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -245,7 +251,7 @@ def _finding(cause: Cause, engine: Engine, line: str = "") -> Finding:
 def _told(engine: str, log: Sequence[str]) -> tuple[Cause, str] | None:
     """The first entry of the table that any line matches, and the last such line."""
     lines = [line for line in log if not NO_ERROR.match(line)]
-    for name, pattern, cause in COMPILED:
+    for name, pattern, cause in _tells():
         if name in (ANY, engine):
             line = next((line for line in reversed(lines) if pattern.search(line)), None)
             if line is not None:

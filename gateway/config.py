@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
-import yaml
 from msgspec import Meta
 
 from engines.base import EngineSettings
 from gateway.addresses import is_loopback
 from gateway.amounts import bytes_of, bytes_or_share
-from gateway.client import ENDPOINT_VARIABLE, KEY_VARIABLE
+from gateway.calls import ENDPOINT_VARIABLE, KEY_VARIABLE
 from gateway.errors import SettingsError
 from gateway.launch import LaunchRequest, Seconds, Size
 from registry.decode import DecodeError, Secret, decode, did_you_mean
@@ -291,17 +288,18 @@ def parse(path: Path) -> dict[str, Any]:
     try:
         match path.suffix:
             case ".toml":
+                import tomllib
+
                 data = tomllib.loads(text)
             case ".json":
                 data = json.loads(text)
             case ".yaml" | ".yml":
-                data = yaml.load(text, Loader=_Yaml)  # noqa: S506 (a SafeLoader)
+                data = _parse_yaml(text)
             case _:
                 raise SettingsError(f"{path}: a settings file ends in .yaml, .yml, .toml or .json.")
-    except yaml.YAMLError as exc:
-        raise SettingsError(f"{path} is not valid YAML: {_without_snippet(exc)}") from exc
     except ValueError as exc:
-        raise SettingsError(f"{path} is not valid {path.suffix[1:].upper()}: {exc}") from exc
+        kind = path.suffix[1:].upper().replace("YML", "YAML")
+        raise SettingsError(f"{path} is not valid {kind}: {exc}") from exc
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -310,39 +308,17 @@ def parse(path: Path) -> dict[str, Any]:
     return data
 
 
-class _Yaml(yaml.SafeLoader):
-    """YAML without its surprises: a key written twice is an error, `on` and `0_5` are text, as in YAML 1.2."""
+def _check_spelling(variable: str, names: Mapping[str, str]) -> None:
+    from difflib import get_close_matches
 
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.split(":")[-1] not in ("bool", "int", "timestamp")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = []
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
-            seen.append(key)
-        return super().construct_mapping(node, deep)
+    if near := get_close_matches(variable, names, 1, 0.85):
+        raise SettingsError(f"The environment has {variable}, which is no setting. Did you mean {near[0]}?")
 
 
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$|0x[0-9a-fA-F]+$"), list("-+0123456789")
-)
+def _parse_yaml(text: str) -> Any:
+    from gateway.yaml_text import parse
 
-
-def _without_snippet(exc: yaml.YAMLError) -> str:
-    """What is wrong and where, without the line itself, which may hold a key."""
-    if not isinstance(exc, yaml.MarkedYAMLError):
-        return "it holds characters that YAML does not allow"
-    mark = exc.problem_mark or exc.context_mark
-    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    return f"{exc.problem or exc.context}{where}"
+    return parse(text)
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -356,8 +332,8 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         if variable not in names:
             if variable in (KEY_VARIABLE, ENDPOINT_VARIABLE):
                 continue
-            if variable.startswith(ENV_PREFIX) and (near := difflib.get_close_matches(variable, names, 1, 0.85)):
-                raise SettingsError(f"The environment has {variable}, which is no setting. Did you mean {near[0]}?")
+            if variable.startswith(ENV_PREFIX):
+                _check_spelling(variable, names)
             continue
         field = names[variable]
         if types[field] in (tuple[Secret, ...], tuple[str, ...]) and not text.lstrip().startswith("["):
@@ -366,9 +342,9 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             data[field] = text
         else:
             try:
-                data[field] = yaml.load(text, Loader=_Yaml)  # noqa: S506 (a SafeLoader)
-            except yaml.YAMLError as exc:
-                raise SettingsError(f"{variable} is not valid YAML: {_without_snippet(exc)}") from exc
+                data[field] = _parse_yaml(text)
+            except ValueError as exc:
+                raise SettingsError(f"{variable} is not valid YAML: {exc}") from exc
     return data
 
 

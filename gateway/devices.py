@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import psutil
 from msgspec import Meta
 
 from engines.base import RAM
@@ -255,6 +254,8 @@ def _holders(found: Iterable[tuple[int, str]]) -> tuple[str, ...]:
 
 
 def _names(pids: Collection[int]) -> dict[int, str]:
+    import psutil
+
     found = {}
     for pid in pids:
         try:
@@ -271,6 +272,8 @@ def _ram() -> tuple[int, int, str]:
     """All of it, what of it cannot be had, and where the limit is from; of the control group that has least left, where
     that is less than the machine has.
     """
+    import psutil
+
     memory = psutil.virtual_memory()
     total, used, limit = memory.total, memory.total - memory.available, ""
     for folder, names in _control_groups():

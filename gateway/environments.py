@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import IO, Literal
 
 import msgspec
-import psutil
 
 from engines.environments import (
     STAMP,
@@ -577,6 +576,8 @@ def _users_in_lock(place: Path) -> tuple[tuple[str, str | None], ...]:
 
 def _running_in(place: Path) -> list[int]:
     """The processes whose program is in that folder."""
+    import psutil
+
     inside = f"{place}{os.sep}"
     found = []
     for process in psutil.process_iter(["cmdline"]):

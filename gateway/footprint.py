@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 
 import msgspec
-import psutil
 
 STATUS = re.compile(rb"^(VmHWM|RssAnon|RssFile|RssShmem):\s+(\d+) kB", re.MULTILINE)
 
@@ -53,6 +52,8 @@ def families(leaders: Collection[int]) -> dict[int, int]:
 
 def _relations() -> Iterator[tuple[int, int, int, int]]:
     """Of each process its pid, its parent's, its group and its session."""
+    import psutil
+
     for pid in psutil.pids():
         try:
             facts = _told(pid, "stat").rpartition(b")")[2].split()
@@ -98,6 +99,8 @@ def _read(pid: int) -> dict[str, int]:
     try:
         text = _told(pid, "status")
     except OSError:
+        import psutil
+
         try:  # gone, or a system without /proc
             rss = psutil.Process(pid).memory_info().rss
         except psutil.Error:

@@ -14,7 +14,6 @@ carries its mark. Should we be killed, the system kills the engine (Linux alone)
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -385,6 +384,8 @@ def say(what: dict[str, Any]) -> None:
 def prctl(option: int, value: int) -> None:
     """Linux's prctl; elsewhere there is none, and what it gives is missing."""
     if sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 

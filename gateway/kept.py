@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 from engines.environments import child_environment
 from gateway import lives
@@ -60,6 +59,8 @@ class EngineProcess:
 
     def cpu_s(self) -> float | None:
         """The processor time that it and its descendants have used; None once it is gone."""
+        import psutil
+
         try:
             process = psutil.Process(self.pid)
             family = [process, *process.children(recursive=True)]

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
-import psutil
 
 from engines.environments import child_environment, module_argv
 from gateway.keeper import MARK_VARIABLE
@@ -50,6 +49,8 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
 
 def is_alive(pid: int) -> bool:
     """Whether a process is there that has not ended, be it that nobody has asked how."""
+    import psutil
+
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -107,6 +108,8 @@ class Child:
         """Whether the leader runs, or any other member of its group; the dead that nobody has reaped do not count."""
         if self._process.returncode is None:
             return True
+        import psutil
+
         return self._signal(0) and any(_is_alive_in(self.pid, pid) for pid in psutil.pids())
 
     def _signal(self, number: int) -> bool:
@@ -192,6 +195,8 @@ async def start(
 
 
 def _is_alive_in(group: int, pid: int) -> bool:
+    import psutil
+
     try:
         return os.getpgid(pid) == group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except (OSError, psutil.Error):
@@ -261,6 +266,8 @@ async def _start_watchdog(folder: Path) -> asyncio.subprocess.Process:
 
 def memory_bytes(leader: int) -> int | None:
     """The resident memory of a process and its descendants; None once it is gone."""
+    import psutil
+
     try:
         process = psutil.Process(leader)
         family = [process, *process.children(recursive=True)]

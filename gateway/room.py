@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 
 import msgspec
-import psutil
 
 from engines.base import RAM, Launch, Needs, Placement
 from gateway.amounts import megabytes
@@ -129,6 +128,8 @@ def observe_gpus(devices: Sequence[Device], owners: Mapping[int, str], room: Roo
 
 
 def _holder(pid: int, used_bytes: int | None, owners: Mapping[int, str]) -> Holder:
+    import psutil
+
     try:
         name = psutil.Process(pid).name()
         leader = os.getpgid(pid)

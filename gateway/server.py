@@ -330,7 +330,8 @@ def _listening_socket(settings: Settings, lent: int | None) -> Iterator[socket.s
             yield listener
         return
     try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        host = settings.host.encode() if settings.host.isascii() else settings.host  # else for Python's IDNA tables
+        found = socket.getaddrinfo(host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
         listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as exc:

@@ -1,19 +1,25 @@
-"""The HTTP client to one replica. Bytes in, bytes out; every way to fail becomes UpstreamLost."""
+"""The HTTP client to one replica. Bytes in, bytes out; every way to fail becomes UpstreamLost.
+
+aiohttp takes 10 MiB and a tenth of a second to import: that waits until a replica is asked something.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import aiohttp
 import msgspec
-from aiohttp import ClientConnectionError, ClientError, ClientResponse, ClientTimeout, DummyCookieJar
 
 from engines.base import Endpoint
 from gateway.limits import OUT_OF_FILES
+
+if TYPE_CHECKING:
+    import aiohttp
 
 # llama-server and uvicorn close idle connections after 5 s: be first, so that a request never meets a dead one.
 KEEPALIVE_S = 4.0
@@ -32,7 +38,7 @@ class CannotAsk(UpstreamLost):
 class Reply:
     """The reply to one request, whose head has come. Whoever got it closes it."""
 
-    def __init__(self, response: ClientResponse, upstream: Upstream) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, upstream: Upstream) -> None:
         self.status = response.status
         self.headers = [(name.lower(), value) for name, value in response.raw_headers]
         self.is_sse = response.content_type == "text/event-stream" and "content-encoding" not in response.headers
@@ -49,7 +55,7 @@ class Reply:
         """
         try:
             chunk = await self._response.content.readany()
-        except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
+        except _failures() as exc:
             raise UpstreamLost(str(exc) or type(exc).__name__) from exc
         self._upstream.heard += 1
         return chunk
@@ -61,6 +67,8 @@ class Reply:
 
     def abort(self) -> None:
         """Break it off: whoever reads sees UpstreamLost."""
+        from aiohttp import ClientConnectionError
+
         self._response.content.set_exception(ClientConnectionError("the replica was stopped"))
         self._response.close()
 
@@ -82,7 +90,8 @@ class Upstream:
         self._own_names = frozenset(name.lower() for name, _ in self._own_headers)
         self._endpoint = endpoint
         self._proxy = _proxy_for(endpoint.url)
-        self._session = _session(endpoint)
+        self._is_closed = False
+        self._session: aiohttp.ClientSession | None = None
         self._fresh: aiohttp.ClientSession | None = None  # never uses a connection twice
 
     async def send(
@@ -102,16 +111,24 @@ class Upstream:
         self.asked += 1
         self.sent += 1
         try:
+            if self._session is None:
+                self._session = await self._first_session()
             try:
                 return await self._send(self._session, method, path, sent, body)
             except UpstreamLost as exc:
-                if self._session.closed or isinstance(exc, CannotAsk) or isinstance(exc.__cause__, TimeoutError):
+                if self._is_closed or isinstance(exc, CannotAsk) or isinstance(exc.__cause__, TimeoutError):
                     raise
             if self._fresh is None:
                 self._fresh = _session(self._endpoint, force_close=True)
             return await self._send(self._fresh, method, path, sent, body)
         finally:
             self.asked -= 1
+
+    async def _first_session(self) -> aiohttp.ClientSession:
+        await asyncio.to_thread(import_module, "aiohttp")  # others are served meanwhile
+        if self._is_closed:
+            raise UpstreamLost("the replica was stopped")
+        return self._session or _session(self._endpoint)
 
     @property
     def in_flight(self) -> int:
@@ -130,7 +147,7 @@ class Upstream:
             response = await session.request(
                 method, self.url_of(path), headers=headers, data=body, allow_redirects=False, proxy=self._proxy
             )
-        except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
+        except _failures() as exc:
             is_ours = isinstance(exc, OSError) and exc.errno in OUT_OF_FILES
             raise (CannotAsk if is_ours else UpstreamLost)(str(exc) or type(exc).__name__) from exc
         return Reply(response, self)
@@ -170,14 +187,24 @@ class Upstream:
 
     async def close(self) -> None:
         """Close all connections; whoever waits for one sees UpstreamLost."""
+        self._is_closed = True
         for reply in tuple(self.replies):
             reply.abort()
-        await self._session.close()
-        if self._fresh:
-            await self._fresh.close()
+        for session in filter(None, (self._session, self._fresh)):
+            await session.close()
+
+
+@cache
+def _failures() -> tuple[type[Exception], ...]:
+    """All that aiohttp raises where a request fails."""
+    from aiohttp import ClientError
+
+    return ClientError, OSError, RuntimeError  # RuntimeError: the session was closed
 
 
 def _session(endpoint: Endpoint, *, force_close: bool = False) -> aiohttp.ClientSession:
+    import aiohttp
+
     keepalive_s = None if force_close else KEEPALIVE_S
     connector: aiohttp.BaseConnector
     if endpoint.socket:
@@ -189,8 +216,8 @@ def _session(endpoint: Endpoint, *, force_close: bool = False) -> aiohttp.Client
     return aiohttp.ClientSession(
         connector=connector,
         auto_decompress=False,
-        cookie_jar=DummyCookieJar(),
-        timeout=ClientTimeout(total=None, sock_connect=CONNECT_LIMIT_S, sock_read=endpoint.silence_s),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_LIMIT_S, sock_read=endpoint.silence_s),
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         read_bufsize=2**18,
     )

@@ -5,7 +5,6 @@ It knows msgspec and nothing of what the Structs mean.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,8 +38,10 @@ def nearest(word: str, words: Iterable[str]) -> list[str]:
     """Up to three of `words` that look like `word`, best first, case aside."""
     if len(word) > NEAREST_LIMIT:
         return []  # nobody misspells so much, and comparing would take long
+    from difflib import get_close_matches
+
     by_lower = {w.lower(): w for w in words}
-    return [by_lower[m] for m in difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.5)]
+    return [by_lower[m] for m in get_close_matches(word.lower(), by_lower, n=3, cutoff=0.5)]
 
 
 def did_you_mean(word: str, words: Iterable[str], *, what: str = "Known") -> str:

@@ -35,7 +35,7 @@ PACKAGE_MAY_IMPORT = {
 
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
-    ("amounts", "sentences", "limits", "keeper", "pace", "question", "stand_in"),
+    ("amounts", "sentences", "limits", "keeper", "pace", "question", "stand_in", "yaml_text"),
     ("addresses", "errors", "events", "files", "gpus", "metrics", "queue", "upstream", "launch"),
     ("calls", "causes", "connections", "crowd", "handover", "watchdog"),
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),
@@ -71,12 +71,15 @@ LEAF_MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "gpus": {"question"},
     "metrics": set(),
-    "config": {"addresses", "amounts", "client", "errors", "launch"},
+    "config": {"addresses", "amounts", "calls", "errors", "launch", "yaml_text"},
     "apply": {"config"},
     "export": {"apply", "config", "launch"},
 }
 
 HEAVY = ("torch", "transformers", "vllm", "diffusers", "numpy", "xllamacpp", "huggingface_hub", "pynvml", "llama_cpp")
+
+# What a gateway that serves no model yet has no use for: each takes a MiB or more, or ten milliseconds of the start.
+LATER = ("aiohttp", "psutil", "yaml", "packaging", "encodings.idna", "pip", "rich", "gateway.client")
 
 
 def module_name(path: Path) -> str:
@@ -169,6 +172,27 @@ def test_importing_the_app_loads_no_engine_and_no_hub() -> None:
     loaded = in_fresh_interpreter("import gateway.app, sys; print(*sys.modules)").split()
     assert "gateway.app" in loaded
     assert not set(HEAVY) & set(loaded)
+
+
+def test_a_gateway_without_models_loads_nothing_that_only_models_need(tmp_path: Path) -> None:
+    """From its start to its first answer."""
+    code = f"""
+import asyncio, os, signal, sys
+from gateway.cli import serve
+
+async def look(fleet, address, prompt):
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
+    writer.write(b"GET /v1/models HTTP/1.1\\r\\nhost: localhost\\r\\n\\r\\n")
+    print("LOADED", await asyncio.wait_for(reader.readline(), 20), *sys.modules, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+serve._greet = look
+serve.command(["--port", "0", "--home", {str(tmp_path)!r}])
+"""
+    loaded = in_fresh_interpreter(code).partition("LOADED")[2].split()
+    assert "200" in loaded[:3]
+    assert {"gateway.server", "gateway.upstream", "uvicorn.server"} <= set(loaded)
+    assert {*LATER, *HEAVY} & set(loaded) == set()
 
 
 def test_help_loads_no_server_and_no_http_client() -> None:

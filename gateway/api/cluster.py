@@ -9,7 +9,6 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-import psutil
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,6 +17,8 @@ from gateway.errors import NotImplementedYet
 from gateway.fleet import Fleet
 from gateway.gpus import Gpu
 
+FIRST_LOOK_S = 0.1  # at the processors
+
 
 class Cluster:
     """Status routes; none of them touches an engine."""
@@ -25,14 +26,18 @@ class Cluster:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._started = time.monotonic()
+        self._moment_s: float | None = FIRST_LOOK_S
 
     async def status(self, request: Request) -> Response:
         """Up since when, and what the machine's processor, memory and GPUs do."""
+        import psutil
+
         gpus = await asyncio.to_thread(self._fleet.node.known_gpus)
+        cpu_share = await self._cpu_share()
         memory = psutil.virtual_memory()
         facts: dict[str, Any] = {
             "cpu": {
-                "usage": psutil.cpu_percent() / 100,
+                "usage": cpu_share,
                 "total": psutil.cpu_count(),
                 "memory_used": memory.used,
                 "memory_available": memory.available,
@@ -44,6 +49,14 @@ class Cluster:
         uptime = int(time.monotonic() - self._started)
         return json_answer({"uptime": uptime, "workers": {self._address(request): worker}})
 
+    async def _cpu_share(self) -> float:
+        """Of all that the processors can, what they did since the last look; the first look takes a moment."""
+        import psutil
+
+        moment_s, self._moment_s = self._moment_s, None
+        percent: float = await asyncio.to_thread(psutil.cpu_percent, moment_s)
+        return percent / 100
+
     async def address(self, request: Request) -> Response:
         """Where this gateway listens."""
         return json_answer(self._address(request))
@@ -54,17 +67,20 @@ class Cluster:
 
     async def info(self, request: Request) -> Response:
         """The machine twice: as supervisor and as worker."""
+        import psutil
+
         gpus = await asyncio.to_thread(self._fleet.node.known_gpus)
         is_detailed = request.query_params.get("detailed", "").lower() in ("true", "1", "yes")
         total_bytes = sum(gpu.total_bytes for gpu in gpus)
         own: dict[str, Any] = {"ip_address": self._address(request), "gpu_count": len(gpus)}
         own["gpu_vram_total"] = total_bytes if is_detailed else f"{total_bytes // 2**20}MiB"
         if is_detailed:
+            cpu_share = await self._cpu_share()
             memory = psutil.virtual_memory()
             count = psutil.cpu_count() or 1
             own |= {
                 "gpu_vram_available": total_bytes - sum(gpu.used_bytes for gpu in gpus),
-                "cpu_available": count * (1 - psutil.cpu_percent() / 100),
+                "cpu_available": count * (1 - cpu_share),
                 "cpu_count": count,
                 "mem_used": memory.used,
                 "mem_available": memory.available,

@@ -105,7 +105,7 @@ def hostler() -> None:
 
 def main() -> None:
     """The program `hostler`."""
-    from gateway.client import ClientError
+    from gateway.calls import ClientError
 
     try:
         hostler()

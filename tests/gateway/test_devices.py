@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 from nvml import Driver
 
@@ -280,7 +281,7 @@ def test_the_control_group_that_has_least_left_counts_and_the_machine_where_it_h
         (tmp_path / name / "memory.current").write_text(str(now))
     monkeypatch.setattr(devices, "_control_groups", lambda: [(tmp_path / name, names) for name in ("own", "above")])
     machine = SimpleNamespace(total=64 * GB, available=32 * GB)
-    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: machine)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
     assert devices._ram() == (8 * GB, 7 * GB, "the limit of our control group")
     machine.available = GB // 2
     assert devices._ram() == (64 * GB, 64 * GB - GB // 2, "")
