@@ -88,10 +88,12 @@ class Deployment:
 
     def acquire_now(self, avoid: Replica | None = None, key: Key | None = None) -> Replica | None:
         """A ready replica, counted as in use until `release`; None if the request has to wait for its turn."""
-        if self._queue or self._is_held:
-            return None
-        replica = self.pick(avoid, key)
+        replica = self.at_hand(avoid, key)
         return None if replica is None else self.take(replica)
+
+    def at_hand(self, avoid: Replica | None = None, key: Key | None = None) -> Replica | None:
+        """Which replica `acquire_now` would give."""
+        return None if self._queue or self._is_held else self.pick(avoid, key)
 
     async def acquire(self, avoid: Replica | None = None, key: Key | None = None) -> Replica:
         """As `acquire_now`, but waits, and starts the model, if there is none.

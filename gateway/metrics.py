@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 if TYPE_CHECKING:
     from gateway.deployment import Deployment
@@ -17,18 +20,81 @@ if TYPE_CHECKING:
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 DURATIONS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
-REQUESTS = Counter(
-    "hostler_requests", "Requests answered, 499 being those whose client left.", ("model", "route", "status")
-)
-REQUEST_SECONDS = Histogram(
-    "hostler_request_duration_seconds", "From the request to the last byte.", ("model",), buckets=DURATIONS
-)
-FIRST_BYTE_SECONDS = Histogram(
-    "hostler_time_to_first_byte_seconds",
-    "From the request to the engine's first byte.",
-    ("model",),
-    buckets=DURATIONS,
-)
+
+class Times:
+    """How long something took, so often as it was: what a histogram is told from."""
+
+    __slots__ = ("counts", "total_s")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(DURATIONS) + 1)
+        self.total_s = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One more."""
+        self.counts[bisect_left(DURATIONS, seconds)] += 1
+        self.total_s += seconds
+
+    def tell(self, family: HistogramMetricFamily, uid: str) -> None:
+        """Put it among the metrics."""
+        bounds = (*map(floatToGoString, DURATIONS), "+Inf")
+        family.add_metric((uid,), list(zip(bounds, accumulate(self.counts), strict=True)), self.total_s)
+
+
+class Tally:
+    """What every request to one model is counted in: plain numbers, since only a scrape needs their long form."""
+
+    __slots__ = ("answered", "durations", "first_bytes")
+
+    def __init__(self) -> None:
+        self.answered: dict[tuple[str, int], int] = {}  # by route and status
+        self.durations = Times()
+        self.first_bytes = Times()
+
+    def count(self, route: str, status: int, seconds: float) -> None:
+        """A request has ended; 499 is the status of those whose client left."""
+        key = route, status
+        self.answered[key] = self.answered.get(key, 0) + 1
+        self.durations.add(seconds)
+
+
+_tallies: dict[str, Tally] = {}
+
+
+def tally_of(uid: str) -> Tally:
+    """The one of a model that is served; others make no series."""
+    tally = _tallies.get(uid)
+    if tally is None:
+        tally = _tallies[uid] = Tally()
+    return tally
+
+
+class TallyCollector(Collector):
+    """The tallies in Prometheus' form."""
+
+    def collect(self) -> Iterator[Metric]:
+        """What was counted of all models."""
+        requests = CounterMetricFamily(
+            "hostler_requests",
+            "Requests answered, 499 being those whose client left.",
+            labels=("model", "route", "status"),
+        )
+        durations = HistogramMetricFamily(
+            "hostler_request_duration_seconds", "From the request to the last byte.", labels=("model",)
+        )
+        first_bytes = HistogramMetricFamily(
+            "hostler_time_to_first_byte_seconds", "From the request to the engine's first byte.", labels=("model",)
+        )
+        for uid, tally in _tallies.items():
+            for (route, status), count in tally.answered.items():
+                requests.add_metric((uid, route, str(status)), count)
+            tally.durations.tell(durations, uid)
+            tally.first_bytes.tell(first_bytes, uid)
+        yield from (requests, durations, first_bytes)
+
+
+REGISTRY.register(TallyCollector())
+
 QUEUE_SECONDS = Histogram(
     "hostler_queue_wait_seconds", "Requests that waited for a model: how long.", ("model",), buckets=DURATIONS
 )

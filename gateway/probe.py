@@ -8,7 +8,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from gateway.upstream import CannotAsk, Upstream
+from gateway.connections import CannotAsk
+from gateway.upstream import Upstream
 
 PAUSE_FIRST_S = 0.02
 PAUSE_LIMIT_S = 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -23,6 +24,7 @@ from gateway.addresses import is_any_address
 from gateway.app import create_app
 from gateway.config import NOWHERE, Settings, Source
 from gateway.crowd import Crowd
+from gateway.door.contract import breach
 from gateway.errors import Busy, CannotRestart, SettingsError
 from gateway.fleet import Fleet, open_fleet
 from gateway.handover import HandoverFailed, Predecessor, Successor, adopt_heirs, stand_in
@@ -36,6 +38,7 @@ from gateway.watch import Watch
 logger = logging.getLogger("hostler.server")
 
 BACKLOG = 2048
+GC_THRESHOLD = 50_000  # objects between two collections; requests leave none behind that only it could free
 KEEPALIVE_S = 75  # longer than most clients keep idle connections, so that it is they who close them
 CLOSE_LIMIT_S = 2  # for connections that linger once nothing is in flight
 
@@ -193,7 +196,10 @@ async def _serve(
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     async with open_fleet(settings, before, source) as fleet:
         server = Server(config, fleet, listener, lock)
-        config.app = Crowd(create_app(fleet), server.server_state.connections, open_files)
+        crowd = Crowd(create_app(fleet), server.server_state.connections, open_files)
+        config.app = crowd
+        if settings.door == "auto":
+            _open_door(config, fleet, crowd)
         fleet.restart = server.restart
         with metrics.watching(fleet.deployments):
             path = str(lock_path(settings.home_path))
@@ -215,11 +221,26 @@ async def _serve(
     return server.successor
 
 
+def _open_door(config: uvicorn.Config, fleet: Fleet, crowd: Crowd) -> None:
+    """Let easy requests take the short way, where uvicorn is as we know it."""
+    if (why := breach()) is not None:
+        logger.warning(
+            "All requests take the plain way, which costs more: %s. Install Hostler's own requirements.", why
+        )
+        return
+    from gateway.door.protocol import Door, protocol_of
+
+    config.http = protocol_of(Door(fleet, crowd))  # type: ignore[assignment]
+
+
 async def _greet(
     server: Server, greeting: Greeting | None, fleet: Fleet, address: str, lock: int, before: Predecessor | None
 ) -> None:
     while not server.started:
         await asyncio.sleep(0.01)
+    gc.collect()
+    gc.freeze()  # what is there now stays: no collection need look at it
+    gc.set_threshold(GC_THRESHOLD)
     if before:
         sign(lock)
         fleet.node.leaves_engines = False

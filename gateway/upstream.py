@@ -13,20 +13,10 @@ import msgspec
 from aiohttp import ClientConnectionError, ClientError, ClientResponse, ClientTimeout, DummyCookieJar
 
 from engines.base import Endpoint
+from gateway.connections import CONNECT_LIMIT_S, KEEPALIVE_S, CannotAsk, Connections, UpstreamLost
 from gateway.limits import OUT_OF_FILES
 
-# llama-server and uvicorn close idle connections after 5 s: be first, so that a request never meets a dead one.
-KEEPALIVE_S = 4.0
-CONNECT_LIMIT_S = 5.0
 ASK_LIMIT_S = 5.0
-
-
-class UpstreamLost(Exception):
-    """The connection to the replica could not be made, or broke."""
-
-
-class CannotAsk(UpstreamLost):
-    """We could not open a connection, for want of open files; it says nothing of the replica."""
 
 
 class Reply:
@@ -38,7 +28,7 @@ class Reply:
         self.is_sse = response.content_type == "text/event-stream" and "content-encoding" not in response.headers
         self._response = response
         self._upstream = upstream
-        upstream.heard += 1
+        upstream.count_sign()
         upstream.replies.add(self)
 
     async def read(self) -> bytes:
@@ -51,7 +41,7 @@ class Reply:
             chunk = await self._response.content.readany()
         except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
             raise UpstreamLost(str(exc) or type(exc).__name__) from exc
-        self._upstream.heard += 1
+        self._upstream.count_sign()
         return chunk
 
     def close(self) -> None:
@@ -70,16 +60,20 @@ class Upstream:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.replies: set[Reply] = set()  # that nobody has closed yet
-        self.heard = 0  # grows with each sign of life
-        self.asked = 0  # requests whose reply has not begun
-        self.sent = 0  # requests so far
+        self.connections = Connections(endpoint)  # for those who splice
+        self._heard = 0
+        self._asked = 0  # requests whose reply has not begun
+        self._sent = 0
         self.last_loss = ""  # why the last probe got no answer
         self.url_of = endpoint.url_of
         self.is_elsewhere = endpoint.url is not None
+        self._host = "replica" if endpoint.socket else f"{endpoint.host}:{endpoint.port}"
         self._own_headers = [*endpoint.headers.items()]
         if endpoint.api_key:
             self._own_headers.append(("authorization", f"Bearer {endpoint.api_key}"))
         self._own_names = frozenset(name.lower() for name, _ in self._own_headers)
+        self.own_names = frozenset(name.encode("latin-1") for name in self._own_names)
+        self._openings: dict[str, bytes] = {}
         self._endpoint = endpoint
         self._proxy = _proxy_for(endpoint.url)
         self._session = _session(endpoint)
@@ -99,8 +93,8 @@ class Upstream:
             CannotAsk: as we could not connect.
         """
         sent = [header for header in headers if header[0] not in self._own_names] + self._own_headers
-        self.asked += 1
-        self.sent += 1
+        self._asked += 1
+        self._sent += 1
         try:
             try:
                 return await self._send(self._session, method, path, sent, body)
@@ -111,12 +105,34 @@ class Upstream:
                 self._fresh = _session(self._endpoint, force_close=True)
             return await self._send(self._fresh, method, path, sent, body)
         finally:
-            self.asked -= 1
+            self._asked -= 1
+
+    def opening(self, path: str) -> bytes:
+        """How the head of a POST to a public path begins that goes out by `connections`, up to the client's headers."""
+        opening = self._openings.get(path)
+        if opening is None:
+            own = "".join(f"{name}: {value}\r\n" for name, value in self._own_headers)
+            opening = self._openings[path] = f"POST {path} HTTP/1.1\r\nhost: {self._host}\r\n{own}".encode("latin-1")
+        return opening
 
     @property
     def in_flight(self) -> int:
         """Requests that are not at their end."""
-        return self.asked + len(self.replies)
+        return self._asked + len(self.replies) + self.connections.asking
+
+    @property
+    def sent(self) -> int:
+        """Requests so far."""
+        return self._sent + self.connections.sent
+
+    @property
+    def heard(self) -> int:
+        """Grows with each sign of life."""
+        return self._heard + self.connections.heard
+
+    def count_sign(self) -> None:
+        """It lives."""
+        self._heard += 1
 
     async def _send(
         self,
@@ -170,6 +186,7 @@ class Upstream:
 
     async def close(self) -> None:
         """Close all connections; whoever waits for one sees UpstreamLost."""
+        self.connections.close()
         for reply in tuple(self.replies):
             reply.abort()
         await self._session.close()

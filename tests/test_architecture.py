@@ -35,6 +35,7 @@ PACKAGE_MAY_IMPORT = {
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
     ("amounts", "limits", "keeper", "stand_in"),
+    ("connections",),
     ("addresses", "errors", "events", "files", "gpus", "metrics", "queue", "upstream", "launch"),
     ("calls", "causes", "crowd", "handover", "watchdog"),
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),
@@ -59,6 +60,7 @@ GATEWAY_LAYERS = (
     ("check",),
     ("api",),
     ("app",),
+    ("door",),
     ("server",),
     ("cli",),
 )

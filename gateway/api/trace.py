@@ -6,7 +6,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,7 +33,7 @@ class Trace:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _sent_id(scope) or uuid.uuid4().hex.encode()
+        request_id = id_of(scope["headers"])
         scope["request_id"] = request_id
         status = NOTHING_SENT
         started = time.perf_counter()
@@ -55,15 +55,14 @@ class Trace:
             await answer(HostlerError(message))(scope, receive, send_traced)
         finally:
             if self._settings().access_log:
-                logger.info(
-                    "%s %s %s %s %.0f ms id=%s",
-                    scope["method"],
-                    _path(scope),
-                    scope.get("served_by", "-"),
-                    scope.get("outcome", status),
-                    1000 * (time.perf_counter() - started),
-                    request_id.decode(),
-                )
+                seconds = time.perf_counter() - started
+                served_by = scope.get("served_by", "-")
+                write_line(scope["method"], _path(scope), served_by, scope.get("outcome", status), seconds, request_id)
+
+
+def write_line(method: str, path: str, served_by: object, status: int, seconds: float, request_id: bytes) -> None:
+    """A request's line in the access log."""
+    logger.info("%s %s %s %s %.0f ms id=%s", method, path, served_by, status, 1000 * seconds, request_id.decode())
 
 
 def _path(scope: Scope) -> str:
@@ -72,8 +71,9 @@ def _path(scope: Scope) -> str:
     return path.decode("latin-1")
 
 
-def _sent_id(scope: Scope) -> bytes | None:
-    for name, value in scope["headers"]:
+def id_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The request's id: the client's own, if it has a fit one."""
+    for name, value in headers:
         if name == HEADER and ACCEPTED.fullmatch(value):
             return bytes(value)
-    return None
+    return uuid.uuid4().hex.encode()

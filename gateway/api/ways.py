@@ -17,7 +17,7 @@ from gateway.api.heads import ChatHead, Head, InputHead, PromptHead, RerankHead,
 from gateway.errors import BadRequest
 
 if TYPE_CHECKING:
-    from gateway.api.inference import Exchange
+    from gateway.api.exchange import Exchange
 
 JOINED = ("stop", "stop_token_ids")  # the defaults' are added to a request's own
 DONE = b"data: [DONE]\n\n"
