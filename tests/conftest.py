@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,20 @@ def kokoro() -> Path:
     return models.kokoro()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of the marker `both_doors` run twice: requests take the short way where they can, or never."""
+    if "door" in metafunc.fixturenames and metafunc.definition.get_closest_marker("both_doors"):
+        metafunc.parametrize("door", ("auto", "plain"), indirect=True)
+
+
 @pytest.fixture
-async def start_gateway(tmp_path: Path) -> AsyncIterator[StartGateway]:
+def door(request: pytest.FixtureRequest) -> str:
+    """The setting of that name."""
+    return getattr(request, "param", None) or os.environ.get("HOSTLER_DOOR", "auto")
+
+
+@pytest.fixture
+async def start_gateway(tmp_path: Path, door: str) -> AsyncIterator[StartGateway]:
     """Starts gateways; each is ended after the test.
 
     `await start_gateway(fake={...})` serves one model `fake`, whose engine behaves as FAKE_ENGINE says;
@@ -201,7 +214,10 @@ async def start_gateway(tmp_path: Path) -> AsyncIterator[StartGateway]:
             models["fake"] = fake_model(file, fake) | (model or {})
         engines = {"llama.cpp": {"binary": str(FAKE_ENGINE)}}
         gateway = await Gateway.start(
-            home or tmp_path / "home", {"engines": engines, "models": models} | settings, env, limits=limits
+            home or tmp_path / "home",
+            {"engines": engines, "models": models} | settings,
+            {"HOSTLER_DOOR": door} | (env or {}),
+            limits=limits,
         )
         started.append(gateway)
         return gateway
