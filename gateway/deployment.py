@@ -287,11 +287,15 @@ class Deployment:
         replica.in_flight -= 1
         replica.served += was_served
         replica.last_used = time.monotonic()
-        had_waiting = bool(self._queue)
-        if had_waiting:
+        if self._queue:
             self._serve()
-        if not replica.in_flight or (had_waiting and not self._queue):
-            self.notify()  # an idle clock or a drain may wait for it
+            if not self._queue:
+                self.notify()
+        if not replica.in_flight:
+            if self._is_running and self.is_leaving(replica):
+                self.notify()  # its drain waits for it
+            else:
+                self._tell_change()  # others may want its room; the idle clock looks by itself
 
     def check_still_wanted(self, stops: int) -> None:
         """Raises ModelStopped or ShuttingDown if it was stopped since there were so many `stops`, or handed over."""
@@ -543,10 +547,12 @@ class Deployment:
             await asyncio.gather(running, return_exceptions=True)
 
     def _idle_rest_s(self) -> float | None:
-        """How long until it has been idle for too long; None if it is not idle, or may be for ever."""
+        """How long until it may have been idle for too long; None if it does not serve, or may be idle for ever."""
         idle_timeout_s = self.launch.idle_timeout_s
-        if idle_timeout_s is None or self.in_flight or self.waiting or self.state is not State.READY:
+        if idle_timeout_s is None or self.waiting or self.state is not State.READY:
             return None
+        if self.in_flight:
+            return idle_timeout_s
         return max(replica.last_used for replica in self.replicas) + idle_timeout_s - time.monotonic()
 
     async def _drain(self, replica: Replica) -> None:

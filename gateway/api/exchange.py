@@ -18,7 +18,7 @@ from gateway import metrics
 from gateway.api import alias
 from gateway.api.affinity import key_of
 from gateway.api.heads import FormHead, Head
-from gateway.api.ways import Way, replaced
+from gateway.api.ways import Way, check_served, replaced
 from gateway.connections import CannotAsk, UpstreamLost
 from gateway.deployment import Deployment
 from gateway.errors import SOURCE_HEADER, BadRequest, EngineDied, ErrorBody, NoMoreFiles, envelope
@@ -53,10 +53,35 @@ EVENT_LIMIT_BYTES = 2**20
 LARGE_EVENT_LIMIT_BYTES = 2**28  # of events that are changed, which carry pictures
 
 
+class Terms:
+    """What is the same for all requests to a model on one way, as long as its launch is: read once."""
+
+    def __init__(self, way: Way, deployment: Deployment) -> None:
+        """
+        Raises:
+            BadRequest: models of its type answer no such request.
+        """
+        launch, engine = deployment.launch, deployment.engine
+        check_served(way, launch.uid, launch.artifact.family.model_type)
+        self.deployment, self.launch, self.engine = deployment, launch, engine
+        self.served_name = deployment.served_name
+        self.back = None if self.served_name == launch.uid else alias.Back(self.served_name, launch.uid)
+        self.words = engine.chat_words if way.is_chat else ()
+        path = way.upstream or way.path
+        self.upstream_path = engine.routes.get(path, path)  # where the engine answers
+        self.tally = metrics.tally_of(launch.uid)
+        self.changes_json = bool(way.rewrite or way.opening or self.words or self.back)
+        self.is_read_whole = bool(way.rewrite or self.words or self.back)  # a reply that differs is needed as a whole
+
+    def are_of(self, deployment: Deployment) -> bool:
+        """Whether they still hold."""
+        return self.deployment is deployment and self.launch is deployment.launch and self.engine is deployment.engine
+
+
 class Asked(NamedTuple):
     """What a client wants, understood: of which model, and the body that its engine gets."""
 
-    deployment: Deployment
+    terms: Terms
     head: Head | FormHead
     body: bytes
 
@@ -69,7 +94,6 @@ class Lost(NamedTuple):
     life: int
     why: UpstreamLost
     started: float
-    started_at: float
 
 
 class Exchange:
@@ -77,28 +101,29 @@ class Exchange:
 
     def __init__(self, fleet: Fleet, way: Way, asked: Asked, headers: Headers, request_id: bytes) -> None:
         """`headers` are the client's, with names in small letters."""
-        deployment = asked.deployment
+        self.terms, self.head, self.body = asked
+        self.deployment = self.terms.deployment
+        self.stops = self.deployment.stops
         self.fleet = fleet
-        self.deployment = deployment
         self.way = way
-        self.head: Any = asked.head
         self.headers = headers
         self.request_id = request_id
-        self.body = asked.body
-        self.uid = uid = deployment.launch.uid
-        name = deployment.served_name
-        self.back = None if name == uid else alias.Back(name, uid)
-        self.words = deployment.engine.chat_words if way.is_chat else ()
-        self.stops = deployment.stops
         self.started = time.perf_counter()
-        self.started_at = time.time()
-        self.scheme = "http"
-        self.status = 0  # once the head of the reply is on its way
-        self.queued_s = 0.0  # how long it has waited for a replica
-        self.is_sse = False  # the reply's head says so
-        self.phase = "queued"  # then "waiting" for the engine's first byte, then "answering"
-        self.replica_name = ""  # of the replica that answers
-        self.events: Events | None = None  # of a stream, once it has begun
+
+    # What most requests never set is no attribute of their own.
+    head: Any
+    scheme = "http"
+    status = 0  # once the head of the reply is on its way
+    queued_s = 0.0  # how long it has waited for a replica
+    is_sse = False  # the reply's head says so
+    phase = "queued"  # then "waiting" for the engine's first byte, then "answering"
+    replica_name = ""  # of the replica that answers
+    events: Events | None = None  # of a stream, once it has begun
+
+    @property
+    def uid(self) -> str:
+        """Of the model."""
+        return self.terms.launch.uid
 
     @property
     def public_url(self) -> str:
@@ -113,12 +138,6 @@ class Exchange:
         if len(self.deployment.replicas) < 2:
             return None
         return key_of(self.headers, self.head, reads_opening=self.deployment.engine.keeps_prefixes)
-
-    @property
-    def upstream_path(self) -> str:
-        """Where the engine answers such requests."""
-        path = self.way.upstream or self.way.path
-        return self.deployment.engine.routes.get(path, path)
 
     def forwarded(self) -> Headers:
         """The client's headers as far as they go on, and the request's id."""
@@ -159,20 +178,14 @@ class Exchange:
 
     def changes_json(self, headers: Headers) -> bool:
         """Whether a reply of that head, which is no stream, differs for clients."""
-        if not (self.way.rewrite or self.way.opening or self.words or self.back):
-            return False
-        return _is_json(headers)
-
-    @property
-    def is_read_whole(self) -> bool:
-        """Whether a reply that differs is needed as a whole first."""
-        return bool(self.way.rewrite or self.words or self.back)
+        return self.terms.changes_json and _is_json(headers)
 
     def renamed(self, data: bytes) -> bytes:
         """The reply, or some of it, in the words and names of clients."""
-        if self.words:
-            data = replaced(data, self.words)
-        return self.back.put(data) if self.back else data
+        terms = self.terms
+        if terms.words:
+            data = replaced(data, terms.words)
+        return terms.back.put(data) if terms.back else data
 
     def opened(self, chunk: bytes, headers: Headers) -> bytes:
         """The first bytes of a JSON reply with what we say in it; `headers` get the new length."""
@@ -245,7 +258,8 @@ class Exchange:
 
     def _death(self, replica: Replica, exc: UpstreamLost) -> str:
         failure = replica.failure
-        why = f"{failure.reason}. {failure.advice}" if failure and failure.at >= self.started_at else f"{exc}."
+        started_at = time.time() - (time.perf_counter() - self.started)
+        why = f"{failure.reason}. {failure.advice}" if failure and failure.at >= started_at else f"{exc}."
         return f"The engine of {self.uid!r} went away while it answered: {why}"
 
     def count(self, outcome: int) -> float:
@@ -253,7 +267,7 @@ class Exchange:
         seconds = time.perf_counter() - self.started
         if outcome == 499:
             metrics.CANCELLED.labels(self.uid, self.phase).inc()
-        metrics.tally_of(self.uid).count(self.way.path, outcome, seconds)
+        self.terms.tally.count(self.way.path, outcome, seconds)
         return seconds
 
 

@@ -28,11 +28,12 @@ from gateway.api.exchange import (
     Exchange,
     Headers,
     Lost,
+    Terms,
     with_length,
 )
 from gateway.api.heads import FormHead, Head, is_form, read_form_head, read_head, read_query_head
 from gateway.api.next_door import headers_of, path_of
-from gateway.api.ways import Way, check_served, with_adapter
+from gateway.api.ways import Way, with_adapter
 from gateway.connections import UpstreamLost
 from gateway.deployment import Deployment
 from gateway.errors import (
@@ -67,6 +68,7 @@ class Inference:
         self.way = way
         self._choose = choose
         self._decoder = msgspec.json.Decoder(way.head)
+        self._terms: dict[str, Terms] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read, find the model, relay."""
@@ -84,14 +86,16 @@ class Inference:
         head = self._read_head(headers, body, query)
         uid = self._choose(head) if self._choose else head.model or self._model_for(way.abilities)
         deployment = self._fleet.find(uid)
-        check_served(way, deployment.launch.uid, deployment.launch.artifact.family.model_type)
+        terms = self._terms.get(uid)
+        if terms is None or not terms.are_of(deployment):
+            terms = self._terms[uid] = Terms(way, deployment)
         if not isinstance(head, FormHead):
             body = way.adapt(body, head, deployment.defaults)
             if head.lora_name:
                 body = self._with_adapter(body, head.lora_name, deployment)
-        if deployment.served_name != deployment.launch.uid:
-            body = _named(body, head, headers, deployment.served_name)
-        return Asked(deployment, head, body)
+        if terms.back:
+            body = _named(body, head, headers, terms.served_name)
+        return Asked(terms, head, body)
 
     def _with_adapter(self, body: bytes, lora_name: str, deployment: Deployment) -> bytes:
         try:
@@ -135,7 +139,7 @@ class Relay(Exchange):
         lost: Lost | None = scope.get("lost")
         self.lost = lost if lost and lost.deployment is self.deployment else None
         if self.lost:
-            self.started, self.started_at = self.lost.started, self.lost.started_at
+            self.started = self.lost.started
 
     async def run(self, receive: Receive) -> None:
         """Answer, or stop at once when the client leaves; either way count it."""
@@ -277,13 +281,13 @@ class Relay(Exchange):
         if upstream.is_elsewhere:
             headers.append((HOPS_HEADER, b"%d" % self.hops()))
         texts = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
-        reply = await upstream.send(self.way.method, self.upstream_path, texts, self.body)
+        reply = await upstream.send(self.way.method, self.terms.upstream_path, texts, self.body)
         try:
             chunk = await reply.read()
         except BaseException:
             reply.close()
             raise
-        metrics.tally_of(self.uid).first_bytes.add(time.perf_counter() - self.started)
+        self.terms.tally.first_bytes.add(time.perf_counter() - self.started)
         return reply, chunk
 
     async def _relay(self, reply: Reply, chunk: bytes, replica: Replica) -> None:
@@ -313,7 +317,7 @@ class Relay(Exchange):
 
     async def _changed(self, reply: Reply, chunk: bytes, headers: Headers) -> bytes:
         """The first bytes of a JSON reply that differs for clients; `headers` say its new length."""
-        if self.is_read_whole:
+        if self.terms.is_read_whole:
             whole = bytearray(chunk)
             while chunk := await reply.read():
                 whole += chunk
@@ -338,7 +342,7 @@ class Relay(Exchange):
         while chunk := await reply.read():
             parts.append(chunk)
         whole = b"".join(parts)
-        lines = (self.back.put(whole) if self.back else whole).splitlines()
+        lines = (self.terms.back.put(whole) if self.terms.back else whole).splitlines()
         await self._finish(b"".join(b"data: " + line + b"\n" for line in lines) + b"\n" + self.way.done)
 
     async def _relay_error(self, reply: Reply, chunk: bytes) -> None:

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from gateway.api.auth import Guard
 from gateway.api.exchange import Headers, Lost
 from gateway.api.inference import Inference
-from gateway.api.trace import id_of, write_line
+from gateway.api.trace import id_of, new_id, write_line
 from gateway.api.ways import WAYS, Way
 from gateway.crowd import Crowd
 from gateway.door.splice import Splice
@@ -26,8 +26,10 @@ from gateway.fleet import Fleet
 
 logger = logging.getLogger("hostler.door")
 
-# Of requests with one of these only the plain route knows what to do.
-NOT_EASY = frozenset((b"origin", b"expect", b"content-encoding", b"upgrade", b"http2-settings"))
+# Headers that are looked at. What to do about some of them, or about one that stands twice, the plain route knows.
+TELLING = frozenset(
+    b"authorization content-encoding content-length expect host origin upgrade x-api-key x-request-id".split()
+)
 
 
 class Door:
@@ -68,6 +70,7 @@ class DoorProtocol(HttpToolsProtocol):
         self._keeps_alive = True
         self._parts: list[bytes] = []
         self._size = 0
+        self._request_id = b""
 
     # --- what the loop tells
 
@@ -146,13 +149,31 @@ class DoorProtocol(HttpToolsProtocol):
             return False
         if parser.get_method() != b"POST" or parser.get_http_version() != "1.1" or parser.should_upgrade():
             return False
+        host = authorization = b""
+        self._request_id, has_other_key = b"", False
         for name, value in self.headers:
-            if name in NOT_EASY:
+            if name not in TELLING:
+                continue
+            if name == b"content-length":
+                if int(value) > door.fleet.settings.max_body_bytes:
+                    return False
+            elif name == b"host" and not host:
+                host = value
+            elif name == b"authorization" and not authorization:
+                authorization = value
+            elif name == b"x-request-id":
+                self._request_id = id_of(self.headers)
+            elif name == b"x-api-key":
+                has_other_key = True
+            else:
                 return False
-            if name == b"content-length" and int(value) > door.fleet.settings.max_body_bytes:
-                return False
+        if not has_other_key and door.guard.knows(host, authorization):
+            return True
+        return self._may_pass(inference)
+
+    def _may_pass(self, inference: Inference) -> bool:
         try:
-            door.guard.check(inference.way.path, self.headers)
+            self._door.guard.check(inference.way.path, self.headers)
         except RequestRefused:
             return False
         return True
@@ -162,8 +183,8 @@ class DoorProtocol(HttpToolsProtocol):
         door = self._door
         try:
             asked = inference.asked(self.headers, body)
-            splice = Splice(door.fleet, inference.way, asked, self.headers, id_of(self.headers), self, body)
-            deployment = asked.deployment
+            splice = Splice(door.fleet, inference.way, asked, self.headers, self._request_id or new_id(), self, body)
+            deployment = asked.terms.deployment
             replica = deployment.at_hand(None, splice.key())
             if replica is None or replica.upstream is None or replica.upstream.is_elsewhere:
                 return False

@@ -12,7 +12,6 @@ from typing import Protocol
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from gateway import metrics
 from gateway.api.exchange import (
     BODILESS,
     ENGINE_ERROR_LIMIT_BYTES,
@@ -74,21 +73,22 @@ class Splice(Exchange):
     ) -> None:
         """`sent` is the body as the client sent it."""
         super().__init__(fleet, way, asked, headers, request_id)
-        self.keep_alive = True
-        self.response_complete = False
         self.sent = sent
         self._client = client
-        self._replica: Replica = None  # type: ignore[assignment]  # until it begins
-        self._upstream: Upstream = None  # type: ignore[assignment]
-        self._life = 0
-        self._connection: Connection | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._is_second = False  # the request has been sent once before
-        self._has_begun = False  # the reply's first bytes have come
-        self._parts: list[bytes] | None = None  # of a reply that is needed as a whole
-        self._size = 0
-        self._top = b""  # the head that goes out with the next bytes
-        self._is_chunked = False
+
+    keep_alive = True
+    response_complete = False
+    _replica: Replica  # once it begins
+    _upstream: Upstream
+    _life = 0
+    _connection: Connection | None = None
+    _task: asyncio.Task[None] | None = None
+    _is_second = False  # the request has been sent once before
+    _has_begun = False  # the reply's first bytes have come
+    _parts: list[bytes] | None = None  # of a reply that is needed as a whole
+    _size = 0
+    _top = b""  # the head that goes out with the next bytes
+    _is_chunked = False
 
     def begin(self, replica: Replica, upstream: Upstream) -> None:
         """Ask the replica, which is counted as in use."""
@@ -112,7 +112,7 @@ class Splice(Exchange):
         self._connection = connection
         upstream = self._upstream
         own = upstream.own_names
-        lines = [upstream.opening(self.upstream_path)]
+        lines = [upstream.opening(self.terms.upstream_path)]
         for name, value in self.headers:
             if name not in NOT_FORWARDED and name not in own:
                 lines += (name, b": ", value, b"\r\n")
@@ -148,7 +148,7 @@ class Splice(Exchange):
             self._connection = None
         if not self._has_begun:
             self._has_begun = True
-            metrics.tally_of(self.uid).first_bytes.add(time.perf_counter() - self.started)
+            self.terms.tally.first_bytes.add(time.perf_counter() - self.started)
             if connection.status not in STATUS_LINE:
                 self._drop()
                 self._give_up(None)
@@ -173,7 +173,7 @@ class Splice(Exchange):
         self.is_sse = _is_sse(connection.headers)
         headers = self.returned(connection.status, connection.headers, self._replica)
         if not self.is_sse and self.changes_json(headers):
-            if self.is_read_whole:
+            if self.terms.is_read_whole:
                 self._parts = []
                 return
             parts[:1] = [self.opened(parts[0] if parts else b"", headers)]
@@ -225,7 +225,7 @@ class Splice(Exchange):
         self.deployment.release(self._replica, was_served=False)
         lost = None
         if why is not None:
-            lost = Lost(self.deployment, self._replica, self._life, why, self.started, self.started_at)
+            lost = Lost(self.deployment, self._replica, self._life, why, self.started)
         self._client.replay(self, lost)
 
     async def _mourn(self, why: UpstreamLost) -> None:
