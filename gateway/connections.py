@@ -18,6 +18,7 @@ from gateway.limits import OUT_OF_FILES
 # llama-server and uvicorn close idle connections after 5 s: be first, so that a request never meets a dead one.
 KEEPALIVE_S = 4.0
 CONNECT_LIMIT_S = 5.0
+BROKE_OFF = "its connection broke in the middle of the reply"
 
 
 class UpstreamLost(Exception):
@@ -135,7 +136,8 @@ class Connection(asyncio.Protocol):
             self._end()
             taker.took(self, [], is_whole=True)
             return
-        self._lose(UpstreamLost(str(exc) if exc and str(exc) else "Server disconnected"))
+        why = BROKE_OFF if self._has_head else str(exc or "") or "Server disconnected"
+        self._lose(UpstreamLost(why))
 
     def pause_writing(self) -> None:
         if self._taker:

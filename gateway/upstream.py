@@ -10,10 +10,18 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import msgspec
-from aiohttp import ClientConnectionError, ClientError, ClientResponse, ClientTimeout, DummyCookieJar
+from aiohttp import (
+    ClientConnectionError,
+    ClientError,
+    ClientPayloadError,
+    ClientResponse,
+    ClientResponseError,
+    ClientTimeout,
+    DummyCookieJar,
+)
 
 from engines.base import Endpoint
-from gateway.connections import CONNECT_LIMIT_S, KEEPALIVE_S, CannotAsk, Connections, UpstreamLost
+from gateway.connections import BROKE_OFF, CONNECT_LIMIT_S, KEEPALIVE_S, CannotAsk, Connections, UpstreamLost
 from gateway.limits import OUT_OF_FILES
 
 ASK_LIMIT_S = 5.0
@@ -39,6 +47,8 @@ class Reply:
         """
         try:
             chunk = await self._response.content.readany()
+        except ClientPayloadError as exc:
+            raise UpstreamLost(BROKE_OFF) from exc
         except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
             raise UpstreamLost(str(exc) or type(exc).__name__) from exc
         self._upstream.count_sign()
@@ -146,6 +156,9 @@ class Upstream:
             response = await session.request(
                 method, self.url_of(path), headers=headers, data=body, allow_redirects=False, proxy=self._proxy
             )
+        except ClientResponseError as exc:
+            reason = exc.message.partition("\n")[0].rstrip(":")
+            raise UpstreamLost(f"what it said is no HTTP: {reason}") from exc
         except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
             is_ours = isinstance(exc, OSError) and exc.errno in OUT_OF_FILES
             raise (CannotAsk if is_ours else UpstreamLost)(str(exc) or type(exc).__name__) from exc
