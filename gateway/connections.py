@@ -18,6 +18,7 @@ from gateway.limits import OUT_OF_FILES
 # llama-server and uvicorn close idle connections after 5 s: be first, so that a request never meets a dead one.
 KEEPALIVE_S = 4.0
 CONNECT_LIMIT_S = 5.0
+DISCONNECTED = "Server disconnected"
 BROKE_OFF = "its connection broke in the middle of the reply"
 
 
@@ -136,7 +137,7 @@ class Connection(asyncio.Protocol):
             self._end()
             taker.took(self, [], is_whole=True)
             return
-        why = BROKE_OFF if self._has_head else str(exc or "") or "Server disconnected"
+        why = BROKE_OFF if self._has_head else str(exc or "") or DISCONNECTED
         self._lose(UpstreamLost(why))
 
     def pause_writing(self) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -34,6 +34,9 @@ from gateway.lives import lock_path
 from gateway.stand_in import pass_all_on, pass_on
 from gateway.upstream import Upstream
 from gateway.watch import Watch
+
+if TYPE_CHECKING:
+    from gateway.door.protocol import Door
 
 logger = logging.getLogger("hostler.server")
 
@@ -198,8 +201,7 @@ async def _serve(
         server = Server(config, fleet, listener, lock)
         crowd = Crowd(create_app(fleet), server.server_state.connections, open_files)
         config.app = crowd
-        if settings.door == "auto":
-            _open_door(config, fleet, crowd)
+        door = _open_door(config, fleet, crowd)
         fleet.restart = server.restart
         with metrics.watching(fleet.deployments):
             path = str(lock_path(settings.home_path))
@@ -209,28 +211,34 @@ async def _serve(
                 pass_on=partial(pass_on, path, signal.SIGHUP),
             )
             watcher = asyncio.create_task(watch.run())  # first: who reads the greeting may send SIGHUP
+            sweeper = asyncio.create_task(door.sweep(server.server_state.connections)) if door else None
             greeter = asyncio.create_task(_greet(server, greeting, fleet, address, lock, before))
             try:
                 await server.serve(sockets=[listener])
             finally:
                 if server.successor:  # until we stand in for it, a signal must not be the end of us
                     pass_all_on(path)
-                greeter.cancel()
-                watcher.cancel()
-                await asyncio.gather(greeter, watcher, return_exceptions=True)
+                tasks = [task for task in (greeter, watcher, sweeper) if task]
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
     return server.successor
 
 
-def _open_door(config: uvicorn.Config, fleet: Fleet, crowd: Crowd) -> None:
+def _open_door(config: uvicorn.Config, fleet: Fleet, crowd: Crowd) -> Door | None:
     """Let easy requests take the short way, where uvicorn is as we know it."""
+    if fleet.settings.door == "plain":
+        return None
     if (why := breach()) is not None:
         logger.warning(
             "All requests take the plain way, which costs more: %s. Install Hostler's own requirements.", why
         )
-        return
+        return None
     from gateway.door.protocol import Door, protocol_of
 
-    config.http = protocol_of(Door(fleet, crowd))  # type: ignore[assignment]
+    door = Door(fleet, crowd)
+    config.http = protocol_of(door)  # type: ignore[assignment]
+    return door
 
 
 async def _greet(

@@ -18,10 +18,19 @@ from aiohttp import (
     ClientResponseError,
     ClientTimeout,
     DummyCookieJar,
+    ServerDisconnectedError,
 )
 
 from engines.base import Endpoint
-from gateway.connections import BROKE_OFF, CONNECT_LIMIT_S, KEEPALIVE_S, CannotAsk, Connections, UpstreamLost
+from gateway.connections import (
+    BROKE_OFF,
+    CONNECT_LIMIT_S,
+    DISCONNECTED,
+    KEEPALIVE_S,
+    CannotAsk,
+    Connections,
+    UpstreamLost,
+)
 from gateway.limits import OUT_OF_FILES
 
 ASK_LIMIT_S = 5.0
@@ -156,6 +165,8 @@ class Upstream:
             response = await session.request(
                 method, self.url_of(path), headers=headers, data=body, allow_redirects=False, proxy=self._proxy
             )
+        except ServerDisconnectedError as exc:
+            raise UpstreamLost(DISCONNECTED) from exc
         except ClientResponseError as exc:
             reason = exc.message.partition("\n")[0].rstrip(":")
             raise UpstreamLost(f"what it said is no HTTP: {reason}") from exc

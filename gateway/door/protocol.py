@@ -6,9 +6,10 @@ asked as others are. What is not easy is told to uvicorn as if we had not been t
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 from starlette.types import Receive, Scope, Send
@@ -26,6 +27,9 @@ from gateway.fleet import Fleet
 
 logger = logging.getLogger("hostler.door")
 
+SWEEP_S = 1.0
+STALL_LIMIT_S = 60.0  # of a request that has begun to come
+
 # Headers that are looked at. What to do about some of them, or about one that stands twice, the plain route knows.
 TELLING = frozenset(
     b"authorization content-encoding content-length expect host origin upgrade x-api-key x-request-id".split()
@@ -42,6 +46,18 @@ class Door:
         self.inferences = {way.path.encode(): Inference(fleet, way) for way in WAYS if is_easy(way)}
         self._default_headers: list[tuple[bytes, bytes]] = []
         self._default_head = b""
+
+    async def sweep(self, clients: Collection[asyncio.Protocol]) -> None:
+        """Once a second, for all timers that connections would else have: end those that are quiet for too long."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = time.monotonic()
+            for client in [client for client in clients if isinstance(client, DoorProtocol)]:
+                client.end_if_quiet(now)
+            for deployment in self.fleet.deployments():
+                for replica in deployment.replicas:
+                    if replica.upstream is not None:
+                        replica.upstream.connections.close_idle()
 
     def default_head(self, headers: list[tuple[bytes, bytes]]) -> bytes:
         """Those lines, which change once a second."""
@@ -61,7 +77,8 @@ class DoorProtocol(HttpToolsProtocol):
 
     def __init__(self, door: Door, **of_uvicorn: Any) -> None:
         super().__init__(**of_uvicorn)
-        self.idle_since: float | None = None  # no request has come since a splice ended
+        self._idle_since: float | None = time.monotonic()  # no request has come since; None where uvicorn has the clock
+        self._last_look: tuple[float, Headers, int] | None = None  # when we first saw what has not changed since
         self._door = door
         self._splice: Splice | None = None  # what is being answered
         self._again: Any = None  # the cycle of a splice that was replayed
@@ -93,12 +110,33 @@ class DoorProtocol(HttpToolsProtocol):
         if self._splice is not None:
             self._splice.client_paused(is_paused=False)
 
+    def end_if_quiet(self, now: float) -> None:
+        """Close the connection if it is kept for nothing, or if its request does not come on."""
+        if self._idle_since is not None:
+            if now - self._idle_since > self.timeout_keep_alive:
+                self.transport.close()
+            return
+        is_answered = self.cycle is not None and not self.cycle.response_complete
+        if is_answered or (self._has_head and self._inference is None):
+            self._last_look = None
+            return
+        look = self._last_look
+        if look is None or look[1] is not self.headers or look[2] != self._progress:
+            self._last_look = now, self.headers, self._progress
+        elif now - look[0] > STALL_LIMIT_S:
+            logger.info("A client sent nothing more of its request for %g s; its connection is closed.", STALL_LIMIT_S)
+            self.transport.close()
+
+    @property
+    def _progress(self) -> int:
+        return len(self.headers) + self._size
+
     # --- what the parser tells
 
     def on_message_begin(self) -> None:
         self.url = b""
         self.headers = []
-        self.idle_since = None
+        self._idle_since = None
         self._inference = None
         self._has_head = False
 
@@ -220,7 +258,7 @@ class DoorProtocol(HttpToolsProtocol):
             super().on_response_complete()
             return
         self.server_state.total_requests += 1
-        self.idle_since = time.monotonic()
+        self._idle_since = time.monotonic()
 
     def replay(self, splice: Splice, lost: Lost | None) -> None:
         """Have the plain route answer after all."""
