@@ -199,6 +199,10 @@ class Deployment:
         if self._stopping:
             return None
         limit = self.launch.request_limits
+        if len(self.replicas) == 1:
+            alone = self.replicas[0]
+            is_free = alone.state is State.READY and (limit is None or alone.in_flight < limit)
+            return alone if is_free and not (self._leaving or self._giving_way) else None
         free = [
             replica
             for replica in self.replicas

@@ -10,6 +10,7 @@ import logging
 import time
 from typing import Protocol
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from gateway.api.exchange import (
@@ -44,6 +45,7 @@ class Client(Protocol):
     transport: asyncio.Transport
     tasks: set[asyncio.Task[None]]
     loop: asyncio.AbstractEventLoop
+    flow: FlowControl
 
     def default_head(self) -> bytes:
         """What every reply's head begins with, below its status."""
@@ -110,6 +112,8 @@ class Splice(Exchange):
 
     def _ask(self, connection: Connection) -> None:
         self._connection = connection
+        if self._client.flow.write_paused:
+            connection.pause(is_paused=True)
         upstream = self._upstream
         own = upstream.own_names
         lines = [upstream.opening(self.terms.upstream_path)]
@@ -176,7 +180,7 @@ class Splice(Exchange):
             if self.terms.is_read_whole:
                 self._parts = []
                 return
-            parts[:1] = [self.opened(parts[0] if parts else b"", headers)]
+            parts[:1] = [self.opened(part, headers) for part in parts[:1]]
         self._start(connection.status, headers)
 
     def _collect(self, connection: Connection, parts: list[bytes], *, is_whole: bool) -> None:
@@ -252,7 +256,7 @@ class Splice(Exchange):
     def _start(self, status: int, headers: Headers) -> None:
         self.status, self.phase = status, "answering"
         lines = [STATUS_LINE[status], self._client.default_head()]
-        is_measured = False
+        is_measured = status in BODILESS
         for name, value in headers:
             if name == b"content-length":
                 is_measured = True
@@ -260,7 +264,7 @@ class Splice(Exchange):
         lines += (b"x-request-id: ", self.request_id, b"\r\n")
         if not self.keep_alive:
             lines.append(CLOSE)
-        if not is_measured and status not in BODILESS:
+        if not is_measured:
             self._is_chunked = True
             lines.append(CHUNKED)
         lines.append(b"\r\n")
@@ -268,9 +272,10 @@ class Splice(Exchange):
 
     def _write(self, parts: list[bytes], *, is_last: bool) -> None:
         """Send some of the body, with the head if it has not gone yet."""
+        size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
         if self._is_chunked:
-            if parts:
-                parts = [b"%x\r\n" % sum(map(len, parts)), *parts, b"\r\n"]
+            if size:
+                parts = [b"%x\r\n" % size, *parts, b"\r\n"]
             if is_last:
                 parts.append(LAST_CHUNK)
         if self._top:
@@ -278,11 +283,10 @@ class Splice(Exchange):
             self._top = b""
         if len(parts) == 1:
             self._client.transport.write(parts[0])
+        elif size > JOINED_BYTES:
+            self._client.transport.writelines(parts)
         elif parts:
-            if sum(map(len, parts)) > JOINED_BYTES:
-                self._client.transport.writelines(parts)
-            else:
-                self._client.transport.write(b"".join(parts))
+            self._client.transport.write(b"".join(parts))
 
     def client_paused(self, *, is_paused: bool) -> None:
         """The client reads slower than the engine writes, or no longer so."""
