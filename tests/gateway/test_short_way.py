@@ -214,7 +214,7 @@ def test_with_another_uvicorn_the_plain_way_serves_and_a_warning_says_so(
 ) -> None:
     config = uvicorn.Config(lambda: None)
     http = config.http
-    assert server._open_door(config, SimpleNamespace(settings=Settings()), None) is None  # type: ignore[arg-type]
+    assert server._open_door(config, SimpleNamespace(settings=Settings(door="auto")), None) is None  # type: ignore[arg-type]
     assert config.http == http
     assert "take the plain way" in caplog.text
 
