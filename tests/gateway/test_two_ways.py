@@ -24,7 +24,7 @@ import httptools
 from harness import Gateway, StartGateway
 
 ENGINE = Path(__file__).parents[1] / "scripted_engine.py"
-CASES = int(os.environ.get("HOSTLER_FUZZ_CASES", "150"))
+CASES = int(os.environ.get("HOSTLER_FUZZ_CASES", "100"))
 SEED = int(os.environ.get("HOSTLER_FUZZ_SEED", "1"))
 KEY = "a-key"
 LIMIT_BYTES = 400_000
@@ -288,7 +288,7 @@ def request(rng: random.Random, script: list[Any], path: str, *, is_last: bool) 
         case 0:
             path += "?a=b"
         case 1:
-            method = rng.choice(("GET", "PUT", "HEAD", "OPTIONS"))
+            method = rng.choice(("GET", "PUT", "OPTIONS"))
         case 2:
             version = "HTTP/1.0"
         case 3:
@@ -419,7 +419,7 @@ async def play(gateway: Gateway, case: Case) -> dict[str, Any]:
     try:
         if case.leaves and not case.reads:
             await sending
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(0.4)  # until the engine has it, on a busy machine too
         while not (case.leaves and read >= case.reads):
             if replies.is_whole and len(replies.told()) >= case.asked:
                 await sending
