@@ -214,7 +214,7 @@ class Exchange:
 
     def refusal(self, status: int, headers: Iterable[tuple[bytes, bytes]], text: bytes) -> tuple[int, Headers, bytes]:
         """An engine's error as the client gets it, in the envelope that clients know."""
-        error = _engine_error(status, text)
+        error = _engine_error(status, text[:ENGINE_ERROR_LIMIT_BYTES])
         if status in (404, 405) and NO_ROUTE.match(error.message):
             engine = self.deployment.engine.name
             said = f"The engine of {self.uid!r}, {engine}, has no {self.way.path}. Launch the model on one that has."

@@ -38,7 +38,7 @@ class Case(NamedTuple):
     """What a client does on one connection."""
 
     sent: tuple[bytes | float, ...]  # what it sends, and pauses
-    leaves: str | None  # "close" or "reset", after `reads` bytes
+    leaves: str | None  # "close" or "reset", once `reads` replies have begun
     reads: int
     asked: int  # how many replies there should be at most
     scripts: tuple[Any, ...]
@@ -433,8 +433,8 @@ async def play(gateway: Gateway, case: Case) -> dict[str, Any]:
             if not data:
                 is_open = False
                 break
-            read += len(data)
             replies.feed(data)
+            read = len(replies.told())  # a reply, not the word to go on
         if case.leaves == "reset":
             writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
