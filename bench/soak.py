@@ -3,8 +3,9 @@
     python bench/soak.py [--minutes 30] [--plot soak.svg] [--json FILE]
 
 Five models of which three fit, two copies of one; streams, whole answers, clients that leave, models that are stopped,
-engines that are killed, bad requests. The figures are taken every ten seconds. What they do in the first fifth of the
-time, while caches and pools fill, is not judged; growth is the slope of a line through the rest.
+others that are launched for one request and removed, engines that are killed, bad requests. The figures are taken every
+ten seconds. What they do in the first half of the time, while caches and pools fill, is not judged; growth is the slope
+of a line through the rest.
 """
 
 from __future__ import annotations
@@ -25,12 +26,19 @@ from typing import Any
 
 import aiohttp
 import psutil
-from swaps import FAKE_ENGINE, running
+from swaps import FAKE_ENGINE, running, total
 
 PAUSE_S = 10.0
 CLIENTS = 12
 REQUEST_LIMIT_S = 120.0
-FIGURES = {"RSS, MiB": "memory_mib", "open files": "files", "threads": "threads", "processes": "processes"}
+FIGURES = {
+    "RSS, MiB": "memory_mib",
+    "open files": "files",
+    "tasks": "tasks",
+    "threads": "threads",
+    "processes": "processes",
+    "/metrics, KiB": "metrics_kib",
+}
 
 
 async def soak(options: argparse.Namespace) -> int:
@@ -44,11 +52,13 @@ async def soak(options: argparse.Namespace) -> int:
             uids = list(settings["models"])
             work = [asyncio.create_task(client(http, uids, number, end, outcomes)) for number in range(CLIENTS)]
             work.append(asyncio.create_task(trouble(http, uids, end, outcomes)))
-            looks = await watch(pid, end)
+            work.append(asyncio.create_task(guests(http, settings["models"][uids[-1]], end, outcomes)))
+            looks = await watch(http, pid, end)
             await asyncio.wait_for(asyncio.gather(*work), 2 * REQUEST_LIMIT_S)
     report(looks, outcomes, options)
     if options.json:
-        Path(options.json).write_text(json.dumps({"looks": looks, "outcomes": outcomes}))
+        facts = {"growth_in_an_hour": growth(looks), "outcomes": outcomes, "looks": looks}
+        Path(options.json).write_text(json.dumps(facts) + "\n")
     if options.plot:
         draw(looks, options.plot)
     return 1 if outcomes["wrong"] else 0
@@ -122,36 +132,70 @@ async def trouble(http: aiohttp.ClientSession, uids: list[str], end: float, outc
                 outcomes["models stopped"] += 1
 
 
-async def watch(pid: int, end: float) -> list[dict[str, float]]:
+async def guests(http: aiohttp.ClientSession, model: dict[str, Any], end: float, outcomes: Counter[str]) -> None:
+    """Launch a model under a name that was never there, ask it once, remove it; again and again."""
+    number = 0
+    while time.monotonic() < end:
+        number += 1
+        uid = f"guest-{number}"
+        async with http.post("/v1/models?wait_ready=false", json=model | {"model_uid": uid}) as reply:
+            reply.raise_for_status()
+        outcomes[await one(http, uid, "stream", random.Random(number))] += 1
+        async with http.delete(f"/v1/models/{uid}") as reply:
+            reply.raise_for_status()
+        outcomes["models launched and removed"] += 1
+        await asyncio.sleep(1)
+
+
+async def watch(http: aiohttp.ClientSession, pid: int, end: float) -> list[dict[str, float]]:
     """The gateway's figures, until the end."""
     gateway = psutil.Process(pid)
     begun = time.monotonic()
     looks = []
     while time.monotonic() < end:
+        async with http.get("/metrics") as reply:
+            metrics = await reply.text()
         with gateway.oneshot():
             looks.append(
                 {
-                    "s": time.monotonic() - begun,
-                    "memory_mib": gateway.memory_info().rss / 2**20,
+                    "s": round(time.monotonic() - begun, 1),
+                    "memory_mib": round(gateway.memory_info().rss / 2**20, 2),
                     "files": gateway.num_fds(),
+                    "tasks": total(metrics, "hostler_tasks"),
                     "threads": gateway.num_threads(),
                     "processes": len(gateway.children(recursive=True)),
+                    "metrics_kib": round(len(metrics) / 2**10, 1),
                 }
             )
         await asyncio.sleep(PAUSE_S)
     return looks
 
 
+def judged(looks: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The last half."""
+    return looks[len(looks) // 2 :]
+
+
+def growth(looks: list[dict[str, float]]) -> dict[str, float]:
+    """Of each figure in an hour."""
+    hours = [look["s"] / 3600 for look in judged(looks)]
+    if len(set(hours)) < 2:
+        return dict.fromkeys(FIGURES.values(), 0.0)
+    return {
+        key: round(statistics.linear_regression(hours, [look[key] for look in judged(looks)]).slope, 2)
+        for key in FIGURES.values()
+    }
+
+
 def report(looks: list[dict[str, float]], outcomes: Counter[str], options: argparse.Namespace) -> None:
     """Two tables, in Markdown."""
-    judged = looks[len(looks) // 5 :]
-    times = [look["s"] / 3600 for look in judged]
-    print(f"{options.minutes:g} minutes, {CLIENTS} clients\n")
+    slopes = growth(looks)
+    print(f"{options.minutes:g} minutes, {CLIENTS} clients; all but the first is of the last half\n")
     print("| of the gateway | first | median | most | growth in an hour |\n| --- | --- | --- | --- | --- |")
     for name, key in FIGURES.items():
-        values = [look[key] for look in judged]
-        slope = statistics.linear_regression(times, values).slope if len(set(times)) > 1 else 0.0
-        print(f"| {name} | {looks[0][key]:.0f} | {statistics.median(values):.0f} | {max(values):.0f} | {slope:+.1f} |")
+        values = [look[key] for look in judged(looks)]
+        median, most = statistics.median(values), max(values)
+        print(f"| {name} | {looks[0][key]:.0f} | {median:.0f} | {most:.0f} | {slopes[key]:+.1f} |")
     print("\n| what became of it | times |\n| --- | --- |")
     for name, count in sorted(outcomes.items()):
         print(f"| {name} | {count} |")
@@ -164,7 +208,7 @@ def draw(looks: list[dict[str, float]], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(FIGURES), 1, figsize=(10, 2 * len(FIGURES)), sharex=True, layout="constrained")
+    figure, axes = pyplot.subplots(len(FIGURES), 1, figsize=(10, 1.6 * len(FIGURES)), sharex=True, layout="constrained")
     for axis, (name, key) in zip(axes, FIGURES.items(), strict=True):
         axis.plot([look["s"] / 60 for look in looks], [look[key] for look in looks])
         axis.set_ylabel(name)

@@ -349,8 +349,12 @@ async def running(settings: dict[str, object], folder: Path):
 
 
 def total(metrics: str, name: str) -> int:
-    """The sum of a metric over all models."""
-    return round(sum(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(f"{name}{{")))
+    """The sum of a metric over all that it has labels for."""
+    return round(
+        sum(
+            float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith((f"{name}{{", f"{name} "))
+        )
+    )
 
 
 # --- what is shown

@@ -51,6 +51,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     group: str | None = None
     memory_bytes: int | None = None
     cpu_fallback: bool = False
+    sleep_after_s: float | None = None
     idle_timeout_s: float | None = None
     start_timeout_s: float = START_TIMEOUT_S
     load_timeout_s: float = LOAD_TIMEOUT_S
@@ -83,7 +84,15 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
 
     Its cache of keys and values: `cache` as it is set up at the start, None where the engine does not say, in whole
     ones of `cache_unit_bytes`, and for at least `cache_tokens` of all sequences; or else `cache_bytes`. `attention` is
-    what it keeps of a token, `lighter` has the bytes that other specs of the family would take, by name.
+    what it keeps of a token, `lighter` has the bytes that other specs of the family would take, by name. `weight_bytes`
+    are those of its files, 0 where nobody knows.
+
+    `can_shorten`: the launch leaves its context to it, so that it may be shorter than the model's; `shorter` then has
+    the bytes of one copy by tokens of its context, the longest first.
+
+    `can_split`: it can have some layers on the CPU. The launch says how many are to be on GPUs (`gpu_layers`), or
+    allows any number (`may_split`), or wants all. `splits` has the bytes on GPUs and of the machine by layers on GPUs,
+    the most first.
     """
 
     gpu_idx: tuple[int, ...] | None = None
@@ -101,6 +110,18 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     cache_bytes: int | None = None
     attention: tuple[Attention, ...] = ()
     lighter: Mapping[str, int] = {}
+    weight_bytes: int = 0
+    can_shorten: bool = False
+    shorter: Mapping[int, int] = {}
+    can_split: bool = False
+    may_split: bool = False
+    gpu_layers: int | None = None
+    splits: Mapping[int, tuple[int, int]] = {}
+
+    @property
+    def is_for_cpu(self) -> bool:
+        """Whether it is for the CPU alone, whatever there is."""
+        return self.gpu_idx == () or self.n_gpu == 0
 
 
 RAM = "ram"  # the machine's memory, among the devices of a placement
@@ -111,13 +132,16 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
     `gpu_uuids`: None leaves the choice to the engine, () hides them all. `memory` is bytes by device: the uuid of a
     GPU, or RAM; of it `cache_bytes` are for the cache of keys and values. `gpu_totals` is the whole memory of each of
-    its GPUs, for engines that take a share. 0 is what nobody knows.
+    its GPUs, for engines that take a share. 0 is what nobody knows. `context_tokens` are those that there is memory for
+    if it is fewer than the model's; `gpu_layers` is how many layers are on its GPUs, if not all.
     """
 
     gpu_uuids: tuple[str, ...] | None = None
     memory: Mapping[str, int] = {}
     gpu_totals: Mapping[str, int] = {}
     cache_bytes: int = 0
+    context_tokens: int | None = None
+    gpu_layers: int | None = None
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,6 +196,34 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     probe_interval_s: float | None = None
 
 
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """One request that we send to the engine on our own; any answer but 200 within `limit_s` is a failure of it."""
+
+    method: str = "POST"
+    path: str
+    body: bytes | None = None
+    limit_s: float
+
+
+class Tier(msgspec.Struct, frozen=True, kw_only=True):
+    """One way in which an engine that runs can sleep: it answers nobody, holds little, and is back soon.
+
+    `name`: "ram" where its weights are kept in the machine's memory, "disk" where they are read again from their files.
+    `sleep` are the calls by which it falls asleep, `wake` those by which it comes back, each in their order; `warm_up`
+    asks for one token, which nobody has to wait for then. Asleep it holds `residual_bytes` of each device that it has,
+    and `host_bytes` of the machine's memory, which it keeps when it is awake again. `is_first_slow`: that memory is
+    taken the first time, which may last seconds.
+    """
+
+    name: str
+    sleep: tuple[Call, ...]
+    wake: tuple[Call, ...]
+    warm_up: tuple[Call, ...] = ()
+    residual_bytes: int = 0
+    host_bytes: int = 0
+    is_first_slow: bool = False
+
+
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a site says of one engine: the program to run, or the Python that has its library."""
 
@@ -183,6 +235,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     launchers: Annotated[
         tuple[str, ...], Meta(description="of engine flexible: launchers that may run, by their exact dotted names")
     ] = ()
+    sleep: Annotated[
+        bool, Meta(description="of engines whose models can sleep: whether they do, unless a launch says otherwise")
+    ] = True
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -235,6 +290,12 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     refusals: ClassVar[Mapping[str, str]] = {}
     """How its errors begin that are the request's fault though it blames itself -> what users are told of the model."""
 
+    is_asleep: ClassVar[Call | None] = None
+    """What tells, by `is_sleeping` in its JSON, whether it sleeps; None: it has no tiers."""
+
+    context_from: ClassVar[tuple[str, tuple[str | int, ...]] | None] = None
+    """Where it tells how many tokens a request may have: the path, and the keys in its answer."""
+
     keeps_prefixes: ClassVar[bool] = False
     """Whether it keeps what it has read, so that a conversation is answered faster where it was before."""
 
@@ -265,6 +326,10 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
             python: of the model's own environment, if it has one.
         """
         raise NotImplementedError
+
+    def tiers(self, launch: Launch, placement: Placement, needs: Needs) -> tuple[Tier, ...]:
+        """How it could sleep, run by the `command` of the same launch and placement; who wakes quickest first."""
+        return ()
 
     def read_options(self, options: Mapping[str, Any]) -> Any:
         """A launch's options as the engine's Struct.

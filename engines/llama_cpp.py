@@ -57,7 +57,11 @@ class LlamaCppOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     n_threads_batch: Positive | None = None
     n_batch: Positive | None = None
     n_ubatch: Positive | None = None
-    n_gpu_layers: Annotated[int, Meta(ge=-1, description="-1: as many as fit")] | None = None
+    n_gpu_layers: (
+        Annotated[int, Meta(ge=-1, description="the rest is on the CPU; -1 or auto: as many as fit; else all")]
+        | Literal["auto"]
+        | None
+    ) = None
     flash_attn: Literal["auto", "on", "off"] | None = None
     cache_type_k: CacheType | None = None
     cache_type_v: CacheType | None = None
@@ -152,6 +156,7 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
     keeps_prefixes = True
     takes_flags = True
     options = LlamaCppOptions
+    context_from = ("/props", ("default_generation_settings", "n_ctx"))
     less_memory = "Lower context_length, n_parallel or n_gpu_layers, or say cache_type_k: q8_0 and cache_type_v: q8_0."
     refusals = {
         f"{what} input is not supported": (
@@ -225,6 +230,12 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
             n_gpu=n_gpu,
             can_spread=options.split_mode != "none",
             cache=_cache(options, launch),
+            can_split=True,
+            may_split=options.n_gpu_layers in (-1, "auto")
+            or (options.n_gpu_layers is None and launch.cpu_fallback and launch.gpu_idx is None),
+            gpu_layers=options.n_gpu_layers
+            if isinstance(options.n_gpu_layers, int) and options.n_gpu_layers > 0
+            else None,
         )
 
     def safer(self, launch: Launch, said: Sequence[str]) -> tuple[Launch, str] | None:
@@ -248,6 +259,10 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
         options: LlamaCppOptions = self.read_options(launch.options)
         if placement.gpu_uuids == ():
             launch = msgspec.structs.replace(launch, n_gpu=0)
+        if placement.gpu_layers is not None:
+            options = msgspec.structs.replace(options, n_gpu_layers=placement.gpu_layers)
+        elif options.n_gpu_layers == "auto":
+            options = msgspec.structs.replace(options, n_gpu_layers=-1)
         if python_server := self._python_server():
             return _of_python_server(python_server, options, launch, model_path, placement, endpoint)
         binary = self.settings.binary or find_binary("llama-server", None)

@@ -75,6 +75,15 @@ def annotated_fields(
 
 
 @cache
+def mentions(folder: Path, file: str, word: str) -> bool:
+    """Whether a package's file has the word."""
+    try:
+        return word in (folder / file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+@cache
 def literal_keys(folder: Path, pattern: str) -> frozenset[str]:
     """All texts that are keys of literal dicts in a package's files."""
     return frozenset(

@@ -126,6 +126,7 @@ class Sglang(Engine, frozen=True, kw_only=True):
     keeps_prefixes = True
     takes_flags = True
     options = SglangOptions
+    context_from = ("/v1/models", ("data", 0, "max_model_len"))
     less_memory = "Change mem_fraction_static, or lower context_length or max_running_requests."
     unix_socket = False
 

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,19 +22,21 @@ from msgspec import Meta
 
 from engines.base import (
     Adapter,
+    Call,
     Command,
     Endpoint,
     Engine,
     Launch,
     Needs,
     Placement,
+    Tier,
     family_ends,
     forced_flags,
     visible_gpus,
     with_safer_options,
 )
 from engines.environments import find_python, why_no_python
-from engines.packages import annotated_fields, distributions, literal_keys, package_folder
+from engines.packages import annotated_fields, distributions, literal_keys, mentions, package_folder
 from engines.parsers import reasoning_parser, tool_parser
 from registry.decode import DecodeError, did_you_mean
 from registry.memory import CACHE_BITS, Cache
@@ -47,11 +50,19 @@ CPU_OVERHEAD_BYTES = 1_900_000_000  # three processes that have torch, as measur
 # What it takes of a GPU: in its share, and beyond it for the context and the graphs, as measured on an H200.
 WITHIN_SHARE_BYTES = 1_000_000_000
 BEYOND_SHARE_BYTES = 1_400_000_000
+# Asleep: what it keeps of each GPU, for the context and the graphs, and for the weights of the machine's memory.
+ASLEEP_BYTES, ASLEEP_SHARE = 1_500_000_000, 0.05
+BACKUP_BYTES, BACKUP_FACTOR = 300_000_000, 1.05
+SLEEP_LIMIT_S, SLOWEST_BYTES_S = 60.0, 200_000_000  # to take pinned memory, and to copy
+WARM_UP_LIMIT_S = 60.0
+WORKER_FILE, RELOAD = "v1/worker/gpu_worker.py", "def reload_weights("
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 USUAL_CACHE_TOKENS = 16384  # of all sequences together, at least
 TENSOR_PARALLEL = (2, 4, 8, 16)  # heads are a multiple of these
 SAFER_NUM_SEQS = 16
 # What it says where a longest request does not fit into the cache, and how long one may be.
 FITTING_LENGTH = re.compile(r"estimated maximum model length is (\d+)|that can be stored in KV cache \((\d+)\)")
+FITS_LENGTH_ITSELF = "_auto_fit_max_model_len"
 FREE_MEMORY = re.compile(r"Free memory on device .*\(([\d.]+)/([\d.]+) GiB\) on startup is less than desired")
 SHARE_LEFT_FREE = 0.03
 GPU_FORMATS = ("pytorch", "gptq", "awq", "fp8", "fp4", "bnb")
@@ -85,7 +96,9 @@ class VllmOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What a launch may say to vLLM, by vLLM's own names. Any other flag that the installed version takes goes too."""
 
     context_length: Annotated[int, Meta(ge=1, description="the same as max_model_len")] | None = None
-    max_model_len: Annotated[int | str, Meta(description="tokens of one request, prompt and answer")] | None = None
+    max_model_len: (
+        Annotated[int | str, Meta(description="tokens of one request, prompt and answer; else as many as fit")] | None
+    ) = None
     dtype: str | None = None
     quantization: str | None = None
     kv_cache_dtype: str | None = None
@@ -128,7 +141,10 @@ class VllmOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_lora_rank: Positive | None = None
     max_cpu_loras: Positive | None = None
     fully_sharded_loras: bool | None = None
-    enable_sleep_mode: bool | None = None
+    enable_sleep_mode: (
+        Annotated[bool, Meta(description="make room by sleeping; else on NVIDIA's GPUs, where it is known to work")]
+        | None
+    ) = None
     runner: Literal["auto", "generate", "pooling"] | None = None
     n_threads: Annotated[int, Meta(ge=1, description="of the CPU build")] | None = None
     cpu_kv_cache_gib: Annotated[int, Meta(ge=1, description="memory for the CPU build's cache")] | None = None
@@ -151,6 +167,8 @@ class Vllm(Engine, frozen=True, kw_only=True):
     name = "vLLM"
     model_types = ("LLM", "embedding", "rerank")
     keeps_prefixes = True
+    is_asleep = Call(method="GET", path="/is_sleeping", limit_s=10.0)
+    context_from = ("/v1/models", ("data", 0, "max_model_len"))
     takes_flags = True
     options = VllmOptions
     chat_words = ((b'"reasoning":', b'"reasoning_content":'),)  # its name for what others call reasoning_content
@@ -232,11 +250,22 @@ class Vllm(Engine, frozen=True, kw_only=True):
             cache_tokens=USUAL_CACHE_TOKENS,
             cache_unit_bytes=2**30 if on_cpu else 1,
             cache_bytes=_cache_bytes(options, is_for_cpu=on_cpu),
+            can_shorten=_leaves_length(options, launch),
         )
 
     def defaults(self, launch: Launch) -> Mapping[str, Any]:
         """The texts and tokens that end an answer of the family."""
         return family_ends(launch)
+
+    def tiers(self, launch: Launch, placement: Placement, needs: Needs) -> tuple[Tier, ...]:
+        """Its sleep levels: 1 keeps the weights in the machine's memory, 2 reads them again from their files."""
+        options = self.read_options(launch.options)
+        if not self._sleeps(options, launch, placement):
+            return ()
+        weight_bytes = needs.weight_bytes or sum(placement.memory.values())
+        residual_bytes = ASLEEP_BYTES + round(weight_bytes / max(1, len(placement.gpu_uuids or ())) * ASLEEP_SHARE)
+        reloads = _reloads(options, launch, self._folder())
+        return sleep_levels(launch, weight_bytes, residual_bytes, reloads=reloads)
 
     def safer(self, launch: Launch, said: Sequence[str]) -> tuple[Launch, str] | None:
         """No CUDA graphs, fewer requests at once, and no longer ones than it says that it has room for."""
@@ -277,9 +306,11 @@ class Vllm(Engine, frozen=True, kw_only=True):
             ("--uds", endpoint.socket) if endpoint.socket else ("--host", endpoint.host, "--port", str(endpoint.port))
         )
         known = self._flags()
+        sleeps = self._sleeps(options, launch, placement)
         flags = {
             **_of_options(options),
             **_of_placement(options, placement),
+            **_of_length(options, launch, placement, folder),
             **_of_family(options, launch.artifact.family, folder),
             **_of_adapters(options),
             **options.extra_args,
@@ -288,6 +319,8 @@ class Vllm(Engine, frozen=True, kw_only=True):
             flags.setdefault("enforce_eager", True)  # compiling would need more than the wheel brings
         if "disable_uvicorn_access_log" in known:
             flags.setdefault("disable_uvicorn_access_log", True)
+        if sleeps:
+            flags["enable_sleep_mode"] = True
         if template:
             flags["chat_template"] = template[0]
         return Command(
@@ -297,9 +330,22 @@ class Vllm(Engine, frozen=True, kw_only=True):
                 *(word for name, value in flags.items() for word in flag_words(name, value)),
                 *forced_flags(launch),
             ),
-            env=_environment(options, folder, endpoint, placement) | visible_gpus(placement) | launch.envs,
+            env=_environment(options, folder, endpoint, placement, sleeps=sleeps)
+            | visible_gpus(placement)
+            | launch.envs,
             files={template[0]: template[1]} if template and template[1] else {},
         )
+
+    def _sleeps(self, options: VllmOptions, launch: Launch, placement: Placement) -> bool:
+        """Whether it is started so that it can sleep."""
+        if options.enable_sleep_mode is not None:
+            return options.enable_sleep_mode
+        folder = self._folder()
+        if folder is None or _is_for_cpu(folder) or "enable_sleep_mode" not in self._flags():
+            return False
+        own_allocator = any("expandable_segments" in launch.envs.get(name, "") for name in ALLOCATOR_VARIABLES)
+        untried = options.data_parallel_size, options.cpu_offload_gb, options.extra_args.get("kv_transfer_config")
+        return self.settings.sleep and bool(placement.gpu_uuids) and not (own_allocator or any(untried))
 
     def _python(self) -> str | None:
         builds = ("vllm",) if has_gpu() else (CPU_DISTRIBUTION, "vllm")  # the other build may be here too
@@ -314,6 +360,61 @@ class Vllm(Engine, frozen=True, kw_only=True):
         """The flags of the installed version, by their names in its code -> their types; none where it is not here."""
         folder = self._folder()
         return annotated_fields(folder, (*FRONTEND_FILES, ENGINE_FILE), ARGUMENTS) if folder else {}
+
+
+def sleep_levels(launch: Launch, weight_bytes: int, residual_bytes: int, *, reloads: bool) -> tuple[Tier, ...]:
+    """The levels of its sleep, of which the second is for models that come back from their files as they were."""
+    limit_s = SLEEP_LIMIT_S + weight_bytes / SLOWEST_BYTES_S
+    warm_up = (_warm_up(launch),)
+    in_ram = Tier(
+        name="ram",
+        sleep=(Call(path="/sleep?level=1", limit_s=limit_s),),
+        wake=(Call(path="/wake_up", limit_s=limit_s),),
+        warm_up=warm_up,
+        residual_bytes=residual_bytes,
+        host_bytes=BACKUP_BYTES + round(weight_bytes * BACKUP_FACTOR),
+        is_first_slow=True,
+    )
+    on_disk = Tier(
+        name="disk",
+        sleep=(Call(path="/sleep?level=2", limit_s=SLEEP_LIMIT_S),),
+        # In this order: what is awake before its weights are there again, answers garbage.
+        wake=(
+            Call(path="/wake_up?tags=weights", limit_s=SLEEP_LIMIT_S),
+            Call(path="/collective_rpc", body=b'{"method":"reload_weights"}', limit_s=launch.start_timeout_s),
+            Call(path="/wake_up?tags=kv_cache", limit_s=SLEEP_LIMIT_S),
+        ),
+        warm_up=warm_up,
+        residual_bytes=residual_bytes,
+    )
+    return (in_ram, on_disk) if reloads else (in_ram,)
+
+
+def _warm_up(launch: Launch) -> Call:
+    """One token, or what comes nearest to it."""
+    asked: dict[str, dict[str, Any]] = {
+        "LLM": {"path": "/v1/completions", "prompt": "a", "max_tokens": 1},
+        "embedding": {"path": "/v1/embeddings", "input": "a"},
+        "rerank": {"path": "/v1/rerank", "query": "a", "documents": ["a"]},
+    }
+    body = {"model": launch.uid} | asked[launch.artifact.family.model_type]
+    return Call(path=body.pop("path"), body=json.dumps(body).encode(), limit_s=WARM_UP_LIMIT_S)
+
+
+def _reloads(options: VllmOptions, launch: Launch, folder: Path | None) -> bool:
+    """Whether all that it has of a model comes back from the files: neither adapters nor a draft model do."""
+    if options.lora_list or options.enable_lora or options.speculative_config or options.quantization:
+        return False
+    is_plain = launch.artifact.spec.model_format == "pytorch" and options.load_format in (None, "auto", "safetensors")
+    return is_plain and folder is not None and _says(folder / WORKER_FILE, RELOAD)
+
+
+@cache
+def _says(path: Path, text: str) -> bool:
+    try:
+        return text in path.read_text()
+    except OSError:
+        return False
 
 
 def _by_name(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -386,6 +487,21 @@ def _of_placement(options: VllmOptions, placement: Placement) -> dict[str, Flag]
     return flags | ({"tensor_parallel_size": n_gpu // others} if n_gpu // others > 1 else {})
 
 
+def _of_length(options: VllmOptions, launch: Launch, placement: Placement, folder: Path | None) -> dict[str, Flag]:
+    """Where the launch leaves it open, what fits: as vLLM finds out itself, or else as it was reckoned."""
+    if not _leaves_length(options, launch):
+        return {}
+    if folder and mentions(folder, "v1/core/kv_cache_utils.py", FITS_LENGTH_ITSELF):
+        return {"max_model_len": -1}
+    return {"max_model_len": placement.context_tokens}
+
+
+def _leaves_length(options: VllmOptions, launch: Launch) -> bool:
+    said = (options.max_model_len not in (None, -1, "-1", "auto"), options.context_length)
+    is_forced = any(name.lstrip("-").replace("-", "_") == "max_model_len" for name in launch.forced_options)
+    return launch.artifact.family.model_type == "LLM" and not any(said) and not is_forced
+
+
 def _promised_share(placement: Placement) -> float | None:
     """Of the GPU with the least for us: what vLLM may be told, so that all it takes stays within the promise."""
     shares = [
@@ -449,14 +565,16 @@ def _of_adapters(options: VllmOptions) -> dict[str, Flag]:
     return {"enable_lora": True, "lora_modules": modules}
 
 
-def _environment(options: VllmOptions, folder: Path | None, endpoint: Endpoint, placement: Placement) -> dict[str, str]:
+def _environment(
+    options: VllmOptions, folder: Path | None, endpoint: Endpoint, placement: Placement, *, sleeps: bool
+) -> dict[str, str]:
     env = {
         "VLLM_API_KEY": endpoint.api_key,
         "HF_HUB_OFFLINE": "1",  # the files are here
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
-    if options.enable_sleep_mode:
+    if sleeps:
         env["VLLM_SERVER_DEV_MODE"] = "1"  # opens /sleep, and more: nobody but us reaches the socket
     if folder is None:
         return env

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]i?)?b?", re.IGNORECASE)
 POWERS: dict[str, int] = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -25,3 +26,16 @@ def bytes_of(size: int | str) -> int:
     unit = (found[2] or "").lower()
     base = 1024 if unit.endswith("i") else 1000
     return round(float(found[1]) * float(base ** POWERS[unit.removesuffix("i")]))
+
+
+def bytes_or_share(size: int | str, total_bytes: int) -> int:
+    """A size in bytes; of a text such as 25% so much of the total.
+
+    Raises:
+        ValueError: it is neither a size nor a share from 0 to 100 %.
+    """
+    if (found := SHARE.fullmatch(str(size).strip())) is None:
+        return bytes_of(size)
+    if (share := float(found[1]) / 100) > 1:
+        raise ValueError(f"{size!r} is more than all there is")
+    return round(total_bytes * share)

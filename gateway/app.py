@@ -158,6 +158,8 @@ def create_app(fleet: Fleet) -> Starlette:
         Route("/v1/models/{model_type}/{model_name}/versions", registrations.versions),
         Route("/v1/models/{uid:path}/start", models.start, methods=["POST"]),
         Route("/v1/models/{uid:path}/stop", models.stop, methods=["POST"]),
+        Route("/v1/models/{uid:path}/sleep", models.sleep, methods=["POST"]),
+        Route("/v1/models/{uid:path}/wake", models.wake, methods=["POST"]),
         Route("/v1/models/{uid:path}/logs", models.logs),
         Route("/v1/models/{uid:path}/progress", models.progress),
         Route("/v1/models/{uid:path}/requests/{request_id}/abort", requests.abort, methods=["POST"]),

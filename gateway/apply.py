@@ -20,6 +20,7 @@ AT_ONCE = (
     "group",
     "cpu_fallback",
     "preload",
+    "sleep_after_s",
     "idle_timeout_s",
     "start_timeout_s",
     "load_timeout_s",

@@ -159,6 +159,14 @@ class AsyncClient:
         """Unload a model, after the requests in flight unless forced; its next request loads it again."""
         return await self._read(Call("POST", model_path(uid, "/stop"), {"force": force}, limit_s=None), dict)
 
+    async def sleep(self, uid: str) -> Json:
+        """Have a model sleep, if it answers nobody; its next request wakes it."""
+        return await self._read(Call("POST", model_path(uid, "/sleep"), limit_s=None), dict)
+
+    async def wake(self, uid: str) -> Json:
+        """Have a model be ready again; answers once it is."""
+        return await self._read(Call("POST", model_path(uid, "/wake"), limit_s=None), dict)
+
     async def logs(self, uid: str, *, lines: int = 100, replica: int = 0, follow: bool = False) -> AsyncIterator[str]:
         """The last lines that a model's engine wrote, and with `follow` those that come."""
         async for line in self._lines(calls.logs(uid, lines, replica, follow)):

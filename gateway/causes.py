@@ -47,6 +47,7 @@ class Cause(enum.StrEnum):
     CRASH = "crash"
     SILENCE = "silence"
     SLOW_START = "slow_start"
+    SLEEP = "sleep"
     PLACE = "place"
     DOWNLOAD = "download"
     ENVIRONMENT = "environment"

@@ -84,6 +84,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[str] = ()) -> Report:
     """The report on a launch that somebody might ask for."""
     devices = await fleet.observe()
+    silence = fleet.observer.silence
     given, owners = fleet.placements(), _owners(fleet)
     ram = await asyncio.to_thread(observe_ram, devices, given, owners)
     try:
@@ -96,7 +97,7 @@ async def check(fleet: Fleet, uid: str, request: LaunchRequest, hubs: Sequence[s
     answers = engine_answers(fleet.engines, request, lambda wish: fleet.try_launch(uid, wish, hubs))
     spec_reason, passed_over = await asyncio.to_thread(_about_specs, fleet, request, artifact, hubs)
     problems: list[str] = []
-    unknown: list[str] = []
+    unknown = [f"How the GPUs are: {silence}."] if silence else []
     files = await _files(fleet, artifact.source, "", problems, unknown)
     additions = [await _files(fleet, one.source, str(one), problems, unknown) for one in artifact.additions]
     facts = await asyncio.to_thread(_facts, files, unknown)

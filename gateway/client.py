@@ -160,6 +160,14 @@ class Client:
         """Unload a model, after the requests in flight unless forced; its next request loads it again."""
         return self._read(Call("POST", model_path(uid, "/stop"), {"force": force}, limit_s=None), dict)
 
+    def sleep(self, uid: str) -> Json:
+        """Have a model sleep, if it answers nobody; its next request wakes it."""
+        return self._read(Call("POST", model_path(uid, "/sleep"), limit_s=None), dict)
+
+    def wake(self, uid: str) -> Json:
+        """Have a model be ready again; answers once it is."""
+        return self._read(Call("POST", model_path(uid, "/wake"), limit_s=None), dict)
+
     def logs(self, uid: str, *, lines: int = 100, replica: int = 0, follow: bool = False) -> Iterator[str]:
         """The last lines that a model's engine wrote, and with `follow` those that come."""
         return (

@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from engines.base import EngineSettings
 from gateway.addresses import is_loopback
-from gateway.amounts import bytes_of
+from gateway.amounts import bytes_of, bytes_or_share
 from gateway.client import ENDPOINT_VARIABLE, KEY_VARIABLE
 from gateway.errors import SettingsError
 from gateway.launch import LaunchRequest, Seconds, Size
@@ -71,6 +71,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float,
         Meta(ge=0, description="how long requests in flight may go on when a model or the gateway stops"),
     ] = 30.0
+    restart_drain_s: Annotated[
+        float,
+        Meta(ge=0, description="how long requests in flight may go on in a gateway that another one has taken over"),
+    ] = 6 * 3600.0
     on_exit: (
         Annotated[
             Literal["stop", "keep"],
@@ -90,6 +94,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Annotated[Size, Meta(description="memory of the machine that is left free; else a tenth, up to 1GiB")] | None
     ) = None
     gpu_headroom: Annotated[Size, Meta(description="memory of each GPU that is left free")] = "512MiB"
+    sleep_memory: Annotated[
+        Size,
+        Meta(
+            description="memory of the machine that models may take to sleep in, as a size or a share such as 25%; 0: "
+            "none keeps its weights there"
+        ),
+    ] = "25%"
     min_residency_s: Annotated[
         float, Meta(ge=0, description="a model that was just loaded makes no room for another for so long")
     ] = 3.0
@@ -146,6 +157,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                     bytes_of(size)
                 except ValueError as exc:
                     raise ValueError(f"`{field}`: {exc}") from exc
+        try:
+            bytes_or_share(self.sleep_memory, 0)
+        except ValueError as exc:
+            raise ValueError(f"`sleep_memory`: {exc}") from exc
         for uid, request in self.models.items():
             if request.group is not None and request.group not in self.groups:
                 raise ValueError(f"`models.{uid}`: there is no group {request.group!r}. Add it to `groups`")

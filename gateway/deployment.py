@@ -15,6 +15,8 @@ from gateway import metrics, outlook
 from gateway.causes import Cause
 from gateway.config import Settings
 from gateway.errors import (
+    BadRequest,
+    Busy,
     HandedOver,
     HostlerError,
     ModelCoolingDown,
@@ -24,12 +26,18 @@ from gateway.errors import (
     TooManyRequests,
 )
 from gateway.queue import Key, Queue, Ticket
-from gateway.replica import Replica, State
+from gateway.replica import PLACE_RETRY_S, RESTING, Replica, State
 
 logger = logging.getLogger("hostler.deployment")
 
 COOLDOWN_S = 2.0  # who would have to wait longer for another try of a model that has failed is told so at once
+SLEEP_DECISION_S = 5.0
+SLEEP_RETRY_S = 30.0  # who is to sleep and finds no bed looks again
 RETRY_QUEUE_S = 5.0  # who finds the queue full, if nothing better is known
+BEST_FIRST = (
+    *(State.READY, State.WAKING, State.STARTING, State.FALLING_ASLEEP, State.ASLEEP, State.DOWNLOADING, State.WAITING),
+    *(State.BACKOFF, State.STOPPING, State.FAILED),
+)
 BITS_64 = 2**64 - 1
 _in_flight = attrgetter("in_flight")
 
@@ -40,6 +48,12 @@ def _draw(key: int, index: int) -> int:
     mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & BITS_64
     mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & BITS_64
     return mixed ^ mixed >> 31
+
+
+def _lacks_room(replica: Replica) -> bool:
+    """Whether it was refused for room that there may be later."""
+    is_refused = replica.state is State.FAILED and replica.failure is not None and replica.failure.cause is Cause.PLACE
+    return is_refused and replica.retry_s is not None
 
 
 class Deployment:
@@ -53,24 +67,30 @@ class Deployment:
         settings: Callable[[], Settings],
         should_start: bool | None = None,
         changed: Callable[[], None] = lambda: None,
+        tired: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             settings: gives those in effect.
             should_start: whether it is loaded at once; else the launch says so.
             changed: called whenever something about it is no longer what it was.
+            tired: called when it may be well to put it to sleep.
         """
         self.launch = launch
         self.engine = engine
         self.replicas: Sequence[Replica] = ()
         self._leaving: dict[Replica, float | None] = {}  # those that are to end, and how long their requests may go on
         self._giving_way: set[Replica] = set()  # those that end to make room, and may start again later
-        self._is_held = False  # no request is begun, so that it makes room for a model that has waited too long
+        self._held: frozenset[Replica] = frozenset()  # those that are to make room for who has waited too long
         self._queue: Queue[Replica] = Queue()
         self._watchers: dict[object, float] = {}  # who waits until it is ready, and since when
         self._tell_change = changed
+        self._tell_tired = tired
+        self._is_resting = False  # from when the last copy falls asleep that was awake, until one is ready again
+        self._is_told_to_sleep = False
         self._settings = settings
         self._start_wanted = launch.preload if should_start is None else should_start
+        self._is_kept = False  # it came to be ready, and nobody has unloaded it since
         self._is_running = False  # from the decision to start until all replicas have stopped
         self._stopping = False  # from the decision to stop until then
         self._is_forced = False
@@ -93,7 +113,7 @@ class Deployment:
 
     def at_hand(self, avoid: Replica | None = None, key: Key | None = None) -> Replica | None:
         """Which replica `acquire_now` would give."""
-        return None if self._queue or self._is_held else self.pick(avoid, key)
+        return None if self._queue else self.pick(avoid, key)
 
     async def acquire(self, avoid: Replica | None = None, key: Key | None = None) -> Replica:
         """As `acquire_now`, but waits, and starts the model, if there is none.
@@ -125,6 +145,7 @@ class Deployment:
             ModelCoolingDown: none is there, and none is about to be tried.
             ShuttingDown: the deployment is ending.
         """
+        self._look_for_room_anew()
         if (why := self._refusal() or self._cooldown()) is not None:
             raise why
         if not is_again:
@@ -154,6 +175,7 @@ class Deployment:
             As `acquire`, but TooManyRequests and ModelCoolingDown: who launches waits for the last try.
         """
         stops = self.stops
+        self._look_for_room_anew()
         watcher = object()
         self._watchers[watcher] = time.monotonic()
         if self.waiting == 1:
@@ -181,14 +203,29 @@ class Deployment:
 
     @property
     def is_held(self) -> bool:
-        """Whether no new request gets a replica, as it has to make room once those in flight have ended."""
-        return self._is_held
+        """Whether no new request gets a replica, as all have to make room once those in flight have ended."""
+        return bool(self._held) and self._held.issuperset(self.ready())
 
-    @is_held.setter
-    def is_held(self, is_held: bool) -> None:
-        if is_held != self._is_held:
-            self._is_held = is_held
+    def holds(self, replica: Replica) -> bool:
+        """Whether the replica gets no new request, as it has to make room."""
+        return replica in self._held
+
+    def hold(self, replicas: Iterable[Replica]) -> None:
+        """Give these no new requests, and all others again."""
+        held = frozenset(replicas)
+        if held != self._held:
+            self._held = held
             self.notify()
+
+    @property
+    def is_wished(self) -> bool:
+        """Whether somebody waits for it, or wants it to be loaded in any case."""
+        return self._start_wanted or self.waiting > 0
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is to be as it was, without anybody who waits: all copies of it, and again if they crash."""
+        return self._is_kept or any(one.placement is not None and not self.is_leaving(one) for one in self.staying)
 
     def pick(self, avoid: Replica | None = None, key: Key | None = None) -> Replica | None:
         """Of the ready replicas that may have more the one with the least in flight; `avoid` only if there is no other.
@@ -202,7 +239,7 @@ class Deployment:
         if len(self.replicas) == 1:
             alone = self.replicas[0]
             is_free = alone.state is State.READY and (limit is None or alone.in_flight < limit)
-            return alone if is_free and not (self._leaving or self._giving_way) else None
+            return alone if is_free and not (self._leaving or self._giving_way or self._held) else None
         free = [
             replica
             for replica in self.replicas
@@ -210,6 +247,7 @@ class Deployment:
             and (limit is None or replica.in_flight < limit)
             and not (self._leaving and replica in self._leaving)
             and not (self._giving_way and replica in self._giving_way)
+            and not (self._held and replica in self._held)
         ]
         if len(free) < 2:
             return free[0] if free else None
@@ -222,7 +260,7 @@ class Deployment:
         return max(near, key=lambda replica: _draw(key.number, replica.index))
 
     def _give(self, ticket: Ticket[Replica]) -> Replica | None:
-        replica = None if self._is_held else self.pick(ticket.avoid, ticket.key)
+        replica = self.pick(ticket.avoid, ticket.key)
         return None if replica is None else self.take(replica)
 
     def _serve(self) -> None:
@@ -238,8 +276,15 @@ class Deployment:
         if self.is_handed_over or self.is_closed:
             return self._stop_told()
         if self.has_failed and not self._stopping:
-            return ModelFailed(self.failure_text())
+            retry_after_s = math.ceil(PLACE_RETRY_S) if any(map(_lacks_room, self.staying)) else None
+            return ModelFailed(self.failure_text(), retry_after_s=retry_after_s)
         return None
+
+    def _look_for_room_anew(self) -> None:
+        """Somebody asks: if all that it lacked was room, there may be some by now."""
+        if self.has_failed:
+            for replica in filter(_lacks_room, self.staying):
+                replica.retry()
 
     def _stop_told(self) -> HostlerError:
         """What those are told who wait, or are answered, when somebody stops it."""
@@ -253,7 +298,7 @@ class Deployment:
         """Raises TooManyRequests if one more may not wait."""
         busy, limit = self.launch.request_limits, self.launch.queue_limit
         ready = self.ready()
-        is_busy = limit is None and busy is not None and ready and not self._is_held and self.pick() is None
+        is_busy = limit is None and busy is not None and ready and not self._held and self.pick() is None
         if is_busy or busy == 0:
             metrics.REFUSED.labels(self.launch.uid, "busy").inc()
             raise TooManyRequests(
@@ -283,14 +328,17 @@ class Deployment:
 
     def take(self, replica: Replica) -> Replica:
         """Count the replica as in use until `release`."""
+        replica.pace.count(replica.in_flight, time.monotonic())
         replica.in_flight += 1
         return replica
 
     def release(self, replica: Replica, *, was_served: bool) -> None:
         """The request on the replica has ended."""
+        replica.last_used = now = time.monotonic()
+        replica.pace.count(replica.in_flight, now)
+        replica.pace.end()
         replica.in_flight -= 1
         replica.served += was_served
-        replica.last_used = time.monotonic()
         if self._queue:
             self._serve()
             if not self._queue:
@@ -324,8 +372,7 @@ class Deployment:
         if self._stopping:
             return State.STOPPING
         states = {replica.state for replica in self.staying or self.replicas}
-        order = (State.READY, State.STARTING, State.DOWNLOADING, State.WAITING, State.BACKOFF, State.STOPPING)
-        return next((state for state in (*order, State.FAILED) if state in states), State.STOPPED)
+        return next((state for state in BEST_FIRST if state in states), State.STOPPED)
 
     @property
     def is_loaded(self) -> bool:
@@ -333,9 +380,27 @@ class Deployment:
         return self._is_running
 
     @property
+    def is_resting(self) -> bool:
+        """Whether it sleeps, and nobody asks for it."""
+        return self._is_resting and not self.waiting
+
+    @property
+    def is_tired(self) -> bool:
+        """Whether it is to sleep, though nobody needs its room."""
+        if self._is_told_to_sleep:
+            return not (self.in_flight or self.waiting)
+        return (rest_s := self._idle_rest_s(self.launch.sleep_after_s, State.READY)) is not None and rest_s <= 0
+
+    @property
+    def is_drowsy(self) -> bool:
+        """Whether it is tired, or a copy of it had better try to sleep now than when that keeps somebody waiting."""
+        now = time.monotonic()
+        return self.is_tired or any(replica.should_rehearse(now) for replica in self.replicas)
+
+    @property
     def is_settled(self) -> bool:
-        """Whether it serves, or nobody has asked for it to be loaded."""
-        return not self._start_wanted or self.state is State.READY
+        """Whether it serves, or nobody has asked for it to be loaded, or it sleeps."""
+        return not self._start_wanted or self.state is State.READY or self.is_resting
 
     @property
     def has_failed(self) -> bool:
@@ -397,6 +462,8 @@ class Deployment:
 
     def failure_text(self) -> str:
         """Why it does not serve, and what to do."""
+        if any(map(_lacks_room, self.staying)):
+            return f"{self.reason_text()} The next request looks for room anew."
         if (retry_s := min((one.retry_s for one in self.staying if one.retry_s), default=None)) is not None:
             return f"{self.reason_text()} It is tried again every {retry_s:g} s."
         remedy = f"after mending it, say `hostler start {self.launch.uid}`."
@@ -407,6 +474,7 @@ class Deployment:
     def start(self) -> None:
         """Load now, and give replicas that have failed another chance."""
         self._start_wanted = True
+        self._is_resting = self._is_told_to_sleep = False
         for replica in self.replicas:
             replica.retry()
         self.notify()
@@ -416,18 +484,87 @@ class Deployment:
         self.stops += 1
         self._queue.end(self._stop_told())
         self._unload(force=force)
+        for replica in self.replicas:
+            replica.begin_anew()
 
     def make_room(self, replica: Replica) -> None:
         """End one that answers nobody: it alone if others remain, else the model is unloaded."""
-        others = [one for one in self.staying if one.placement is not None and not self.is_leaving(one)]
-        if others == [replica]:
+        others = [one for one in self._placed() if one is not replica]
+        if not others:
             self._unload(force=False)
-        else:
-            self._giving_way.add(replica)
-            self.notify()
+            return
+        self._giving_way.add(replica)
+        self._is_resting |= all(one.state in RESTING for one in others)
+        self.notify()
+
+    def put_to_sleep(self, replica: Replica, tier: str) -> None:
+        """One that answers nobody; if it was the last that was awake, the model sleeps until somebody asks for it."""
+        replica.fall_asleep(tier)
+        if all(one.state in RESTING for one in self._placed()):
+            self._is_resting, self._is_told_to_sleep = True, False
+        self.notify()
+
+    def rest(self) -> None:
+        """It was left asleep, and nobody has asked for it since."""
+        self._is_resting = True
+
+    async def sleep(self) -> None:
+        """Put it to sleep now, if it answers nobody.
+
+        Raises:
+            Busy: it does.
+            BadRequest: it cannot sleep, or has no bed; the text says why.
+        """
+        uid = self.launch.uid
+        self._check_idle()
+        if self._is_resting:
+            return await self._until_asleep()
+        if self.state is not State.READY:
+            raise BadRequest(f"{uid} is {self.state}: only a model that is ready can be put to sleep.")
+        if not all(replica.beds() for replica in self.ready()):
+            raise BadRequest(f"{uid} cannot sleep: {self.why_sleepless()} `hostler stop {uid}` unloads it.")
+        self._is_told_to_sleep = True
+        try:
+            self._tell_tired()
+            async with asyncio.timeout(SLEEP_DECISION_S):
+                while not self._is_resting and self.is_tired:
+                    await self.changed()
+        except TimeoutError:
+            pass
+        finally:
+            self._is_told_to_sleep = False
+        if not self._is_resting:
+            self._check_idle()  # somebody may have come meanwhile
+            raise BadRequest(
+                f"{uid} has no bed: what is free of the machine's memory, or of `sleep_memory`, does not suffice. "
+                f"`hostler stop {uid}` unloads it."
+            )
+        return await self._until_asleep()
+
+    def _check_idle(self) -> None:
+        """Raises Busy."""
+        if self.in_flight or self.waiting:
+            uid, count = self.launch.uid, self.in_flight
+            raise Busy(f"{uid} answers {count} requests, and {self.waiting} wait for it. Try again later.")
+
+    async def _until_asleep(self) -> None:
+        """Each step has its limit."""
+        while self._is_resting and self.state is State.FALLING_ASLEEP:
+            await self.changed()
+
+    def why_sleepless(self) -> str:
+        """Why it is never put to sleep; a sentence."""
+        if self.engine.is_asleep is None:
+            return f"{self.engine.name} has no way to."
+        if any(replica.tiers and not replica.beds() for replica in self.replicas):
+            return "it has failed to, as `hostler events` tells."
+        return "its options, its device or the engine's settings have it without."
+
+    def _placed(self) -> list[Replica]:
+        return [one for one in self.staying if one.placement is not None and not self.is_leaving(one)]
 
     def _unload(self, *, force: bool) -> None:
-        self._start_wanted = False
+        self._start_wanted = self._is_kept = False
         if self._is_running:
             self._stopping = True
             self._is_forced |= force
@@ -508,23 +645,41 @@ class Deployment:
                     lives[replica] = asyncio.create_task(self._live(replica), name=str(replica))
             for replica in [gone for gone in lives if gone not in self.replicas]:
                 await lives.pop(replica)
+            self._is_kept |= bool(self.ready())
             if self._waits_in_vain:
-                logger.info("%s has no room yet, and nobody waits for it any more", self.launch.uid)
+                logger.info("%s has no room, and nobody waits for it any more", self.launch.uid)
                 self._unload(force=False)
                 return
-            if (rest_s := self._idle_rest_s()) is not None and rest_s <= 0:
+            rest_s = self._idle_rest_s(self.launch.idle_timeout_s, State.READY, State.ASLEEP)
+            if rest_s is not None and rest_s <= 0:
                 logger.info("%s was idle for %g s and is unloaded", self.launch.uid, self.launch.idle_timeout_s)
                 self._unload(force=False)
                 return
-            await self.changed(limit_s=rest_s)
+            if self._is_resting and not any(replica.placement for replica in self.replicas) and not self.waiting:
+                self._unload(force=False)  # the engines that slept have ended
+                return
+            await self.changed(limit_s=min(filter(None, (rest_s, self._drowsy_in_s())), default=None))
+
+    def _drowsy_in_s(self) -> float | None:
+        """How long until it may be well to put it to sleep; who decides that is told when it is."""
+        now = time.monotonic()
+        rests = [self._idle_rest_s(self.launch.sleep_after_s, State.READY)]
+        rests += [replica.rehearse_in_s(now) for replica in self.replicas]
+        if (rest_s := min((rest_s for rest_s in rests if rest_s is not None), default=None)) is None:
+            return None
+        if rest_s <= 0:
+            self._tell_tired()
+            return SLEEP_RETRY_S
+        return rest_s
 
     @property
     def _waits_in_vain(self) -> bool:
-        """Whether all that it does is to wait for room, and for nobody."""
+        """Whether all that it does is to wait for room, or for another try to get some, and for nobody."""
         return (
-            not (self._start_wanted or self.waiting)
+            not self.is_wished
             and bool(self.replicas)
-            and all(replica.waits_for for replica in self.replicas)
+            and not any(replica.state in RESTING for replica in self.replicas)
+            and all(replica.waits_for or _lacks_room(replica) for replica in self.replicas)
         )
 
     async def _live(self, replica: Replica) -> None:
@@ -534,6 +689,9 @@ class Deployment:
         """
         try:
             while not (self._stopping or replica in self._leaving):
+                if self._has_no_use_for(replica):
+                    await self.changed()
+                    continue
                 await self._live_once(replica)
                 self._giving_way.discard(replica)
         finally:
@@ -541,28 +699,36 @@ class Deployment:
             self._forget_leaving([replica])
 
     async def _live_once(self, replica: Replica) -> None:
+        replica.is_wanted = not self.is_resting
         running = asyncio.create_task(replica.run(), name=str(replica))
         try:
-            while not self.is_leaving(replica):
+            while not (self.is_leaving(replica) or self._has_no_use_for(replica)):
                 await self.changed()
+                replica.is_wanted = not self.is_resting
             await self._drain(replica)
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
-    def _idle_rest_s(self) -> float | None:
-        """How long until it may have been idle for too long; None if it does not serve, or may be idle for ever."""
-        idle_timeout_s = self.launch.idle_timeout_s
-        if idle_timeout_s is None or self.waiting or self.state is not State.READY:
+    def _has_no_use_for(self, replica: Replica) -> bool:
+        """Whether it has nothing, and the model sleeps."""
+        return self.is_resting and replica.placement is None
+
+    def _idle_rest_s(self, limit_s: float | None, *states: State) -> float | None:
+        """How long until it may have been idle for so long in such a state; None if it is in none, or waited for."""
+        if limit_s is None or self.waiting or self.state not in states:
             return None
         if self.in_flight:
-            return idle_timeout_s
-        return max(replica.last_used for replica in self.replicas) + idle_timeout_s - time.monotonic()
+            return limit_s
+        return max(replica.last_used for replica in self.replicas) + limit_s - time.monotonic()
 
     async def _drain(self, replica: Replica) -> None:
         """Let the replica's requests in flight end, for as long as the settings allow and its engine lives."""
         limit_s = self._leaving.get(replica)
-        deadline = time.monotonic() + (self._settings().drain_timeout_s if limit_s is None else limit_s)
+        if limit_s is None:
+            settings = self._settings()
+            limit_s = settings.restart_drain_s if self.is_handed_over else settings.drain_timeout_s
+        deadline = time.monotonic() + limit_s
         while replica.in_flight and replica.state is State.READY and not self._is_forced:
             if (rest_s := deadline - time.monotonic()) <= 0:
                 return
@@ -572,6 +738,8 @@ class Deployment:
 
     def notify(self) -> None:
         """Something has changed: requests get what there is for them, and all others look again for themselves."""
+        if self._is_resting and any(replica.state is State.READY for replica in self.replicas):
+            self._is_resting = False
         self._serve()
         self._change.set()
         self._change = asyncio.Event()

@@ -6,6 +6,7 @@ What is seen (`Seen`) is asked from the machine, or made up (`SimulatedMachine`)
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import re
 import time
 from collections import defaultdict, deque
@@ -24,7 +25,11 @@ from gateway.footprint import Footprint, families, footprint
 from gateway.gpus import Gpu, GpuProcess
 from gateway.launch import Size
 from gateway.placement import Device
+from gateway.question import NoAnswer, Question
 
+LOOK_LIMIT_S = 10.0
+SILENT_GPUS = "NVML does not answer, so nobody knows what the GPUs have free"
+SILENT_PROCESSES = "a look at the machine's processes hangs, so nobody knows what the GPUs have free"
 SETTLED_S = 5.0  # memory that others have held for so long is theirs
 UNTOLD_BYTES = 1_500_000_000  # in use on a GPU that shows no process: more than its driver takes
 USUAL_HEADROOM_BYTES = 2**30  # of the machine's memory
@@ -65,7 +70,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
 
     `ram_used_bytes` cannot be had without something ending. `families` has the leader of each process of ours, and
     `footprints` what each leader's take. `names` are those of processes on the GPUs that are here; one that is not may
-    be of another container. `ram_limit` says what the total comes from, if it is not all of the machine.
+    be of another container. `ram_limit` says what the total comes from, if it is not all of the machine. `silence` says
+    why what is told of the GPUs is old, if it is.
     """
 
     gpus: tuple[Gpu, ...] = ()
@@ -75,28 +81,65 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     families: Mapping[int, int] = {}
     footprints: Mapping[int, Footprint] = {}
     names: Mapping[int, str] = {}
+    silence: str | None = None
 
 
 Look = Callable[[Collection[int]], Seen]
 
 
 class Observer:
-    """Looks at the devices, and remembers what others held of late."""
+    """Looks at the devices, and remembers what others held of late. It never waits for long."""
 
-    def __init__(self, look: Look) -> None:
+    def __init__(
+        self, look: Look, *, tell: Callable[[str, str], None] = lambda kind, text: None, limit_s: float = LOOK_LIMIT_S
+    ) -> None:
         """
         Args:
             look: called in a thread, with the leaders of our processes.
+            tell: is told, kind and sentence, that the GPUs can no longer be seen, and that they can again.
         """
-        self._look = look
+        self.silence: str | None = None  # why nobody knows how the GPUs are
+        self._look = Question(look, limit_s=limit_s)
+        self._tell = tell
+        self._threads = concurrent.futures.ThreadPoolExecutor(2, "observer")  # the usual ones may all be held up
         self._foreign: dict[str, deque[tuple[float, int]]] = defaultdict(lambda: deque(maxlen=1000))
 
     async def observe(self, held: Sequence[Held], limits: Limits) -> tuple[Device, ...]:
         """The devices now, GPUs first."""
         leaders = {one.pid for one in held if one.pid is not None}
-        seen = await asyncio.to_thread(self._look, leaders)
+        seen = await asyncio.get_running_loop().run_in_executor(self._threads, self._see, leaders)
+        return self.devices_of(seen, held, limits)
+
+    def devices_of(self, seen: Seen, held: Sequence[Held], limits: Limits) -> tuple[Device, ...]:
+        """The devices as they were seen now."""
         now = time.monotonic()
+        self._note(seen.silence)
         return tuple(self._settled(device, now) for device in devices_of(seen, held, limits))
+
+    async def has_gpus(self, held: Sequence[Held], limits: Limits) -> bool:
+        """Whether there are any; a driver that hangs has some."""
+        return any(device.gpu for device in await self.observe(held, limits)) or self.silence is not None
+
+    def _see(self, leaders: Collection[int]) -> Seen:
+        """The machine now; what hangs is as it was seen last."""
+        try:
+            return self._look(leaders)
+        except NoAnswer as exc:
+            total, used, limit = _ram()
+            return msgspec.structs.replace(
+                exc.last or Seen(),
+                ram_total_bytes=total,
+                ram_used_bytes=used,
+                ram_limit=limit,
+                silence=SILENT_PROCESSES,
+            )
+
+    def _note(self, silence: str | None) -> None:
+        before, self.silence = self.silence, silence
+        if silence and not before:
+            self._tell("ERROR", f"{silence}. Models that need one wait until it answers; `nvidia-smi` may show why.")
+        elif before and not silence:
+            self._tell("INFO", "The GPUs can be seen again.")
 
     def _settled(self, device: Device, now: float) -> Device:
         """With what of the foreign bytes came lately, and may be gone as soon."""
@@ -110,7 +153,11 @@ class Observer:
 
 def look_here(list_gpus: Callable[..., Sequence[Gpu]], leaders: Collection[int]) -> Seen:
     """This machine. Takes milliseconds; call it in a thread."""
-    gpus = tuple(list_gpus(with_processes=True))
+    silence = None
+    try:
+        gpus = tuple(list_gpus(with_processes=True))
+    except NoAnswer as exc:
+        gpus, silence = tuple(exc.last or ()), SILENT_GPUS
     ours = families(leaders)
     members: dict[int, list[int]] = defaultdict(list)
     for pid, leader in ours.items():
@@ -124,6 +171,7 @@ def look_here(list_gpus: Callable[..., Sequence[Gpu]], leaders: Collection[int])
         families=ours,
         footprints={leader: footprint(pids) for leader, pids in members.items()},
         names=_names({process.pid for gpu in gpus for process in gpu.processes}),
+        silence=silence,
     )
 
 

@@ -1,4 +1,9 @@
-"""What earlier runs told of a launch: the most memory it took, and how long it took to load. One file, one writer."""
+"""What earlier runs told of a launch: the most memory it took, and how long it took to load. One file, one writer.
+
+Memory of the machine is what was resident while the engine was ready: its own, and pages of files that it maps, such as
+weights, which count once for a copy. The system measures the peak of that (VmHWM), without what only loading took:
+files that are read once, and buffers that are given back. Of GPUs it is what the driver tells at each look.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ import msgspec
 
 from engines.base import Launch
 from gateway.devices import Look, Seen
-from gateway.footprint import footprint
+from gateway.footprint import footprint, forget_peaks
 from gateway.store import write_durably
 
 logger = logging.getLogger("hostler.experience")
@@ -35,7 +40,7 @@ IMMATERIAL = frozenset(
 class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What is known of one kind of launch: bytes at most and seconds until ready of its latest lives, on GPUs and not.
 
-    `at` is in seconds since the epoch.
+    `at` is in seconds since the epoch. `wakes_s` is how long it took to wake, by the tier in which it slept.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     gpu_peaks: list[int] = []
     ram_load_s: float | None = None
     gpu_load_s: float | None = None
+    wakes_s: dict[str, float] = {}
 
     def peaks(self, *, on_gpu: bool) -> list[int]:
         """Of lives there, oldest first."""
@@ -57,6 +63,7 @@ class Life(msgspec.Struct, kw_only=True):
     on_gpu: bool
     peak_bytes: int = 0
     pids: tuple[int, ...] = ()
+    tells_peak: bool = True  # of what lies between two looks
 
     def see(self, took_bytes: int) -> bool:
         """Remember it if it is the most; whether it is much more than before."""
@@ -110,12 +117,22 @@ class Experience:
     def note_load(self, launch: Launch, load_s: float, *, on_gpu: bool = False) -> None:
         """It became ready so long after its engine's start. Later times count as much as all before together."""
         record = self._record(launch)
-        before = record.gpu_load_s if on_gpu else record.ram_load_s
-        smoothed = round(load_s if before is None else (before + load_s) / 2, 3)
+        smoothed = _smoothed(record.gpu_load_s if on_gpu else record.ram_load_s, load_s)
         if on_gpu:
             record.gpu_load_s = smoothed
         else:
             record.ram_load_s = smoothed
+        self._is_changed = True
+
+    def wake_s(self, launch: Launch, tier: str) -> float | None:
+        """How long it takes to wake from that tier."""
+        record = self._records.get(fingerprint(launch))
+        return None if record is None else record.wakes_s.get(tier)
+
+    def note_wake(self, launch: Launch, tier: str, wake_s: float) -> None:
+        """It woke in so long."""
+        wakes_s = self._record(launch).wakes_s
+        wakes_s[tier] = _smoothed(wakes_s.get(tier), wake_s)
         self._is_changed = True
 
     @contextlib.contextmanager
@@ -133,7 +150,7 @@ class Experience:
         try:
             yield
         finally:
-            if not on_gpu:
+            if not on_gpu and life.tells_peak:
                 life.see(footprint(life.pids).peak_bytes)
             self._lives.pop(pid, None)
             if life.peak_bytes:
@@ -155,7 +172,7 @@ class Experience:
                 self._hurry.clear()
                 try:
                     if self._lives:
-                        self._sample(await asyncio.to_thread(look, set(self._lives)))
+                        await self._sample(await asyncio.to_thread(look, set(self._lives)))
                     if content := self._changes():
                         await asyncio.to_thread(self._write, content)
                 except Exception:  # nobody's service hangs on it
@@ -179,14 +196,19 @@ class Experience:
             del self._records[next(iter(self._records))]
         return record
 
-    def _sample(self, seen: Seen) -> None:
-        for pid, life in self._lives.items():
-            life.pids = tuple(member for member, leader in seen.families.items() if leader == pid)
+    async def _sample(self, seen: Seen) -> None:
+        for pid, life in [*self._lives.items()]:
+            known, life.pids = life.pids, tuple(member for member, leader in seen.families.items() if leader == pid)
             if life.on_gpu:
                 holding = (one for gpu in seen.gpus for one in gpu.processes if seen.families.get(one.pid) == pid)
                 took = sum(one.used_bytes or 0 for one in holding)
+            elif has := seen.footprints.get(pid):
+                new = set(life.pids).difference(known)
+                took = has.peak_bytes if life.tells_peak and not new else has.total_bytes
+                if new:
+                    life.tells_peak &= await asyncio.to_thread(forget_peaks, new)
             else:
-                took = seen.footprints[pid].peak_bytes if pid in seen.footprints else 0
+                took = 0
             self._is_changed |= life.see(took)
 
     def _changes(self) -> bytes | None:
@@ -213,6 +235,10 @@ class Experience:
             write_durably(self._path, content)
         except OSError as exc:
             logger.warning("What launches take cannot be remembered in %s: %s", self._path, exc.strerror)
+
+
+def _smoothed(before: float | None, seconds: float) -> float:
+    return round(seconds if before is None else (before + seconds) / 2, 3)
 
 
 def _read(path: Path) -> dict[str, Record]:

@@ -17,6 +17,7 @@ import msgspec
 
 import engines
 from engines.base import Engine, EngineSettings, Launch, Placement
+from gateway import metrics
 from gateway.apply import Difference, Effect, SettingStep, Way, effective, setting_steps, steps
 from gateway.choice import engine_answers, why_this_engine
 from gateway.config import NOWHERE, Settings, Source
@@ -95,7 +96,7 @@ class Fleet:
         self.events = EventLog()
         self.files = Files(settings.home_path / "files")
         self.reloads: dict[str, Reload] = {}  # the last one of each uid
-        self.observer = Observer(partial(look_here, node.list_gpus))
+        self.observer = Observer(partial(look_here, node.list_gpus), tell=self._tell_of_machine)
         self.experience = Experience(settings.home_path / "experience.json")
         self._deployments: dict[str, Deployment] = {}
         self._left_behind: dict[tuple[str, int], Found] = {}  # at the start: engines by the copy that they serve
@@ -103,7 +104,13 @@ class Fleet:
         self._changing: dict[str, asyncio.Task[None]] = {}  # the last reload of each uid
         self._applying = asyncio.Lock()
         self._tasks = tasks
-        self.dispatcher = Dispatcher(self.deployments, lambda: self.settings, self.observe, self.events.add)
+        self.dispatcher = Dispatcher(
+            self.deployments,
+            lambda: self.settings,
+            self.observe,
+            self.events.add,
+            silence=lambda: self.observer.silence,
+        )
         self._dispatching = tasks.create_task(self.dispatcher.run(), name="dispatcher")
 
     def in_effect(self) -> Settings:
@@ -401,6 +408,7 @@ class Fleet:
         self._changing.pop(uid, None)
         del self._deployments[uid]  # not before: until then the gateway's end must know of it
         deployment.end()
+        metrics.goes(uid)
         if (launch := self._coming.pop(uid, None)) is not None and not self.is_closing:
             self._deploy(launch)
 
@@ -598,13 +606,16 @@ class Fleet:
         if self.is_closing:
             raise ShuttingDown("The gateway is shutting down.")
 
+    def _tell_of_machine(self, event_type: str, text: str) -> None:
+        logger.log(logging.ERROR if event_type == "ERROR" else logging.INFO, "%s", text)
+        self.events.add(OF_GATEWAY, event_type, text)
+
     def _note(self, text: str, event_type: str) -> None:
         """What came of reading the settings again, for people, logs and programs."""
         is_bad = event_type == "ERROR"
         self.taken_up = {"at": time.time(), "error": text if is_bad else None, "steps": None if is_bad else text}
         sentence = f"The settings stay as they were. {text}" if is_bad else f"The settings are taken up: {text}"
-        logger.log(logging.ERROR if is_bad else logging.INFO, "%s", sentence)
-        self.events.add(OF_GATEWAY, event_type, sentence)
+        self._tell_of_machine(event_type, sentence)
 
     @contextlib.asynccontextmanager
     async def relaying(self) -> AsyncIterator[Upstream | None]:
@@ -640,13 +651,19 @@ class Fleet:
 
     async def observe(self) -> Sequence[Device]:
         """The devices now, and what others than our replicas hold of them."""
-        held = [
+        return await self.observer.observe(self._held(), limits_of(self.settings))
+
+    async def has_gpus(self) -> bool:
+        """Whether the machine has any."""
+        return await self.observer.has_gpus(self._held(), limits_of(self.settings))
+
+    def _held(self) -> list[Held]:
+        return [
             Held(name=one.name, pid=one.process.pid if one.process else None, memory=one.placement.memory)
             for deployment in self.deployments()
             for one in deployment.replicas
             if one.placement is not None
         ]
-        return await self.observer.observe(held, limits_of(self.settings))
 
     def restore(self, declared: list[Launch]) -> None:
         """Deploy what the settings declare and what was launched before; engines that run for it are gone on with."""
@@ -662,7 +679,7 @@ class Fleet:
         }
         for folder, why in useless.items():
             logger.info("What an earlier gateway left in %s is ended and removed: %s", folder, why)
-        self._tasks.create_task(self.node.end(list(useless)), name="end leftovers")
+        self._tasks.create_task(self.node.end(list(useless), self.settings.drain_timeout_s), name="end leftovers")
 
     def _deploy_all(self, declared: list[Launch]) -> None:
         for launch in declared:
@@ -702,14 +719,18 @@ class Fleet:
             settings=self.in_effect,
             should_start=launch.preload and is_wanted,
             changed=self.dispatcher.poke,
+            tired=self.dispatcher.look,
         )
         deployment.replicas = [self._replica(deployment, index) for index in range(launch.replica)]
         for replica in deployment.replicas:
             if found := self._left_behind.get((launch.uid, replica.index)):
                 replica.take_over(found)
-        if any(replica.left_behind for replica in deployment.replicas):
+        if left_behind := [found for replica in deployment.replicas if (found := replica.left_behind)]:
             deployment.start()
+            if all(found.is_asleep for found in left_behind):
+                deployment.rest()
         self._deployments[launch.uid] = deployment
+        metrics.comes(launch.uid)
         self.events.add(launch.uid, "INFO", "Launch model")
         deployment.begin(self._tasks)
         return deployment
@@ -725,7 +746,7 @@ class Fleet:
             settings=self.in_effect,
             changed=deployment.notify,
             place=partial(self.dispatcher.place, deployment),
-            observe=self.observe,
+            has_gpus=self.has_gpus,
             experience=self.experience,
             tell=partial(self.events.add, launch.uid),
             moved=partial(self.events.moved, launch.uid, index),

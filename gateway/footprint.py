@@ -17,7 +17,8 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of a family of processes.
 
     `own_bytes` would be free if it ended. `file_bytes` are pages of files that it maps, such as a model's weights: the
-    system may drop them, but it is slow without. `peak_bytes` is the most that both were at once, as far as is known.
+    system may drop them, but it is slow without. `peak_bytes` is the most that both were at once, as far as is known,
+    in a process' life or since `forget_peaks`.
     """
 
     own_bytes: int = 0
@@ -79,6 +80,17 @@ def footprint(pids: Iterable[int]) -> Footprint:
         file = max(file, seen["RssFile"])
         peak = max(peak, seen["VmHWM"])
     return Footprint(own_bytes=own + shared, file_bytes=file, peak_bytes=max(peak, own + shared + file))
+
+
+def forget_peaks(pids: Iterable[int]) -> bool:
+    """Have the system measure their peaks anew from now on; whether it does for all of them."""
+    try:
+        for pid in pids:
+            with open(f"/proc/{pid}/clear_refs", "w") as file:
+                file.write("5")  # of all that can be cleared, the peak of resident memory
+    except OSError:  # gone, or a system without
+        return False
+    return True
 
 
 def _read(pid: int) -> dict[str, int]:

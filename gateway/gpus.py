@@ -12,7 +12,11 @@ from typing import Any
 
 import msgspec
 
+from gateway.question import NoAnswer, Question
+
 logger = logging.getLogger("hostler.gpus")
+
+LIMIT_S = 5.0  # a driver answers within milliseconds
 
 
 class GpuProcess(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,9 +69,17 @@ def list_gpus(
     return _visible(gpus, environment.get("CUDA_VISIBLE_DEVICES"))
 
 
-@cache
 def cuda_version() -> str | None:
-    """The newest CUDA that the driver knows, such as "12.8"; None without a driver."""
+    """The newest CUDA that the driver knows, such as "12.8"; None without a driver, and while that hangs."""
+    try:
+        return _cuda_version()
+    except NoAnswer:
+        logger.error("NVML does not answer, so nobody knows which CUDA the driver has.")
+        return None
+
+
+@cache
+def _ask_cuda_version() -> str | None:
     import pynvml  # only when asked
 
     try:
@@ -81,6 +93,9 @@ def cuda_version() -> str | None:
     finally:
         pynvml.nvmlShutdown()
     return f"{version // 1000}.{version % 1000 // 10}"
+
+
+_cuda_version = Question(_ask_cuda_version, limit_s=LIMIT_S)
 
 
 def _observe_all(nvml: Any, with_processes: bool) -> list[Gpu]:

@@ -8,7 +8,8 @@ folder. Over a pair of sockets they agree on the moment, one line each:
     new: serving    the engines are found again, and the door is open
     new: failed ... why not; the old one goes on
 
-A new one that ends without a word has failed, too. Knows nothing of models.
+A new one that ends without a word has failed, too. Once it serves, `connections` go the same way. Knows nothing of
+models.
 """
 
 from __future__ import annotations
@@ -88,8 +89,15 @@ def predecessor() -> Predecessor | None:
 class Successor:
     """The gateway after us, as we see it. Made by `start`; either it serves in the end, or `give_up` ends it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        channel: socket.socket,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
         self.pid = process.pid
+        self.channel = channel  # for what follows once it serves
         self._process = process
         self._reader = reader
         self._writer = writer
@@ -115,8 +123,9 @@ class Successor:
             except OSError as exc:
                 ours.close()
                 raise HandoverFailed(f"The new gateway cannot be started: {exc.strerror}.") from exc
+        channel = ours.dup()
         reader, writer = await asyncio.open_connection(sock=ours)
-        return cls(process, reader, writer)
+        return cls(process, channel, reader, writer)
 
     async def until_prepared(self) -> None:
         """Raises HandoverFailed."""
@@ -131,6 +140,7 @@ class Successor:
     async def give_up(self) -> None:
         """It is not to take over."""
         self._writer.close()
+        self.channel.close()
         try:
             await asyncio.to_thread(self._process.wait, END_LIMIT_S)
         except subprocess.TimeoutExpired:

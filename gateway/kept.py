@@ -27,7 +27,7 @@ from engines.environments import child_environment
 from gateway import lives
 from gateway.keeper import END_NOW, MARK_VARIABLE, marked, signal_one
 from gateway.lives import Found, Hold, Life, RunFolder, Started
-from gateway.process import END_PAUSE_S, KILLED_LIMIT_S, TAIL_LINES, CannotStart, Exit, tail
+from gateway.process import END_PAUSE_S, KILLED_LIMIT_S, TAIL_LINES, CannotStart, Exit, is_alive, tail
 
 KEEPER = Path(__file__).with_name("keeper.py")
 ANSWER_LIMIT_S = 30.0  # for a keeper to say whether its engine runs
@@ -70,12 +70,7 @@ class EngineProcess:
     @property
     def is_running(self) -> bool:
         """Whether the engine's own process is there; its keeper tells of its end a moment later."""
-        try:
-            return lives.is_running(self._started.engine) and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-        except (psutil.Error, OSError):  # too many files are open: nobody is declared dead for that
-            return True
+        return lives.is_running(self._started.engine) and is_alive(self.pid)
 
     def kill(self) -> None:
         """End it without grace."""
@@ -265,12 +260,22 @@ def _answer(keeper: socket.socket, order: bytes) -> dict[str, Any]:
     return answer
 
 
-async def end_life(folder: Path) -> None:
-    """End whatever is there of a life that nobody goes on with, and forget it. Never raises."""
+async def end_life(folder: Path, drain_s: float = 0.0) -> None:
+    """End whatever is there of a life that nobody goes on with, and forget it. Never raises.
+
+    Args:
+        drain_s: how long another gateway may go on to answer by its engine.
+    """
     found = lives.read(folder)
     if isinstance(found, Found):
         with contextlib.suppress(OSError):
-            await EngineProcess(found, is_adopted=True).end()
+            process = EngineProcess(found, is_adopted=True)
+            deadline = time.monotonic() + drain_s
+            try:
+                while time.monotonic() < deadline and process.hold.is_shared() and process.is_running:
+                    await asyncio.sleep(POLL_PAUSE_S)
+            finally:
+                await process.end()
             return
     await asyncio.to_thread(_kill_marked, folder)
     await asyncio.to_thread(lives.remove, folder)

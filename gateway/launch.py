@@ -33,7 +33,7 @@ RESERVED_UIDS = frozenset(
     ["prompts", "families", "instances", "instance", "vllm-supported", "update_type", "llm", "recommend", "update_spec"]
 )
 RESERVED_ENDING = re.compile(
-    r"/(start|stop|logs|progress|cancel|events|queue|versions|reload(/config)?|replicas(/\d+)?|requests/[^/]+/abort)$"
+    r"/(start|stop|sleep|wake|logs|progress|cancel|events|queue|versions|reload(/config)?|replicas(/\d+)?|requests/[^/]+/abort)$"
 )
 SENT_TO_ALL = ("trust_remote_code", "device")
 FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -48,6 +48,7 @@ RELOADABLE = (
     "queue_limit",
     "pinned",
     "priority",
+    "sleep_after_s",
     "idle_timeout_s",
     "start_timeout_s",
     "load_timeout_s",
@@ -100,6 +101,9 @@ class LaunchRequest(Selection, frozen=True, kw_only=True, forbid_unknown_fields=
         bool, Meta(description="run on the CPU where the GPUs have no room; else that is refused")
     ] = False
     preload: Annotated[bool, Meta(description="load at start instead of at the first request")] = False
+    sleep_after_s: (
+        Annotated[Seconds, Meta(description="have it sleep after so long without a request, if its engine can")] | None
+    ) = None
     idle_timeout_s: Annotated[Seconds, Meta(description="unload after so long without a request")] | None = None
     start_timeout_s: Annotated[Seconds, Meta(description="from the engine's start until it is ready")] = START_TIMEOUT_S
     load_timeout_s: Annotated[
@@ -192,6 +196,7 @@ def plan(
         memory_bytes=None if request.memory is None else bytes_of(request.memory),
         cpu_fallback=request.cpu_fallback,
         preload=request.preload,
+        sleep_after_s=request.sleep_after_s,
         idle_timeout_s=request.idle_timeout_s,
         start_timeout_s=request.start_timeout_s,
         load_timeout_s=request.load_timeout_s,

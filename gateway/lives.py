@@ -1,12 +1,14 @@
 """What is on disk of the engines that run: one folder for each life of an engine, so that another gateway finds it.
 
 A folder holds `life.json`, which the gateway writes before anything starts; what the engine's keeper writes
-(`started.json`, `ended.json`); the engine's socket and files; and `held`, which every gateway that uses the engine has
+(`started.json`, `ended.json`); whether it sleeps, which the gateway writes before and after it changes that
+(`slumber.json`); the engine's socket and files; and `held`, which every gateway that uses the engine has
 locked. Only its owner may read it, as the key of the engine is in it.
 """
 
 from __future__ import annotations
 
+import enum
 import fcntl
 import hashlib
 import logging
@@ -17,10 +19,11 @@ import signal
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from engines.base import Command, Endpoint, Placement
+from engines.base import Command, Endpoint, Placement, Tier
 from gateway.keeper import ENDED, ORPHANS, STARTED, started_of
 from gateway.store import write_durably
 
@@ -28,12 +31,26 @@ logger = logging.getLogger("hostler.lives")
 
 SOCKET_PATH_LIMIT = 100  # bytes; the system's own limit is 104 to 108
 SOCKET = "e.sock"
-LIFE, READY, HELD = "life.json", "ready", "held"
+LIFE, READY, SLUMBER, HELD = "life.json", "ready", "slumber.json", "held"
 NAME_BYTES = 4
 
 
+class Safer(msgspec.Struct, frozen=True, kw_only=True):
+    """What is run needs less memory than the wish: the launch's options for it, and how that is told.
+
+    `wish` is the fingerprint of the whole wish, at the same place.
+    """
+
+    wish: str
+    options: dict[str, Any]
+    degraded: str
+
+
 class Life(msgspec.Struct, frozen=True, kw_only=True):
-    """One life of an engine: whose it is, where it listens, what is run. `started_at` is a time of the epoch."""
+    """One life of an engine: whose it is, where it listens, what is run, what it was given, and how it could sleep.
+
+    `started_at` is a time of the epoch. `safer` is None if the whole wish is run.
+    """
 
     uid: str
     index: int
@@ -45,6 +62,28 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
     log: str
     log_start: int
     started_at: float
+    safer: Safer | None = None
+    tiers: tuple[Tier, ...] = ()
+
+    def tier(self, name: str) -> Tier | None:
+        """That of the name; None if it has none."""
+        return next((tier for tier in self.tiers if tier.name == name), None)
+
+
+class Stage(enum.StrEnum):
+    """Whether an engine sleeps, as far as that is known for sure."""
+
+    AWAKE = "awake"
+    ASLEEP = "asleep"
+    UNSURE = "unsure"  # it was about to fall asleep, or to wake
+
+
+class Slumber(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether an engine sleeps, in which tier, and what it has taken of the machine's memory for that."""
+
+    stage: Stage = Stage.AWAKE
+    tier: str = ""
+    host_bytes: int = 0
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -68,6 +107,12 @@ class Found(msgspec.Struct, frozen=True):
     folder: Path
     life: Life
     started: Started
+    slumber: Slumber = Slumber()
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether its engine was left asleep, for sure."""
+        return self.slumber.stage is Stage.ASLEEP
 
 
 class ForeignFolder(Exception):
@@ -122,7 +167,22 @@ def read(folder: Path) -> Found | str:
     for what, process in (("keeper", started.keeper), ("engine", started.engine)):
         if not is_running(process):
             return f"its {what} (process {process[0]}) is gone"
-    return Found(folder, life, started)
+    return Found(folder, life, started, slumber_of(folder))
+
+
+def slumber_of(folder: Path) -> Slumber:
+    """Whether the engine sleeps, as it was last written down; unsure if that cannot be read."""
+    try:
+        return msgspec.json.decode((folder / SLUMBER).read_bytes(), type=Slumber)
+    except FileNotFoundError:
+        return Slumber()
+    except (OSError, msgspec.MsgspecError):
+        return Slumber(stage=Stage.UNSURE)
+
+
+def note_slumber(folder: Path, slumber: Slumber) -> None:
+    """Write down whether it sleeps. Raises OSError."""
+    write_durably(folder / SLUMBER, msgspec.json.encode(slumber))
 
 
 def ended_of(folder: Path) -> Ended | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from bisect import bisect_left
@@ -113,6 +114,11 @@ RETRIES = Counter(
     "hostler_request_retries", "Requests sent a second time, as the engine died before a byte.", ("model",)
 )
 EVICTIONS = Counter("hostler_model_evictions", "Replicas that were ended to make room for another model.", ("model",))
+SLEEPS = Counter("hostler_model_sleeps", "Replicas that fell asleep, by the tier.", ("model", "tier"))
+WAKES = Counter("hostler_model_wakes", "Replicas that were woken, by the tier in which they slept.", ("model", "tier"))
+WAKE_SECONDS = Histogram(
+    "hostler_model_wake_seconds", "From having room to being ready again.", ("model", "tier"), buckets=DURATIONS
+)
 TURNED_AWAY = Counter("hostler_clients_turned_away", "Requests refused, as too many clients were connected.")
 ADOPTIONS = Counter(
     "hostler_engine_adoptions", "Engines that an earlier gateway started, and that go on without a load.", ("model",)
@@ -120,6 +126,30 @@ ADOPTIONS = Counter(
 ENGINE_RESTARTS = Counter(
     "hostler_engine_failures", "Lives of an engine that ended otherwise than by our wish, and why.", ("model", "cause")
 )
+
+OF_MODELS = (
+    *(QUEUE_SECONDS, REFUSED, LOAD_SECONDS, CANCELLED, RETRIES, EVICTIONS, SLEEPS, WAKES, WAKE_SECONDS, ADOPTIONS),
+    ENGINE_RESTARTS,
+)
+GONE_KEPT = 50  # models that are gone and still have their figures, so that the last of them are scraped
+_gone: dict[str, None] = {}  # the first to have gone comes first
+
+
+def comes(model: str) -> None:
+    """A model is there, maybe again: its figures stay."""
+    _gone.pop(model, None)
+
+
+def goes(model: str) -> None:
+    """A model is there no longer: its figures go once enough others have gone after it."""
+    comes(model)
+    _gone[model] = None
+    if len(_gone) > GONE_KEPT:
+        first = next(iter(_gone))
+        del _gone[first]
+        _tallies.pop(first, None)
+        for metric in OF_MODELS:
+            metric.remove_by_labels({"model": first})
 
 
 class FleetCollector(Collector):
@@ -149,7 +179,11 @@ class FleetCollector(Collector):
                 labels = (deployment.launch.uid, str(replica.index))
                 in_flight.add_metric(labels, replica.in_flight)
                 state.add_metric((*labels, str(replica.state)), 1)
-        yield from (in_flight, waiting, oldest, state)
+        tasks = GaugeMetricFamily(
+            "hostler_tasks", "Of the gateway's own loop: a number that grows and grows is a leak."
+        )
+        tasks.add_metric((), len(asyncio.all_tasks()))
+        yield from (in_flight, waiting, oldest, state, tasks)
 
 
 def render() -> bytes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from gateway.replica import COMING, Replica, State
+from gateway.replica import COMING, RESTING, Replica, State
 
 if TYPE_CHECKING:
     from gateway.deployment import Deployment
@@ -44,10 +44,21 @@ def outlook(deployment: Deployment) -> Outlook:
     state = deployment.state
     if state in COMING:
         return _coming(next(one for one in deployment.replicas if one.state is state), deployment.load_s())
+    if state in RESTING:
+        return _resting(next(one for one in deployment.replicas if one.state is state))
     stage = str(state)
     if state is State.READY and (deployment.is_held or deployment.waiting):
         stage = f"busy with {deployment.in_flight} requests" + (", then makes room" if deployment.is_held else "")
     return Outlook(state=str(state), stage=stage, left_s=deployment.load_s() if state is State.STOPPED else None)
+
+
+def _resting(replica: Replica) -> Outlook:
+    """One that sleeps; what is left is what it takes to wake."""
+    stage = f"{replica.state} (tier {replica.tier.name})" if replica.tier else str(replica.state)
+    left_s = replica.wake_s(replica.tier.name) if replica.tier else None
+    if replica.waits_for:
+        stage, left_s = f"{stage}, waits for room: {replica.waits_for}", None
+    return Outlook(state=str(replica.state), stage=stage, stage_s=time.monotonic() - replica.state_since, left_s=left_s)
 
 
 def _coming(replica: Replica, load_s: float | None) -> Outlook:
@@ -63,9 +74,12 @@ def _coming(replica: Replica, load_s: float | None) -> Outlook:
         if progress.total_bytes:
             percent = 100 * progress.done_bytes / progress.total_bytes
             left_s = None if progress.eta_s is None else progress.eta_s + (load_s or 0)
-    elif replica.state is State.STARTING and load_s:
-        percent = min(NEARLY_PERCENT, 100 * stage_s / load_s)
-        left_s = load_s - stage_s if stage_s < load_s else None  # it takes longer than before: nobody knows how long
+    elif replica.state in (State.STARTING, State.WAKING):
+        takes_s = replica.wake_s(replica.tier.name) if replica.tier else load_s
+        percent = min(NEARLY_PERCENT, 100 * stage_s / takes_s) if takes_s else None
+        left_s = (
+            takes_s - stage_s if takes_s and stage_s < takes_s else None
+        )  # it takes longer than before: nobody knows how long
     after = replica.failure.reason if replica.failure and replica.failures_in_row else None
     return Outlook(state=str(replica.state), stage=stage, stage_s=stage_s, percent=percent, left_s=left_s, after=after)
 
@@ -73,7 +87,7 @@ def _coming(replica: Replica, load_s: float | None) -> Outlook:
 def text(deployment: Deployment, number: int | None = None) -> str:
     """A sentence for who waits, with its number in the queue."""
     told = outlook(deployment)
-    verb = "is loading: " if told.state in COMING else "is "
+    verb = "is loading: " if told.state in COMING and told.state != State.WAKING else "is "
     if told.stage.startswith("waits"):
         verb = ""
     place = f"; number {number} of {deployment.waiting} in the queue" if number else ""

@@ -100,9 +100,18 @@ def needs_of(launch: Launch, needs: Needs, index: int) -> Needs:
     return needs
 
 
+def how(placement: Placement) -> str:
+    """How it differs from the whole wish, as part of a sentence; empty if it does not."""
+    if placement.context_tokens:
+        return f"with a context of {placement.context_tokens:,} tokens, as the model's own has no room"
+    if placement.gpu_layers:
+        return f"with {placement.gpu_layers} of its layers on GPUs, and the others on the CPU"
+    return ""
+
+
 def fell_back(needs: Needs, placement: Placement) -> bool:
     """Whether it got the CPU because the GPUs have no room."""
-    return placement.gpu_uuids == () and needs.n_gpu != 0 and needs.gpu_idx != ()
+    return placement.gpu_uuids == () and not needs.is_for_cpu
 
 
 def place(
@@ -120,6 +129,8 @@ def place(
     takes), else the fewest that have, if it can be split. The machine's memory is for those that ask for it, and for
     all where there is no GPU.
 
+    Where the context may be shorter, it is the longest that has room; rather a shorter one than more GPUs.
+
     Args:
         promised: bytes by device that our replicas hold or were promised.
         cpu_fallback: whether the machine's memory will do where the GPUs have no room.
@@ -132,6 +143,23 @@ def place(
     return msgspec.structs.replace(found, for_ever=for_ever)
 
 
+def regain(awake: Placement, devices: Sequence[Device], promised: Mapping[str, int]) -> Placement | NoRoom:
+    """The whole of what an engine had that sleeps, on the same devices, or why there is no room for it.
+
+    Args:
+        promised: as of `place`, without what it has kept.
+    """
+    by_key = {device.key: device for device in devices}
+    full = {key: size for key, size in awake.memory.items() if key not in by_key or size > by_key[key].free(promised)}
+    if not full:
+        return awake
+    told = "; ".join(_told(by_key[key], promised) if key in by_key else f"{key} is gone" for key in full)
+    wanted = ", ".join(
+        f"{megabytes(size)} of {by_key[key].name if key in by_key else key}" for key, size in full.items()
+    )
+    return _refusal(f"it needs {wanted} again, and there is no room: {told}", ())
+
+
 def _try(
     needs: Needs,
     devices: Sequence[Device],
@@ -139,8 +167,94 @@ def _try(
     cpu_fallback: bool,
     apart_from: Collection[str],
 ) -> Placement | NoRoom:
+    """The first of all ways that has room, those without the CPU first; else why the last one has none."""
+    ways = _ways(needs)
+    plain = [way for way in ways if way.gpu_layers is None] or [_Way(needs=_whole(needs))]
+    tries = [(way, False) for way in ways] + ([(way, True) for way in plain] if cpu_fallback else [])
+    refusal = NoRoom(text="")
+    for way, may_fall_back in tries:
+        found = _try_way(way, devices, promised, may_fall_back, apart_from)
+        if isinstance(found, Placement):
+            return found
+        refusal = found
+    return refusal if needs.may_split else _with_layers(refusal, needs, devices, promised)
+
+
+class _Way(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the ways in which needs may be met: with fewer tokens, or with fewer layers on GPUs."""
+
+    needs: Needs
+    context_tokens: int | None = None
+    gpu_layers: int | None = None
+    ram_bytes: int = 0
+
+
+def _ways(needs: Needs) -> list[_Way]:
+    """The best first."""
+    whole = _whole(needs)
+    if needs.gpu_layers is not None and needs.gpu_layers in needs.splits:
+        return [_split_way(whole, needs.gpu_layers, *needs.splits[needs.gpu_layers])]
+    if needs.may_split:
+        return [_Way(needs=whole), *(_split_way(whole, layers, *sizes) for layers, sizes in needs.splits.items())]
+    ways = [_Way(needs=whole)]
+    for tokens, size in needs.shorter.items():
+        cache = msgspec.structs.replace(needs.cache, tokens=tokens) if needs.cache else None
+        less = msgspec.structs.replace(whole, memory_bytes=size, cache=cache, lighter={})
+        ways.append(_Way(needs=less, context_tokens=tokens))
+    if needs.shorter and needs.can_spread and needs.n_gpu is None and needs.gpu_idx is None:
+        on_one = (msgspec.structs.replace(way.needs, can_spread=False) for way in ways)
+        return [*(msgspec.structs.replace(way, needs=one) for way, one in zip(ways, on_one, strict=True)), *ways]
+    return ways
+
+
+def _whole(needs: Needs) -> Needs:
+    return msgspec.structs.replace(needs, shorter={}, splits={})
+
+
+def _split_way(needs: Needs, layers: int, gpu_bytes: int, ram_bytes: int) -> _Way:
+    on_gpus = msgspec.structs.replace(needs, memory_bytes=gpu_bytes, lighter={})
+    return _Way(needs=on_gpus, gpu_layers=layers, ram_bytes=ram_bytes)
+
+
+def _try_way(
+    way: _Way,
+    devices: Sequence[Device],
+    promised: Mapping[str, int],
+    cpu_fallback: bool,
+    apart_from: Collection[str],
+) -> Placement | NoRoom:
+    found = _try_as_it_is(way.needs, devices, promised, cpu_fallback, apart_from)
+    if isinstance(found, NoRoom):
+        return found
+    if found.gpu_uuids and way.gpu_layers is not None:
+        asked = Needs(memory_bytes=way.ram_bytes)
+        beside = _on_cpu(asked, devices, promised, ())
+        if isinstance(beside, NoRoom):
+            return _refusal(f"of the layers that are not on the GPU {beside.reason}", beside.remedies)
+        memory = {**found.memory, **beside.memory}
+        return msgspec.structs.replace(found, memory=memory, gpu_layers=way.gpu_layers)
+    return msgspec.structs.replace(found, context_tokens=way.context_tokens)
+
+
+def _with_layers(refusal: NoRoom, needs: Needs, devices: Sequence[Device], promised: Mapping[str, int]) -> NoRoom:
+    """The refusal with how many layers would have room on the GPUs, if any would."""
+    for layers, sizes in needs.splits.items():
+        way = _split_way(_whole(needs), layers, *sizes)
+        if isinstance(_try_way(way, devices, promised, False, ()), Placement):
+            of = f"{layers} of its {len(needs.splits) + 1} layers have room on GPUs, the others in the machine's memory"
+            return _refusal(refusal.reason, (f"n_gpu_layers {layers}: {of}.", *refusal.remedies))
+    return refusal
+
+
+def _try_as_it_is(
+    needs: Needs,
+    devices: Sequence[Device],
+    promised: Mapping[str, int],
+    cpu_fallback: bool,
+    apart_from: Collection[str],
+) -> Placement | NoRoom:
     gpus = {device.gpu.index: device for device in devices if device.gpu}
-    if needs.gpu_idx == () or needs.n_gpu == 0:
+    if needs.is_for_cpu:
         return _on_cpu(needs, devices, promised, ())
     if needs.gpu_idx is None and needs.n_gpu is None and not gpus:
         return _on_cpu(needs, devices, promised, None)

@@ -7,8 +7,11 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from gateway.connections import CannotAsk
+import msgspec
+
+from gateway.connections import CannotAsk, UpstreamLost
 from gateway.upstream import Upstream
 
 PAUSE_FIRST_S = 0.02
@@ -84,6 +87,25 @@ async def until_silent(
         heard, since, misses = upstream.heard, time.monotonic(), 0
     said = "has not answered its health check" if status is None else f"has answered its health check with {status}"
     return f"it {said} for {time.monotonic() - since:.0f} s"
+
+
+async def read_number(upstream: Upstream, path: str, keys: Sequence[str | int]) -> int | None:
+    """A number above 0 in what the path answers, by the keys that lead there; None if there is none."""
+    try:
+        async with asyncio.timeout(READY_LIMIT_S):
+            reply = await upstream.send("GET", path)
+            try:
+                parts = []
+                while part := await reply.read():
+                    parts.append(part)
+            finally:
+                reply.close()
+        value: Any = msgspec.json.decode(b"".join(parts)) if reply.status == 200 else None
+        for key in keys:
+            value = value[key]
+    except (CannotAsk, UpstreamLost, TimeoutError, msgspec.MsgspecError, LookupError, TypeError):
+        return None
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _share(before: float, after: float | None, within_s: float) -> float:

@@ -48,6 +48,16 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
         return f"signal {self.signal} ({name})"
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process is there that has not ended, be it that nobody has asked how."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except (psutil.Error, OSError):  # too many files are open: nobody is declared dead for that
+        return True
+
+
 class CannotStart(Exception):
     """A program cannot be started; `is_final` if trying again cannot help."""
 

@@ -4,23 +4,28 @@ waiting -> downloading -> starting -> ready -> stopping -> stopped
    ^                        |           |
    |                        v           v
    +------ backoff <------ exit before or after ready;   too many in a row -> failed (needs a person)
+
+and where its engine can: ready -> falling asleep -> asleep -> waking -> ready
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Any, NoReturn
 
 import msgspec
 
-from engines.base import Command, Endpoint, Engine, Launch, Needs, Placement
-from gateway import causes, metrics
+from engines.base import Call, Command, Endpoint, Engine, Launch, Needs, Placement, Tier
+from gateway import causes, metrics, tiers
 from gateway.causes import Cause
 from gateway.config import Settings
 from gateway.downloads import DownloadFailed, Progress, fetch_all
@@ -28,10 +33,11 @@ from gateway.environments import CannotBuild, mark_used, prepare, recipe_of
 from gateway.experience import Experience
 from gateway.kept import EngineProcess
 from gateway.limits import NO_NEW_THREAD, is_disk_full, oom_kills
-from gateway.lives import Found, fingerprint, mark_ready, was_ready
+from gateway.lives import Found, Safer, Slumber, Stage, fingerprint, mark_ready, note_slumber, was_ready
 from gateway.nodes.local import LocalNode
-from gateway.placement import Device, fell_back
-from gateway.probe import NotReady, ask_once, until_ready, until_silent
+from gateway.pace import Pace
+from gateway.placement import fell_back, how
+from gateway.probe import NotReady, ask_once, read_number, until_ready, until_silent
 from gateway.process import CannotStart, Exit, NoProcess
 from gateway.sizing import needs_now
 from gateway.upstream import Upstream
@@ -46,6 +52,9 @@ HURRY_GRACE_S = 1.0
 TURNS = 10  # of the loop, in which everybody who waits for a thing that is done has learnt of it
 PLACE_RETRY_S = 10.0  # others may have given back what they hold
 SHARED_PAUSE_S = 0.2
+EXIT_LIMIT_S = 1.0  # for a process to be seen to end that has just broken a connection
+REHEARSE_AFTER_S = 20.0  # idle for so long, nobody is likely to ask in the next moment
+TIER_FAILURES = 2  # until a tier is not used any more
 
 
 class State(enum.StrEnum):
@@ -55,13 +64,17 @@ class State(enum.StrEnum):
     DOWNLOADING = "downloading"
     STARTING = "starting"
     READY = "ready"
+    FALLING_ASLEEP = "falling asleep"
+    ASLEEP = "asleep"
+    WAKING = "waking"
     STOPPING = "stopping"
     STOPPED = "stopped"
     BACKOFF = "backoff"
     FAILED = "failed"
 
 
-COMING = frozenset({State.WAITING, State.DOWNLOADING, State.STARTING, State.BACKOFF})
+COMING = frozenset({State.WAITING, State.DOWNLOADING, State.STARTING, State.WAKING, State.BACKOFF})
+RESTING = frozenset({State.FALLING_ASLEEP, State.ASLEEP})
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +101,7 @@ class Begun(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: Endpoint
     process: AbstractAsyncContextManager[EngineProcess | NoProcess]
     limit_s: float
+    slumber: Slumber = Slumber()  # as it was left by an earlier gateway
 
 
 class ReplicaFailed(Exception):
@@ -97,6 +111,10 @@ class ReplicaFailed(Exception):
         super().__init__(failure.reason)
         self.failure = failure
         self.retry_s = retry_s
+
+
+class Replaced(Exception):
+    """The engine is ended by our wish, to be started anew elsewhere."""
 
 
 class NoPlace(Exception):
@@ -120,8 +138,8 @@ class Replica:
         log: Path,
         settings: Callable[[], Settings],
         changed: Callable[[], None],
-        place: Callable[[Replica, Needs], Awaitable[Placement]],
-        observe: Callable[[], Awaitable[Sequence[Device]]],
+        place: Callable[[Replica, Needs, Placement | None], Awaitable[Placement]],
+        has_gpus: Callable[[], Awaitable[bool]],
         experience: Experience,
         tell: Callable[[str, str], None],
         moved: Callable[[State, State], None] = lambda before, after: None,
@@ -147,8 +165,10 @@ class Replica:
         self.process: EngineProcess | NoProcess | None = None
         self.address: str | None = None
         self.upstream: Upstream | None = None
+        self.context_tokens: int | None = None  # that a request may have, as its engine tells
         self.placement: Placement | None = None  # what it holds; given by the dispatcher, given back here
         self.left_behind: Found | None = None  # its engine, which an earlier gateway has started
+        self.pace = Pace()
         self.load_s = experience.load_s(launch)  # of the last start that came to be ready, as far as that is known
         self.retry_s = engine.retry_s  # after how long it is tried again once it has failed
         self.engine = engine
@@ -157,15 +177,38 @@ class Replica:
         self._silence: Failure | None = None  # of this life
         self._changed = changed
         self._ask_for_place = place
-        self._observe = observe
+        self._has_gpus = has_gpus
         self._experience = experience
         self._tell = tell
         self._moved = moved
         self._retry = asyncio.Event()
+        self._longest_tokens: int | None = None  # of a context that may be shorter
         self._was_ever_ready = False
         self._is_safer_tried = False
+        self.tiers: tuple[Tier, ...] = ()  # how the engine of this life can sleep
+        self.tier: Tier | None = None  # in which it sleeps, falls asleep, or wakes
+        self.is_asleep = False  # or ends after that, without having been woken
+        self.host_bytes = 0  # of the machine's memory, taken by this life for sleeping
+        self._host_bytes_before = 0  # this time
+        self._awake: Placement | None = None  # what it had before it ever slept
+        self._is_wanted = False  # awake
+        self._is_rehearsal = False
+        self._turn = asyncio.Event()  # what it is to do has changed
+        self._tier_failures: Counter[str] = Counter()
+        self._needs_of_start: Needs | None = None
+        self._own: Upstream | None = None  # also while nobody else may use it
+        self._own_address: str | None = None
         self._oom_kills: int | None = None  # as this life began
         self._said: tuple[str, ...] = ()  # by the engine whose end was the last
+
+    @property
+    def busy_s(self) -> float:
+        """How long it is expected to load yet, or to answer what it has begun."""
+        now = time.monotonic()
+        if self.state in (State.READY, State.ASLEEP):
+            return self.pace.rest_s(self.in_flight, now)
+        takes_s = self.wake_s(self.tier.name) if self.tier else self.load_s
+        return max(0.0, (takes_s or 0.0) - (now - self.state_since))
 
     @property
     def rest_s(self) -> float:
@@ -179,14 +222,21 @@ class Replica:
 
     def take_over(self, found: Found) -> None:
         """Begin its next life with an engine that an earlier gateway has left running; what that holds, it holds."""
-        self.left_behind, self.placement = found, found.life.placement
+        self.left_behind, slumber = found, found.slumber
+        tier = found.life.tier(slumber.tier)
+        self.host_bytes = max(slumber.host_bytes, tier.host_bytes if tier and slumber.stage is Stage.UNSURE else 0)
+        if tier and found.is_asleep:
+            self.placement = tiers.asleep(found.life.placement, tier, self.host_bytes)
+        else:
+            self.placement = tiers.awake_again(found.life.placement, self.host_bytes)
 
     async def run(self) -> None:
         """Start, wait until ready, serve until it exits, back off, start again, until cancelled.
 
         Nothing but cancellation leaves it.
         """
-        self._begin_anew()
+        if not self.failures_in_row:
+            self.begin_anew()
         try:
             while True:
                 self._retry.clear()
@@ -194,6 +244,8 @@ class Replica:
                 self._enter(State.WAITING)
                 try:
                     await self._live()
+                except Replaced:
+                    continue
                 except ReplicaFailed as exc:
                     self.retry_s = exc.retry_s or self.retry_s
                     self._record(exc.failure)
@@ -211,11 +263,12 @@ class Replica:
                     await self._until_retry(self.retry_at - time.monotonic())
         except asyncio.CancelledError:
             await self._end_left_behind()
-            self._begin_anew()
+            if self.ready_since is not None:
+                self.begin_anew()
             self._enter(State.STOPPED)
             raise
 
-    def _begin_anew(self) -> None:
+    def begin_anew(self) -> None:
         """What failed before counts no more, and the whole wish is tried."""
         self.failures_in_row = 0
         self.tried, self.degraded, self._is_safer_tried = self.launch, None, False
@@ -236,7 +289,8 @@ class Replica:
         try:
             await self._run(paths, python)
         finally:
-            self.process = self.placement = None
+            self.process = self.placement = self.tier = self._awake = self._needs_of_start = None
+            self.tiers, self.host_bytes, self.is_asleep = (), 0, False
             self._changed()
 
     async def _run(self, paths: Sequence[Path], python: str | None) -> None:
@@ -246,8 +300,9 @@ class Replica:
         try:
             async with begun.process as process:
                 self.process = process
+                self._own, self._own_address = upstream, begun.endpoint.address
                 try:
-                    await self._serve(process, upstream, begun)
+                    await self._serve(process, upstream, begun, paths)
                 finally:
                     if self.state is not State.BACKOFF:
                         self._leave(State.STOPPING)
@@ -255,41 +310,66 @@ class Replica:
         finally:
             await upstream.close()
 
-    async def _serve(self, process: EngineProcess | NoProcess, upstream: Upstream, begun: Begun) -> None:
-        """Be ready from its first answer to its end."""
+    async def _serve(
+        self, process: EngineProcess | NoProcess, upstream: Upstream, begun: Begun, paths: Sequence[Path]
+    ) -> None:
+        """Be ready, or asleep, from its first answer to its end."""
         path = await self._until_ready(process, upstream, begun)
-        self.upstream, self.address = upstream, begun.endpoint.address
+        is_asleep = await self._is_left_asleep(upstream, begun.slumber)
         on_gpu = bool(self.placement and self.placement.gpu_uuids)
-        self._tell_ready(process, on_gpu=on_gpu)
-        self._enter(State.READY)
+        self._tell_ready(process, on_gpu=on_gpu, is_asleep=is_asleep)
+        if is_asleep:
+            self.ready_since = self.last_used = time.monotonic()
+            self._enter(State.ASLEEP)
+        else:
+            self._be_ready()
         watches = (
             asyncio.create_task(self._end_if_silent(process, upstream, path, begun.command)),
             asyncio.create_task(self._count_others(process)),
+            asyncio.create_task(self._read_context(upstream)),
         )
+        exited = asyncio.ensure_future(process.wait())
         try:
             with self._experience.watch(self.tried, process.pid, on_gpu=on_gpu):
-                ended = await process.wait()
+                await self._until_exit(exited, paths)
             # No await between the exit and the state: nobody is sent to a dead engine.
-            self.failure = self._silence or self._exit_failure(ended, process, "while it was ready")
+            self.failure = self._silence or self._exit_failure(exited.result(), process, f"while it was {self._was()}")
             self._leave(State.BACKOFF)
             raise ReplicaFailed(self.failure)
         finally:
-            for watch in watches:
-                watch.cancel()
-            await asyncio.gather(*watches, return_exceptions=True)
+            for task in (*watches, exited):
+                task.cancel()
+            await asyncio.gather(*watches, exited, return_exceptions=True)
+
+    def _was(self) -> str:
+        return "ready" if self.state in (State.READY, State.BACKOFF) else str(self.state)
+
+    def _be_ready(self) -> None:
+        self.upstream, self.address = self._own, self._own_address
+        self._enter(State.READY)
 
     async def _begin(self, paths: Sequence[Path], python: str | None) -> Begun:
         """What is to be started, and where."""
-        await self._place(await self._needs(paths))
+        needs = self._needs_of_start = await self._needs(paths)
+        await self._place(needs)
         placement = self.placement
         assert placement is not None
         self._enter(State.STARTING)
         self.starts += 1
         folder, endpoint = self._node.new_endpoint(unix_socket=self.engine.listens_on_socket(self.tried))
         self._oom_kills = oom_kills()
-        command = self.engine.command(_with_paths(self.tried, paths[1:]), paths[0], placement, endpoint, python)
+
+        def command_of(launch: Launch) -> Command:
+            return self.engine.command(_with_paths(launch, paths[1:]), paths[0], placement, endpoint, python)
+
+        command, safer = command_of(self.tried), None
+        if self.degraded:
+            wish = self._fingerprint(command_of(self.launch))
+            safer = Safer(wish=wish, options=self.tried.options, degraded=self.degraded)
         if command.argv:
             mark_used(command.argv[0], self._settings().environments_path)
+        self._awake = placement
+        self.tiers = self.engine.tiers(self.tried, placement, needs)
         process = self._node.run(
             command,
             self.log,
@@ -300,6 +380,8 @@ class Replica:
             placement=placement,
             engine=self.engine.name,
             asked=self._asked_of_place(),
+            safer=safer,
+            tiers=self.tiers,
         )
         return Begun(
             command=command,
@@ -313,21 +395,31 @@ class Replica:
         found, self.left_behind = self.left_behind, None
         if found is None:
             return None
-        life, is_same = found.life, False
+        life, is_same, why = found.life, False, "what it runs has changed"
+
+        def command_of(launch: Launch) -> Command:
+            return self.engine.command(_with_paths(launch, paths[1:]), paths[0], life.placement, life.endpoint, python)
+
         try:
-            command = self.engine.command(
-                _with_paths(self.launch, paths[1:]), paths[0], life.placement, life.endpoint, python
-            )
-            is_same = fingerprint(command, self.engine.name, self._asked_of_place()) == life.fingerprint
+            command = command_of(self.launch)
+            is_same = self._fingerprint(command) == life.fingerprint
+            if not is_same and life.safer and self._fingerprint(command) == life.safer.wish:
+                safer = msgspec.structs.replace(self.launch, options=life.safer.options)
+                command = command_of(safer)
+                if is_same := self._fingerprint(command) == life.fingerprint:
+                    self.tried, self.degraded, self._is_safer_tried = safer, life.safer.degraded, True
+            if is_same and found.slumber.stage is Stage.UNSURE:
+                is_same, why = False, "it was about to fall asleep or to wake, and how far it came is not known"
         finally:
             if not is_same:
-                self._tell("INFO", f"{self.name}: what it runs has changed, so its engine is started anew")
-                await self._node.end([found.folder])
+                self._tell("INFO", f"{self.name}: {why}, so its engine is started anew")
+                await self._node.end([found.folder], self._settings().drain_timeout_s)
         if not is_same:
-            self.placement = None
+            self.placement, self.host_bytes = None, 0
             return None
         self._enter(State.STARTING)
         self.starts += 1
+        self._awake, self.tiers = life.placement, life.tiers
         return Begun(
             command=command,
             endpoint=life.endpoint,
@@ -335,23 +427,256 @@ class Replica:
             limit_s=self._settings().probe_interval_s * self._settings().probe_failures
             if was_ready(found.folder)
             else max(1.0, life.started_at + self.launch.start_timeout_s - time.time()),
+            slumber=found.slumber,
         )
+
+    def _fingerprint(self, command: Command) -> str:
+        return fingerprint(command, self.engine.name, self._asked_of_place())
 
     def _asked_of_place(self) -> tuple[object, ...]:
         launch = self.launch
         return launch.gpus_of(self.index), launch.n_gpu, launch.memory_bytes
 
-    def _tell_ready(self, process: EngineProcess | NoProcess, *, on_gpu: bool) -> None:
+    def _tell_ready(self, process: EngineProcess | NoProcess, *, on_gpu: bool, is_asleep: bool) -> None:
         if isinstance(process, EngineProcess):
             mark_ready(process.folder)
             if process.is_adopted:
                 metrics.ADOPTIONS.labels(self.launch.uid).inc()
-                self._tell("INFO", f"{self.name} is ready: its engine, process {process.pid}, ran on meanwhile")
+                state = "asleep" if is_asleep else "ready"
+                text = f"{self.name} is {state}: its engine, process {process.pid}, ran on meanwhile"
+                self._tell("INFO", f"{text}, with {self.degraded}" if self.degraded else text)
                 return
         self.load_s = load_s = time.monotonic() - self.state_since
         metrics.LOAD_SECONDS.labels(self.launch.uid).observe(load_s)
         self._experience.note_load(self.tried, load_s, on_gpu=on_gpu)
         self._tell("INFO", f"{self.name} is ready")
+
+    async def _read_context(self, upstream: Upstream) -> None:
+        """Learn how long requests may be, and tell it where the wish left that to what there is room for."""
+        if (where := self.engine.context_from) is None:
+            return
+        self.context_tokens = await read_number(upstream, *where)
+        wished = self._longest_tokens
+        if self.context_tokens is not None and wished is not None and self.context_tokens < wished:
+            text = f"{self.name} takes requests of up to {self.context_tokens:,} tokens. For the model's {wished:,}"
+            self._tell("WARNING", f"{text} there is no memory; context_length of the launch would insist on a length")
+
+    # --- how it sleeps and wakes
+
+    @property
+    def falls_to(self) -> Mapping[str, int] | None:
+        """What it will hold once it has fallen asleep, if it does."""
+        if self.state is not State.FALLING_ASLEEP or self._is_rehearsal or not (self.tier and self._awake):
+            return None
+        return tiers.asleep(self._awake, self.tier, self.host_bytes).memory
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it is to be awake."""
+        return self._is_wanted
+
+    @is_wanted.setter
+    def is_wanted(self, is_wanted: bool) -> None:
+        if is_wanted != self._is_wanted:
+            self._is_wanted = is_wanted
+            self._turn.set()
+
+    def beds(self) -> list[tuple[Tier, Mapping[str, int]]]:
+        """The tiers that it can sleep in, and what it would hold in each."""
+        awake = self._awake
+        if awake is None:
+            return []
+        usable = (tier for tier in self.tiers if self._tier_failures[tier.name] < TIER_FAILURES)
+        return [(tier, tiers.asleep(awake, tier, self.host_bytes).memory) for tier in usable]
+
+    def wake_s(self, tier: str) -> float | None:
+        """How long it takes to wake, as far as earlier times tell."""
+        return self._experience.wake_s(self.tried, tier)
+
+    def should_rehearse(self, now: float) -> bool:
+        """Whether its first sleep would keep somebody waiting that could be had before, as nobody asks for it now."""
+        rest_s = self.rehearse_in_s(now)
+        return rest_s is not None and rest_s <= 0
+
+    def rehearse_in_s(self, now: float) -> float | None:
+        """How long it has to be idle yet, at least, until that is well; None if nothing is to be had by it."""
+        beds = self.beds()
+        has_to = bool(beds) and beds[0][0].is_first_slow and not self.host_bytes
+        if self.state is not State.READY or not has_to:
+            return None
+        if self.in_flight:
+            return REHEARSE_AFTER_S
+        return self.last_used + REHEARSE_AFTER_S - now
+
+    def fall_asleep(self, tier: str, *, is_rehearsal: bool = False) -> None:
+        """Answer nobody from now on, and do it; only for one that is ready and answers nobody.
+
+        Args:
+            is_rehearsal: it wakes right after that, and keeps all its room.
+        """
+        assert self.state is State.READY
+        assert self._awake is not None
+        self.tier = next(one for one in self.tiers if one.name == tier)
+        self._is_rehearsal = is_rehearsal
+        self._host_bytes_before = self.host_bytes
+        self.host_bytes = max(self.host_bytes, self.tier.host_bytes)
+        self.placement = tiers.awake_again(self._awake, self.host_bytes)
+        self._leave(State.FALLING_ASLEEP)
+        self._turn.set()
+
+    def begin_waking(self, placement: Placement) -> None:
+        """It has all its room again."""
+        self.placement = placement
+        self.is_asleep = False
+        self._enter(State.WAKING)
+        self._turn.set()
+
+    async def _until_exit(self, exited: asyncio.Future[Exit], paths: Sequence[Path]) -> None:
+        """Do what it is told, until its process has ended."""
+        while not exited.done():
+            self._turn.clear()
+            match self.state:
+                case State.FALLING_ASLEEP:
+                    await _unless(exited, self._fall_asleep(exited))
+                case State.WAKING:
+                    await _unless(exited, self._wake(exited))
+                case State.ASLEEP if self._is_wanted:
+                    await _unless(exited, self._ask_to_wake(paths))
+                case _:
+                    await _unless(exited, self._turn.wait())
+
+    async def _fall_asleep(self, exited: asyncio.Future[Exit]) -> None:
+        tier, awake, began = self.tier, self._awake, time.monotonic()
+        assert tier is not None
+        assert awake is not None
+        last_used, ready_since = self.last_used, self.ready_since
+        try:
+            await self._change(tier.sleep, Stage.UNSURE if self._is_rehearsal else Stage.ASLEEP, ends_asleep=True)
+        except OSError as exc:  # nothing was asked of it yet
+            self._tell("WARNING", f"{self.name} stays awake: {exc}")
+            self.host_bytes, self.tier = self._host_bytes_before, None
+            self.placement = tiers.awake_again(awake, self.host_bytes)
+            self._tier_failures[tier.name] += 1
+            self._be_ready()
+            return
+        except tiers.NotDone as exc:
+            await self._give_up(exited, tier, f"it did not fall asleep: {exc}")
+        if self._silence is not None:  # it is being killed
+            return
+        took_s = time.monotonic() - began
+        if self._is_rehearsal:
+            await self._wake(exited)
+            self.last_used, self.ready_since = last_used, ready_since
+            return
+        metrics.SLEEPS.labels(self.launch.uid, tier.name).inc()
+        self.placement = tiers.asleep(awake, tier, self.host_bytes)
+        self._tell("INFO", f"{self.name} sleeps (tier {tier.name}), after {took_s:.1f} s")
+        self._enter(State.ASLEEP)
+
+    async def _wake(self, exited: asyncio.Future[Exit]) -> None:
+        tier, began = self.tier, time.monotonic()
+        assert tier is not None
+        try:
+            await self._change(tier.wake, Stage.AWAKE, ends_asleep=False)
+            await self._warm_up(tier)
+        except tiers.NotDone as exc:
+            await self._give_up(exited, tier, f"it did not wake: {exc}")
+        if self._silence is not None:
+            return
+        took_s = time.monotonic() - began
+        if not self._is_rehearsal:
+            metrics.WAKES.labels(self.launch.uid, tier.name).inc()
+            metrics.WAKE_SECONDS.labels(self.launch.uid, tier.name).observe(took_s)
+            self._tell("INFO", f"{self.name} is awake again, after {took_s:.1f} s")
+        self._experience.note_wake(self.tried, tier.name, took_s)
+        self._tier_failures.pop(tier.name, None)
+        self.tier = None
+        self._be_ready()
+
+    async def _ask_to_wake(self, paths: Sequence[Path]) -> None:
+        """Until it has room to wake, or nobody wants it awake any more."""
+        needs = self._needs_of_start or await self._needs(paths)
+        asking = asyncio.ensure_future(self._ask_for_place(self, needs, self._awake_again()))
+        try:
+            while not asking.done() and self._is_wanted and self.state is State.ASLEEP:
+                await _unless(asking, self._turn.wait())
+                self._turn.clear()
+            if asking.done() and self._is_wanted:
+                asking.result()
+        except NoPlace as exc:
+            self._tell("INFO", f"{self.name} is started anew: {exc}")
+            self._leave(State.STOPPING)
+            raise Replaced from exc
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    def _awake_again(self) -> Placement:
+        assert self._awake is not None
+        return tiers.awake_again(self._awake, self.host_bytes)
+
+    async def _change(self, calls: Sequence[Call], stage: Stage, *, ends_asleep: bool) -> None:
+        """Have it sleep or wake; what is on disk of it is true at all times.
+
+        Raises:
+            NotDone
+            OSError: that it is about to sleep cannot be written; nothing was asked then.
+        """
+        assert self._own is not None
+        async with self._node.change():
+            try:
+                await self._note_slumber(Stage.UNSURE)
+            except OSError:
+                if ends_asleep:
+                    raise
+                # Else, whoever takes it over finds it asleep as told, or sees that it is not.
+            await tiers.carry_out(self._own, calls, self.engine.is_asleep, ends_asleep=ends_asleep)
+            with contextlib.suppress(OSError):  # it stays unsure: the next gateway starts it anew
+                await self._note_slumber(stage)
+
+    async def _warm_up(self, tier: Tier) -> None:
+        assert self._own is not None
+        await tiers.warm_up(self._own, tier.warm_up)
+
+    async def _note_slumber(self, stage: Stage) -> None:
+        if isinstance(self.process, EngineProcess) and self.tier is not None:
+            slumber = Slumber(stage=stage, tier=self.tier.name, host_bytes=self.host_bytes)
+            await asyncio.to_thread(note_slumber, self.process.folder, slumber)
+
+    async def _give_up(self, exited: asyncio.Future[Exit], tier: Tier, why: str) -> NoReturn:
+        """End an engine that does not sleep or wake as it should, unless it has ended by itself."""
+        await asyncio.wait((exited,), timeout=None if self._silence else EXIT_LIMIT_S)
+        if exited.done():
+            raise asyncio.CancelledError
+        self._tier_failures[tier.name] += 1
+        is_last = self._tier_failures[tier.name] >= TIER_FAILURES
+        rest = f" It does not sleep in tier {tier.name} any more." if is_last else ""
+        tail = self.process.log_tail() if self.process else ()
+        advice = f"Its engine is ended, and started anew when it is asked for.{rest}"
+        raise ReplicaFailed(_failure(f"{why} (tier {tier.name})", advice, Cause.SLEEP, tail=tail))
+
+    async def _is_left_asleep(self, upstream: Upstream, slumber: Slumber) -> bool:
+        """Whether an engine that was taken over sleeps.
+
+        Raises:
+            ReplicaFailed: it is not as it was left.
+        """
+        if self.engine.is_asleep is None or not self.tiers:
+            return False
+        was_asleep = slumber.stage is Stage.ASLEEP
+        if not slumber.tier:
+            return False
+        says = await tiers.sleeps(upstream, self.engine.is_asleep)
+        if says is not was_asleep:
+            raise ReplicaFailed(
+                _failure(
+                    f"it was left {slumber.stage}, and tells is_sleeping: {says}",
+                    "It is started anew.",
+                    Cause.SLEEP,
+                )
+            )
+        self.tier = next(one for one in self.tiers if one.name == slumber.tier) if was_asleep else None
+        return was_asleep
 
     async def _count_others(self, process: EngineProcess | NoProcess) -> None:
         """While the gateway before us still answers by the same engine, that counts as one request in flight."""
@@ -359,7 +684,7 @@ class Replica:
             return
         self.in_flight += 1
         try:
-            while process.hold.is_shared():
+            while process.hold.is_shared() and not self._node.has_successor:  # then it counts them
                 await asyncio.sleep(SHARED_PAUSE_S)
         finally:
             self.in_flight -= 1
@@ -375,20 +700,24 @@ class Replica:
 
     async def _needs(self, paths: Sequence[Path]) -> Needs:
         """What it asks of the machine."""
-        has_gpus = any(device.gpu for device in await self._observe())
-        return await needs_now(self.tried, self.engine, self.index, paths, self._experience, has_gpus=has_gpus)
+        has_gpus = await self._has_gpus()
+        needs = await needs_now(self.tried, self.engine, self.index, paths, self._experience, has_gpus=has_gpus)
+        self._longest_tokens = needs.cache.tokens if needs.can_shorten and needs.cache else None
+        return needs
 
     async def _place(self, needs: Needs) -> None:
         """Wait for room; `placement` is what it then has, until this life ends."""
         self._enter(State.WAITING)
         try:
-            await self._ask_for_place(self, needs)
+            await self._ask_for_place(self, needs, None)
         except NoPlace as exc:
-            advice = "Ask for less, or give it more." if exc.for_ever else f"It is tried again in {PLACE_RETRY_S:g} s."
-            failure = _failure(f"it cannot be placed: {exc}", advice, Cause.PLACE, final=True)
+            advice = "Ask for less, or give it more."
+            failure = _failure(f"it cannot be placed: {str(exc).rstrip('.')}", advice, Cause.PLACE, final=True)
             raise ReplicaFailed(failure, None if exc.for_ever else PLACE_RETRY_S) from exc
         if self.placement and fell_back(needs, self.placement):
             self._tell("WARNING", f"{self.name} runs on the CPU, as cpu_fallback allows: the GPUs have no room")
+        elif self.placement and self.placement.gpu_layers:
+            self._tell("WARNING", f"{self.name} runs {how(self.placement)}")
 
     async def _fetch(self) -> list[Path]:
         """Where the model's files are, and then those of what it is loaded with besides."""
@@ -492,8 +821,8 @@ class Replica:
 
     def retry(self) -> None:
         """Give it another chance if it has failed, and do not wait for the end of a back-off."""
-        if self.state in (State.FAILED, State.BACKOFF):
-            self._begin_anew()
+        if self.state in (State.FAILED, State.BACKOFF, State.STOPPED):
+            self.begin_anew()
             self.retry_at = 0.0
             self._retry.set()
         if self.state is State.FAILED:
@@ -526,7 +855,8 @@ class Replica:
         """A life has failed: remember why, and whether to try again."""
         ready_since = self.ready_since
         was_fine = ready_since is not None and (self.served > 0 or time.monotonic() - ready_since > STABLE_S)
-        self.failures_in_row = 1 if was_fine else self.failures_in_row + 1
+        if failure.cause is not Cause.PLACE:  # there is nothing wrong with it
+            self.failures_in_row = 1 if was_fine else self.failures_in_row + 1
         self.failure = failure
         metrics.ENGINE_RESTARTS.labels(self.launch.uid, failure.cause).inc()
         is_safer = self._try_safer(failure)
@@ -585,6 +915,7 @@ class Replica:
         logger.debug("%s: %s -> %s", self, self.state, state)
         before, self.state = self.state, state
         self.state_since = time.monotonic()
+        self.is_asleep |= state is State.ASLEEP
         if before is not state:
             self._moved(before, state)
         if state is State.READY:
@@ -594,11 +925,23 @@ class Replica:
 
     def _leave(self, state: State) -> None:
         """Stop being somewhere to send requests to."""
-        self.upstream = self.address = None
+        self.upstream = self.address = self.context_tokens = None
         self._enter(state)
 
     def __str__(self) -> str:
         return f"{self.launch.uid}/{self.index}"
+
+
+async def _unless(first: asyncio.Future[Any], work: Coroutine[Any, Any, Any]) -> None:
+    """Do the work, unless the other is done first."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((first, task), return_when=asyncio.FIRST_COMPLETED)
+        if not first.done():
+            task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _failure(reason: str, advice: str, cause: Cause, *, tail: tuple[str, ...] = (), final: bool = False) -> Failure:

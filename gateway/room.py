@@ -10,7 +10,7 @@ import psutil
 
 from engines.base import RAM, Launch, Needs, Placement
 from gateway.amounts import megabytes
-from gateway.placement import Device, NoRoom, needs_of, place, promised_by
+from gateway.placement import Device, NoRoom, how, needs_of, place, promised_by
 from gateway.process import memory_bytes
 
 
@@ -46,7 +46,8 @@ class Ram(msgspec.Struct, frozen=True, kw_only=True):
 class Room(msgspec.Struct, frozen=True, kw_only=True):
     """What came of placing each copy of a launch: its devices, what is free of them, and why not if it does not fit.
 
-    `is_there` is False where it asks for GPUs that are not here; `fits` is None where nobody knows.
+    `is_there` is False where it asks for GPUs that are not here; `fits` is None where nobody knows. `lesser` is the
+    place of a copy that is to have a shorter context than the model's, or fewer layers on GPUs.
     """
 
     devices: tuple[Device, ...]
@@ -54,6 +55,7 @@ class Room(msgspec.Struct, frozen=True, kw_only=True):
     fits: bool | None
     is_there: bool = True
     refusal: NoRoom | None = None
+    lesser: Placement | None = None
 
     @property
     def name(self) -> str:
@@ -91,12 +93,14 @@ def find_room(launch: Launch, needs: Needs, devices: Sequence[Device], given: Se
     got = tuple(by_key[key] for key in keys if key in by_key)
     got = got or tuple(device for device in devices if _may_be(device, needs, devices))  # it chooses among them
     is_known = bool(needs.memory_bytes or needs.gpu_share) and all(device.total_bytes for device in got)
-    return Room(devices=got, free_bytes=_free(got, before), fits=True if is_known else None)
+    lesser = next((one for one in reversed(found) if how(one)), None)
+    fits = True if is_known else None
+    return Room(devices=got, free_bytes=_free(got, before), fits=fits, lesser=lesser)
 
 
 def _may_be(device: Device, needs: Needs, devices: Sequence[Device]) -> bool:
     """Whether it is one of those that such needs may be met by."""
-    if needs.gpu_idx == () or needs.n_gpu == 0 or not any(one.gpu for one in devices):
+    if needs.is_for_cpu or not any(one.gpu for one in devices):
         return device.gpu is None
     return device.gpu is not None and (needs.gpu_idx is None or device.gpu.index in needs.gpu_idx)
 
@@ -148,10 +152,16 @@ def verdict(problems: Sequence[str], room: Room, needs: Needs, replicas: int) ->
         return "It can be launched; whether its memory suffices is not known."
     each = " each" if replicas > 1 else ""
     copies = f"{replicas} copies take" if replicas > 1 else "It takes"
-    takes = f"about {megabytes(needs.memory_bytes)}" if needs.memory_bytes else f"{needs.gpu_share or 0:.0%} of a GPU"
+    differs, size = "", needs.memory_bytes
+    if room.lesser:
+        differs = f", {how(room.lesser)}"
+        size = sum(room.lesser.memory.values())
+    elif room.refusal:
+        size = min(needs.shorter.values(), default=size)
+    takes = f"about {megabytes(size)}" if size else f"{needs.gpu_share or 0:.0%} of a GPU"
     needed = f"{copies} {takes}{each}, and {room.name} has {megabytes(room.free_bytes)} free"
     if room.fits:
-        return f"It fits. {needed}."
+        return f"It fits{differs}. {needed}."
     if room.refusal and not room.refusal.for_ever:
         return f"It does not fit beside what is loaded now. {needed}."
     return f"It does not fit. {needed}."

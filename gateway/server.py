@@ -7,6 +7,7 @@ import contextlib
 import errno
 import gc
 import logging
+import math
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from engines.base import Endpoint
-from gateway import metrics
+from gateway import metrics, passed_on
 from gateway.addresses import is_any_address
 from gateway.app import create_app
 from gateway.config import NOWHERE, Settings, Source
@@ -31,7 +32,8 @@ from gateway.handover import HandoverFailed, Predecessor, Successor, adopt_heirs
 from gateway.home import only_one_in, sign
 from gateway.limits import raise_open_files
 from gateway.lives import lock_path
-from gateway.stand_in import pass_all_on, pass_on
+from gateway.process import is_alive
+from gateway.stand_in import holder, pass_all_on, pass_on
 from gateway.upstream import Upstream
 from gateway.watch import Watch
 
@@ -43,6 +45,8 @@ logger = logging.getLogger("hostler.server")
 BACKLOG = 2048
 GC_THRESHOLD = 50_000  # objects between two collections; requests leave none behind that only it could free
 KEEPALIVE_S = 75  # longer than most clients keep idle connections, so that it is they who close them
+DRAIN_PAUSE_S = 0.05
+SUCCESSOR_PAUSE_S = 1.0  # between two looks at whether it lives
 CLOSE_LIMIT_S = 2  # for connections that linger once nothing is in flight
 
 Greeting = Callable[[Fleet, str], Coroutine[Any, Any, None]]
@@ -51,7 +55,7 @@ Greeting = Callable[[Fleet, str], Coroutine[Any, Any, None]]
 class Server(uvicorn.Server):
     """uvicorn's server, with an end in three steps: close the door, drain, stop the fleet.
 
-    Ctrl-C does not drain. A second signal ends the draining.
+    Ctrl-C does not drain. A second signal ends the draining; after a handover the first one gives it the usual limit.
     """
 
     def __init__(self, config: uvicorn.Config, fleet: Fleet, listener: socket.socket, lock: int) -> None:
@@ -61,6 +65,8 @@ class Server(uvicorn.Server):
         self._listener = listener
         self._lock = lock
         self._should_drain = True
+        self._signalled_at: float | None = None
+        self._look_at = 0.0
         self._is_restarting = False
         self._ignores_hang_up = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
@@ -103,7 +109,7 @@ class Server(uvicorn.Server):
             door.set_result(None)
             raise
         adopt_heirs()
-        node.leaves_engines = True
+        node.leaves_engines = node.has_successor = True
         door.set_result(Upstream(_endpoint_of(self._listener)))
         return successor
 
@@ -111,9 +117,17 @@ class Server(uvicorn.Server):
         """A signal came."""
         if self.successor:
             pass_on(str(lock_path(self._fleet.settings.home_path)), sig)
-        if self.should_exit or sig == signal.SIGINT:
+        if sig == signal.SIGINT or self._signalled_at is not None:
             self._should_drain = False
+        self._signalled_at = time.monotonic()
         self.should_exit = True
+
+    def protocol(self) -> asyncio.Protocol:
+        """What serves one more connection."""
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """The three steps; requests that outlast the drain get an error that says so.
@@ -124,9 +138,12 @@ class Server(uvicorn.Server):
         for server in self.servers:
             server.close()
         handing_over = asyncio.create_task(self._fleet.hand_over()) if self.successor else None
-        deadline = time.monotonic() + self._fleet.settings.drain_timeout_s
-        while self._should_drain and (self._fleet.relays or (self._is_busy() and time.monotonic() < deadline)):
-            await asyncio.sleep(0.05)
+        began = time.monotonic()
+        while self._should_drain and (self._fleet.relays or time.monotonic() < began + self._drain_s(began)):
+            if self.successor:
+                self._pass_connections_on()
+                self._end_with(self.successor)
+            await asyncio.sleep(DRAIN_PAUSE_S)
         self._fleet.node.leaves_engines = self.successor is not None or keeps_engines(self._fleet.settings)
         await self._fleet.close()
         if handing_over:
@@ -135,11 +152,33 @@ class Server(uvicorn.Server):
         if self._fleet.next_door and (door := await self._fleet.next_door):
             await door.close()
 
-    def _is_busy(self) -> bool:
-        """Whether anything is to be answered; a client that keeps its connection may ask again by it."""
-        if self.successor and self.server_state.connections:
-            return True
-        return any(deployment.in_flight or deployment.waiting for deployment in self._fleet.deployments())
+    def _drain_s(self, began: float) -> float:
+        """How long what there is now may go on, since it began."""
+        settings = self._fleet.settings
+        if any(deployment.in_flight or deployment.waiting for deployment in self._fleet.deployments()):
+            if self.successor is None:
+                return settings.drain_timeout_s
+            signalled = math.inf if self._signalled_at is None else self._signalled_at - began
+            return min(settings.restart_drain_s, signalled + settings.drain_timeout_s)
+        if self.successor and self.server_state.connections:  # half a request, or the end of an answer
+            return settings.drain_timeout_s
+        return 0.0
+
+    def _pass_connections_on(self) -> None:
+        """Who waits with the next request is served next door from now on."""
+        assert self.successor is not None
+        with contextlib.suppress(OSError):  # nobody takes them: who asks by them is answered from here
+            passed_on.pass_on(self.server_state.connections, self.successor.channel)
+
+    def _end_with(self, successor: Successor) -> None:
+        """Whoever started us is to learn, by our end, that nobody serves any more."""
+        if (now := time.monotonic()) < self._look_at:
+            return
+        self._look_at = now + SUCCESSOR_PAUSE_S
+        last = holder(str(lock_path(self._fleet.settings.home_path)))
+        if last and not is_alive(last):
+            logger.error("The gateway that took over, process %d, is gone, so this one ends, too.", last)
+            self._should_drain = False
 
 
 def keeps_engines(settings: Settings) -> bool:
@@ -255,6 +294,8 @@ async def _greet(
         with contextlib.suppress(HandoverFailed):  # it is gone, and we are there
             before.serving()
     logger.info("Listening on %s", address)
+    if before:
+        await passed_on.take(before.channel, server.protocol)
     if greeting is not None:
         try:
             await greeting(fleet, address)

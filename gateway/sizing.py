@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,6 +19,8 @@ from registry import weights
 from registry.hubs.base import PICKLES, SAFETENSORS
 from registry.hubs.local import sizes_in
 from registry.memory import (
+    CPU_ENGINE_BYTES,
+    Attention,
     Cache,
     Estimate,
     billions_of,
@@ -79,12 +81,15 @@ async def needs_now(
     """
 
     def read() -> tuple[Facts | None, int]:
-        if launch.memory_bytes is not None or not launch.artifact.has_files:
+        if not launch.artifact.has_files:
             return None, 0
         return weights.read(paths[0]), bytes_beside(launch, paths[0], paths[1:])
 
     facts, beside = await asyncio.to_thread(read)
-    needs = needs_of(launch, engine.needs(launch), index)
+    weight_bytes = beside + ((facts and facts.weight_bytes) or 0)
+    needs = msgspec.structs.replace(needs_of(launch, engine.needs(launch), index), weight_bytes=weight_bytes)
+    if launch.memory_bytes is not None:
+        facts, beside = None, 0
     return size_up(
         launch, needs, None, facts, [], experience, has_gpus=has_gpus, specs=specs, beside_bytes=beside
     ).needs
@@ -128,11 +133,13 @@ def size_up(
         specs: of the family, for advice.
         beside_bytes: of `bytes_beside`, without what is among `sizes`.
     """
-    on_gpu = has_gpus and needs.n_gpu != 0 and needs.gpu_idx != ()
+    on_gpu = has_gpus and not needs.is_for_cpu
     if needs.chooses and on_gpu and needs.n_gpu is None and needs.gpu_idx is None and launch.memory_bytes is None:
         return Sizing(needs=needs, basis="unknown, as it picks among the GPUs by itself")
     estimated = _estimated(launch, needs, sizes, facts, specs, beside_bytes, on_gpu=on_gpu)
-    seen = None if needs.is_elastic else experience.peak_bytes(launch, on_gpu=on_gpu)
+    may_differ = needs.is_elastic or needs.may_split or bool(needs.gpu_layers)
+    may_differ |= estimated is not None and bool(estimated.needs.shorter)
+    seen = None if may_differ else experience.peak_bytes(launch, on_gpu=on_gpu)
     if launch.memory_bytes is not None:
         told, basis = launch.memory_bytes, "as the launch says (memory)"
     elif seen is not None:
@@ -145,9 +152,9 @@ def size_up(
         told, basis = 0, "unknown"
     if estimated is None:
         return Sizing(needs=msgspec.structs.replace(needs, memory_bytes=told), basis=basis)
-    return Sizing(
-        needs=msgspec.structs.replace(estimated.needs, memory_bytes=told), basis=basis, estimate=estimated.estimate
-    )
+    splits = {} if launch.memory_bytes is not None else estimated.needs.splits
+    known = msgspec.structs.replace(estimated.needs, memory_bytes=told, shorter={}, splits=splits)
+    return Sizing(needs=known, basis=basis, estimate=estimated.estimate)
 
 
 def _estimated(
@@ -181,13 +188,22 @@ def _estimated(
         weight_bytes += sum(size for name, size in (sizes or {}).items() if "mmproj" in name.lower())
     cache = _cache(launch, needs, facts)
     needs = msgspec.structs.replace(needs, cache=cache, attention=attention)
-    parts = estimate(weight_bytes, attention, width, cache, on_gpu=on_gpu)
-    parts = msgspec.structs.replace(parts, kv_cache=cache_bytes_of(needs), engine=needs.overhead_bytes or parts.engine)
+
+    def parts_of(cache: Cache) -> Estimate:
+        parts = estimate(weight_bytes, attention, width, cache, on_gpu=on_gpu)
+        kv_cache = cache_bytes_of(msgspec.structs.replace(needs, cache=cache))
+        return msgspec.structs.replace(parts, kv_cache=kv_cache, engine=needs.overhead_bytes or parts.engine)
+
+    parts = parts_of(cache)
     needs = msgspec.structs.replace(
         needs,
         memory_bytes=parts.total,
         overhead_bytes=parts.engine,
+        shorter={
+            tokens: parts_of(msgspec.structs.replace(cache, tokens=tokens)).total for tokens in _shorter(needs, cache)
+        },
         lighter=_lighter(spec, specs, weight_bytes, parts.total - weight_bytes),
+        splits=dict(_splits(parts, _layer_bytes(facts, weight_bytes, attention))) if on_gpu and needs.can_split else {},
     )
     return Sizing(needs=needs, basis=basis, estimate=parts)
 
@@ -197,6 +213,36 @@ def _cache(launch: Launch, needs: Needs, facts: Facts | None) -> Cache:
     cache = needs.cache or Cache(tokens=_tokens(launch, needs, facts))
     sequences = max(cache.sequences, needs.cache_tokens // cache.tokens)
     return msgspec.structs.replace(cache, sequences=sequences)
+
+
+def _layer_bytes(facts: Facts | None, weight_bytes: int, attention: Sequence[Attention]) -> tuple[int, ...]:
+    """As the headers say, else evenly."""
+    if facts and facts.layer_bytes:
+        return facts.layer_bytes
+    layers = sum(part.layers for part in attention)
+    return (weight_bytes // layers,) * layers if layers else ()
+
+
+def _splits(parts: Estimate, layer_bytes: Sequence[int]) -> Iterator[tuple[int, tuple[int, int]]]:
+    """The last layers go first; what is no layer may be on both sides."""
+    layers, of_layers = len(layer_bytes), sum(layer_bytes)
+    on_gpu = of_layers
+    for count in range(layers - 1, 0, -1):
+        on_gpu -= layer_bytes[layers - count - 1]
+        cache = parts.kv_cache * count // layers
+        gpu = parts.weights - of_layers + on_gpu + cache + parts.activations + parts.engine
+        yield count, (gpu, parts.weights - on_gpu + parts.kv_cache - cache + CPU_ENGINE_BYTES)
+
+
+def _shorter(needs: Needs, cache: Cache) -> Iterator[int]:
+    """Powers of two below the context, as long as each request may still be as long as is usual."""
+    if not needs.can_shorten or needs.cache_bytes is not None or not needs.attention:
+        return
+    tokens = 2 ** (cache.tokens.bit_length() - 1)
+    tokens //= 1 + (tokens == cache.tokens)
+    while tokens >= max(needs.cache_tokens, USUAL_TOKENS):
+        yield tokens
+        tokens //= 2
 
 
 def _lighter(chosen: ModelSpec, specs: Sequence[ModelSpec], weight_bytes: int, rest_bytes: int) -> dict[str, int]:

@@ -6,20 +6,25 @@ loaded at once. What was promised counts until the process is gone, so that no t
 The order of claims: who has waited too long, the longest first; then by priority, then who came first. A claim that
 has to wait keeps what it is going to get: a later one may only start where that delays nobody before it. Room is made
 by holders that are idle for a moment at least, so that all who ask for a model are answered before it goes; and of
-those by the ones that have been idle longest for what it costs to load them again. Who answers is never ended: if
-somebody has waited for `max_wait_s`, the busy are given no more requests, and answer what they have.
+those by the ones that have been idle longest for what it costs to have them back. Who answers is never ended: if
+somebody has waited for `max_wait_s`, the busy are given no more requests, and answer what they have. Nobody goes for a
+model for which nobody waits, unless it is to be loaded in any case.
+
+A holder that can sleep keeps a little of its room and is back soon, so it sleeps rather than it ends, in the lightest
+*bed* that suffices. One that sleeps claims the rest again, on the same devices, once it is asked for; and it is ended
+where even what it has kept is needed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import msgspec
 
-from engines.base import Needs, Placement
-from gateway.placement import Device, NoRoom, place
+from engines.base import RAM, Needs, Placement
+from gateway.placement import Device, NoRoom, place, regain
 
 SETTLE_S = 5.0  # memory that just came back is not everywhere told at once
 SETTLE_PAUSE_S = 0.5
@@ -30,25 +35,45 @@ Key = tuple[str, int]  # of a replica: its uid and its number
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """How many models at once, and how patient everybody is. `groups`: name -> (how many at once, and alone or not)."""
+    """How many models at once, and how patient everybody is. `groups`: name -> (how many at once, and alone or not).
+
+    `sleep_bytes` of the machine's memory may be taken for sleeping, by all together. Who sleeps is not loaded.
+    """
 
     max_loaded: int | None = None
     groups: Mapping[str, tuple[int, bool]] = {}
     min_residency_s: float = 0.0
     max_wait_s: float = 30.0
+    sleep_bytes: int = 0
+
+
+class Bed(msgspec.Struct, frozen=True, kw_only=True):
+    """How a holder could sleep: what it holds then, and how much of that it has taken of the machine's memory for it.
+
+    `wake_s` is what it takes to have it back.
+    """
+
+    tier: str
+    memory: Mapping[str, int] = {}
+    host_bytes: int = 0
+    wake_s: float = LEAST_LOAD_S
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """A replica that wants to start. `since` is when somebody began to wait for it, in monotonic seconds.
 
     `is_extra`: another copy of the model has a place, or waits for it before this one, for which nobody else has to go
-    then. It rather goes to other devices than those that the other copies have, `apart_from`.
+    then. It rather goes to other devices than those that the other copies have, `apart_from`. `is_wished`: somebody
+    waits for it, or it is to be loaded in any case; else it gets only what is left. `awake`: it sleeps, and has to have
+    all of this to wake; `needs` are those of a start anew.
     """
 
     key: Key
     needs: Needs
     since: float
+    awake: Placement | None = None
     cpu_fallback: bool = False
+    is_wished: bool = True
     is_extra: bool = False
     apart_from: tuple[str, ...] = ()
     priority: int = 0
@@ -58,51 +83,92 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
     """A replica that has a place. `work` is how many requests it answers, or that wait for its model.
 
-    `ready_since` is None until it can answer; `idle_since` is when it last ended a request; both in monotonic seconds.
-    `is_leaving`: it is being stopped, and its room comes back. `is_held`: the last plan held its model back. `load_s`
-    is what it takes to load it again.
+    `ready_since` is None until it can answer; `idle_since` is when it last ended a request; `waiting_since` is since
+    when somebody waits for its model; all in monotonic seconds. `is_leaving`: it is being stopped, and its room comes
+    back. `is_held`: the last plan held it back. `load_s` is what it takes to load it again; `busy_s` is how long it is
+    expected to be loading or answering yet if it gets no more.
+
+    `beds` are those in which it could sleep, who wakes quickest first. `is_tired`: it is to sleep though nobody needs
+    its room. `is_new_to_it`: the first bed takes long the first time, and it is well to try that now. `host_bytes` of
+    its memory are of the machine's, taken for sleeping. `falls_to` is what it will hold once it has fallen asleep.
     """
 
     key: Key
     memory: Mapping[str, int] = {}
     ready_since: float | None = None
     idle_since: float = 0.0
+    waiting_since: float | None = None
     work: int = 0
     is_leaving: bool = False
     is_held: bool = False
     is_pinned: bool = False
     load_s: float = LEAST_LOAD_S
+    busy_s: float = 0.0
     priority: int = 0
     group: str | None = None
+    beds: tuple[Bed, ...] = ()
+    is_tired: bool = False
+    is_new_to_it: bool = False
+    is_asleep: bool = False
+    host_bytes: int = 0
+    falls_to: Mapping[str, int] | None = None
 
-    def keep_score(self, now: float) -> float:
-        """The higher, the rather it goes."""
-        return (now - self.idle_since) / (max(self.load_s, LEAST_LOAD_S) * 2.0**self.priority)
+    def in_bed(self, memory: Mapping[str, int], host_bytes: int) -> Holder:
+        """As it is once it sleeps there."""
+        return msgspec.structs.replace(
+            self, memory=memory, host_bytes=host_bytes, is_asleep=True, beds=(), falls_to=None, is_tired=False
+        )
+
+
+class Move(NamedTuple):
+    """A way in which a holder makes room: it sleeps in a bed, or with None it ends. `cost_s`: to have it back."""
+
+    holder: Holder
+    bed: Bed | None
+    cost_s: float
+
+    def score(self, now: float) -> float:
+        """The higher, the rather it is made."""
+        return (now - self.holder.idle_since) / (max(self.cost_s, LEAST_LOAD_S) * 2.0**self.holder.priority)
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What to do now.
 
-    `evict`: holder -> the claim it makes room for. `hold`: models that get no more requests until one that has waited
+    `evict`: holder -> the claim it makes room for. `sleep`: holder -> the tier to sleep in; who makes room and is not
+    among these, ends. `rehearse`: holder -> the tier to sleep in for a moment, keeping all its room. `hold`: holders
+    that get no more requests until one that has waited
     too long has its place. `wait` and `refuse` say why; whether a refusal is for ever is beside its sentence.
     `look_again_s`: after so long time alone may change the answer.
     """
 
     start: dict[Key, Placement] = {}
     evict: dict[Key, Key] = {}
-    hold: frozenset[str] = frozenset()
+    sleep: dict[Key, str] = {}
+    rehearse: dict[Key, str] = {}
+    hold: frozenset[Key] = frozenset()
     wait: dict[Key, str] = {}
     refuse: dict[Key, tuple[str, bool]] = {}
     look_again_s: float | None = None
 
 
 def decide(
-    claims: Iterable[Claim], holders: Sequence[Holder], devices: Sequence[Device], rules: Rules, now: float
+    claims: Iterable[Claim],
+    holders: Sequence[Holder],
+    devices: Sequence[Device],
+    rules: Rules,
+    now: float,
+    silence: str | None = None,
 ) -> Plan:
-    """What becomes of each claim."""
-    yard = _Yard(holders, devices, rules, now)
+    """What becomes of each claim.
+
+    Args:
+        silence: why nobody knows how the GPUs are; who may get one waits then.
+    """
+    yard = _Yard(holders, devices, rules, now, silence)
     for claim in sorted(claims, key=yard.turn):
         yard.settle(claim)
+    yard.put_to_bed()
     return yard.plan()
 
 
@@ -114,19 +180,33 @@ class _Wishes(TypedDict):
 class _Yard:
     """The books while claims are settled, one after the other."""
 
-    def __init__(self, holders: Sequence[Holder], devices: Sequence[Device], rules: Rules, now: float) -> None:
+    def __init__(
+        self,
+        holders: Sequence[Holder],
+        devices: Sequence[Device],
+        rules: Rules,
+        now: float,
+        silence: str | None,
+    ) -> None:
         self._devices = devices
+        self._silence = silence
         self._rules = rules
         self._now = now
         self._staying = {one.key: one for one in holders if not one.is_leaving}
         self._leaving = [one for one in holders if one.is_leaving]
+        self._waking: list[Holder] = []  # what they have kept that are promised all of it again
+        self._host_bytes = sum(one.host_bytes for one in holders)
+        for one in [one for one in self._staying.values() if one.falls_to is not None]:
+            self._shrink(one, one.in_bed(one.falls_to or {}, one.host_bytes))
         self._promised = Counter[str]()  # in this round: to those that start, and to those that wait for it
         self._coming: dict[str, str | None] = {}  # uid -> group, of these
         self._starting: dict[str, str | None] = {}  # and of those that start now
         self._is_closed = False  # somebody who has waited too long waits for all there is
         self._start: dict[Key, Placement] = {}
         self._evict: dict[Key, Key] = {}
-        self._hold: set[str] = set()
+        self._sleep: dict[Key, str] = {}
+        self._rehearse: dict[Key, str] = {}
+        self._hold: set[Key] = set()
         self._wait: dict[Key, str] = {}
         self._refuse: dict[Key, tuple[str, bool]] = {}
         self._looks: list[float] = []
@@ -136,6 +216,8 @@ class _Yard:
         return Plan(
             start=self._start,
             evict=self._evict,
+            sleep=self._sleep,
+            rehearse=self._rehearse,
             hold=frozenset(self._hold),
             wait=self._wait,
             refuse=self._refuse,
@@ -149,18 +231,26 @@ class _Yard:
     def turn(self, claim: Claim) -> tuple[bool, bool, int, float, Key]:
         """By what claims are ordered. No priority counts among the late: it could keep one of them waiting for ever."""
         is_late = self.is_late(claim)
-        return claim.is_extra, not is_late, 0 if is_late else -claim.priority, claim.since, claim.key
+        is_modest = claim.is_extra or not claim.is_wished
+        return is_modest, not is_late, 0 if is_late else -claim.priority, claim.since, claim.key
 
     def settle(self, claim: Claim) -> None:
         """Start it, or say for what it waits, or why it never will."""
-        staying = list(self._staying.values())
-        found = self._fit(claim, [*staying, *self._leaving])
+        if self._silence and not claim.needs.is_for_cpu:
+            self._wait[claim.key] = self._silence
+            return
+        if claim.awake is not None and claim.key not in self._staying:
+            self._wait[claim.key] = "it makes room for another model, and is loaded anew"
+            return
+        staying = [one for one in self._staying.values() if one.key != claim.key]
+        found = self._fit(claim, staying, (*self._leaving, *self._waking))
         if isinstance(found, Placement) and not (self._is_closed and found.memory):
             self._start[claim.key] = found
             self._starting[claim.key[0]] = claim.group
+            self._staying.pop(claim.key, None)
             self._book(claim, found)
             return
-        if refusal := self._never(claim, self._devices):
+        if claim.is_wished and (refusal := self._never(claim, self._devices)):
             self._refuse_or_settle(claim, refusal)
             return
         if isinstance(found, Placement):
@@ -169,35 +259,86 @@ class _Yard:
         if claim.is_extra:
             self._wait[claim.key] = f"there is no room for another copy: {found}"
             return
+        if not claim.is_wished:
+            self._wait[claim.key] = f"nobody asks for it now, and there is no room: {found}"
+            return
         if isinstance(soon := self._fit(claim, staying), Placement):
-            self._wait[claim.key] = f"{_names(self._leaving)} is being unloaded"
+            self._wait[claim.key] = self._goers() or "another model wakes"
             self._book(claim, soon)
             return
         self._make_room(claim, found)
 
+    def put_to_bed(self) -> None:
+        """The tired, all copies of a model or none; and where nobody waits, who is to try what takes long."""
+        tired: dict[str, list[Holder]] = {}
+        for one in self._staying.values():
+            if one.is_tired and not one.work and one.ready_since is not None and not one.is_asleep:
+                tired.setdefault(one.key[0], []).append(one)
+        for uid, copies in tired.items():
+            awake = [one for one in self._staying.values() if one.key[0] == uid and not one.is_asleep]
+            beds = self._beds_for(copies) if len(awake) == len(copies) else {}
+            for one in copies if len(beds) == len(copies) else ():
+                self._sleep[one.key] = beds[one.key].tier
+                self._shrink(one, one.in_bed(beds[one.key].memory, beds[one.key].host_bytes))
+        if self._wait:
+            return
+        for one in self._staying.values():
+            if one.is_new_to_it and one.beds and not one.work and self._is_free(one.beds[0], one, {}):
+                self._rehearse[one.key] = one.beds[0].tier
+                return  # one at a time
+
+    def _beds_for(self, holders: Sequence[Holder]) -> dict[Key, Bed]:
+        """The quickest for each, as far as there are any."""
+        found: dict[Key, Bed] = {}
+        for one in holders:
+            for bed in one.beds:
+                if self._is_free(bed, one, found):
+                    found[one.key] = bed
+                    break
+        return found
+
     def _make_room(self, claim: Claim, why: str) -> None:
-        free = [one for one in self._staying.values() if self._free_in_s(one, claim) == 0]
+        free = self._by_score(self._moves(claim))
         found = self._victims(claim, free)
         if found is not None:
-            victims, placement = found
-            self._evict |= {victim.key: claim.key for victim in victims}
+            beds, placement = found
+            victims = [self._staying[key] for key in beds]
             for victim in victims:
-                self._leaving.append(self._staying.pop(victim.key))
-            self._wait[claim.key] = f"{_names(victims)} is unloaded to make room"
+                self._evict[victim.key] = claim.key
+                if (bed := beds[victim.key]) is None:
+                    self._leaving.append(self._staying.pop(victim.key))
+                else:
+                    self._sleep[victim.key] = bed.tier
+                    self._shrink(victim, victim.in_bed(bed.memory, bed.host_bytes))
+            ends = [victim for victim in victims if beds[victim.key] is None]
+            sleeps = [victim for victim in victims if beds[victim.key] is not None]
+            told = (f"{_names(ends)} is unloaded" if ends else "", f"{_names(sleeps)} falls asleep" if sleeps else "")
+            self._wait[claim.key] = f"{' and '.join(filter(None, told))} to make room"
             self._book(claim, placement)
+            return
+        if claim.awake is not None and isinstance(self._fit_anew(claim), Placement):
+            self._refuse[claim.key] = ("others are busy where it sleeps, and there is room elsewhere", False)
             return
         self._look_when_time_helps(claim)
         if self.is_late(claim):
-            busy = [one for one in self._staying.values() if not one.is_pinned and one not in free]
-            found = self._victims(claim, free, busy)
+            idle = {move.holder.key for move in free}
+            others = [one for one in self._staying.values() if not one.is_pinned and one.key != claim.key]
+            busy = [Move(one, None, one.load_s) for one in others if one.key not in idle]
+            found = self._victims(claim, [*free, *self._by_end(busy, claim)])
             if found is not None:
-                victims, placement = found
-                # The idle ones too: they would be busy again by the time that the last of the others is idle.
-                self._hold |= {victim.key[0] for victim in victims if victim.ready_since is not None}
-                ending = _names(victim for victim in victims if victim in busy)
-                self._wait[claim.key] = f"{ending} ends what it has begun, then makes room"
-                for victim in victims:  # it stays until it is idle, but nobody else gets its room
-                    self._leaving.append(self._staying.pop(victim.key))
+                beds, placement = found
+                victims = [self._staying.pop(key) for key in beds]
+                turns = {victim.key: turn_s for victim in victims if (turn_s := self._turn_s(victim, claim)) != 0}
+                if turns:
+                    having = _names(victim for victim in victims if victim.key in turns)
+                    self._wait[claim.key] = f"{having} has its turn, then makes room"
+                    self._looks += filter(None, turns.values())
+                else:
+                    # The idle ones too: they would be busy again by the time that the last of the others is idle.
+                    self._hold |= {victim.key for victim in victims}
+                    ending = _names(victim for victim in victims if victim.key not in idle)
+                    self._wait[claim.key] = f"{ending} ends what it has begun, then makes room"
+                self._leaving += victims  # they stay until they are idle, but nobody else gets their room
                 self._book(claim, placement)
                 return
             self._is_closed = True
@@ -205,24 +346,35 @@ class _Yard:
 
     # --- what fits
 
-    def _fit(self, claim: Claim, holders: Sequence[Holder]) -> Placement | str:
+    def _fit(self, claim: Claim, staying: Sequence[Holder], leaving: Sequence[Holder] = ()) -> Placement | str:
         """Its place beside these holders, or why there is none.
 
         What is promised to those that wait may be the room of holders that are leaving, so it does not come on top of
         theirs: there has to be room beside what is held now, and beside what will be held then.
         """
-        leaving = {one.key for one in self._leaving}
-        staying = [one for one in holders if one.key not in leaving]
-        for loaded in (_loaded(holders) | self._starting, _loaded(staying) | self._coming):
-            if why := _over(claim, loaded, self._rules):
+        for loaded in (_loaded((*staying, *leaving)) | self._starting, _loaded(staying) | self._coming):
+            if why := over(claim, loaded, self._rules):
                 return why
-        now, then = self._held(), Counter[str](self._promised)
-        for one in holders:
-            now.update(one.memory)
-        for one in staying:
-            then.update(one.memory)
-        placement = place(claim.needs, self._devices, now | then, **self._wishes(claim))
+        taken = self._taken(staying, leaving)
+        if claim.awake is not None:
+            placement = regain(claim.awake, self._devices, taken)
+        else:
+            placement = place(claim.needs, self._devices, taken, **self._wishes(claim))
         return placement.text if isinstance(placement, NoRoom) else placement
+
+    def _fit_anew(self, claim: Claim) -> Placement | str:
+        """The place of one that sleeps if it were started anew now, beside what it has kept."""
+        staying = list(self._staying.values())
+        return self._fit(msgspec.structs.replace(claim, awake=None), staying, (*self._leaving, *self._waking))
+
+    def _taken(self, staying: Iterable[Holder], leaving: Iterable[Holder]) -> Counter[str]:
+        now, then = self._held(), Counter[str](self._promised)
+        for one in staying:
+            now.update(one.memory)
+            then.update(one.memory)
+        for one in leaving:
+            now.update(one.memory)
+        return now | then
 
     def _held(self) -> Counter[str]:
         """What those hold that start now."""
@@ -239,12 +391,15 @@ class _Yard:
 
     def _never(self, claim: Claim, devices: Sequence[Device]) -> tuple[str, bool] | None:
         """Why it cannot have room whoever of ours goes, and whether that is for ever."""
-        pinned = [one for one in self._staying.values() if one.is_pinned]
+        pinned = [one for one in self._staying.values() if one.is_pinned and one.key != claim.key]
         promised = Counter[str]()
         for one in pinned:
             promised.update(one.memory)
-        if why := _over(claim, _loaded(pinned), self._rules):
+        if why := over(claim, _loaded(pinned), self._rules):
             return f"{why}, and {_names(pinned)} is pinned", False
+        if claim.awake is not None:
+            found = regain(claim.awake, devices, promised)
+            return (found.text, False) if isinstance(found, NoRoom) else None
         if not isinstance(refusal := place(claim.needs, devices, promised, **self._wishes(claim)), NoRoom):
             return None
         empty = [msgspec.structs.replace(device, foreign_bytes=0) for device in devices]
@@ -265,59 +420,148 @@ class _Yard:
     def _book(self, claim: Claim, placement: Placement) -> None:
         self._promised.update(placement.memory)
         self._coming[claim.key[0]] = claim.group
+        if (asleep := self._staying.pop(claim.key, None)) is not None:
+            self._waking.append(asleep)
+
+    def _shrink(self, holder: Holder, asleep: Holder) -> None:
+        """It falls asleep: until then it holds what it held."""
+        rest = {key: size - asleep.memory.get(key, 0) for key, size in holder.memory.items()}
+        rest = {key: size for key, size in rest.items() if size > 0}
+        self._staying[holder.key] = asleep
+        self._leaving.append(msgspec.structs.replace(holder, memory=rest, host_bytes=0, is_leaving=True))
+        self._host_bytes += asleep.host_bytes - holder.host_bytes
 
     # --- who goes
 
-    def _free_in_s(self, holder: Holder, claim: Claim) -> float | None:
-        """After how long it may go, if nobody asks for it meanwhile; None if time alone does not free it."""
+    def _moves(self, claim: Claim) -> list[Move]:
+        """What holders may do for the claim now that are idle."""
+        others = [one for one in self._staying.values() if one.key != claim.key]
+        return [move for one in others for move in _moves_of(one) if self._free_in_s(move, claim) == 0]
+
+    def _free_in_s(self, move: Move, claim: Claim) -> float | None:
+        """After how long it may be made, if nobody asks for it meanwhile; None if time alone does not help."""
+        holder = move.holder
         if holder.is_pinned or holder.work or holder.ready_since is None:
             return None
-        keep_s = 0.0 if self.is_late(claim) else KEEP * holder.load_s
+        if holder.is_asleep:
+            return 0.0
+        keep_s = 0.0 if self.is_late(claim) else KEEP * move.cost_s
         free_at = max(holder.ready_since + self._rules.min_residency_s, holder.idle_since + keep_s)
         return max(0.0, free_at - self._now)
 
-    def _victims(self, claim: Claim, *classes: Sequence[Holder]) -> tuple[list[Holder], Placement] | None:
-        """The fewest that have to go, those of the first class before those of the next; None if all do not suffice."""
-        victims: list[Holder] = []
-        order = [one for group in classes for one in self._by_score(group)]
+    def _turn_s(self, holder: Holder, claim: Claim) -> float | None:
+        """For how long it is not to be held back yet: it was loaded a moment ago, or answers who has waited for longer.
 
-        def without(gone: Sequence[Holder]) -> Placement | str:
-            return self._fit(claim, [one for one in self._staying.values() if one not in gone])
+        None while it loads.
+        """
+        if holder.ready_since is None:
+            return None
+        if holder.is_asleep:
+            return 0.0
+        until = holder.ready_since + self._rules.min_residency_s
+        if holder.waiting_since is not None and holder.waiting_since < claim.since:
+            until = max(until, holder.ready_since + self._rules.max_wait_s)
+        return max(0.0, until - self._now)
 
+    def _victims(self, claim: Claim, order: Sequence[Move]) -> tuple[dict[Key, Bed | None], Placement] | None:
+        """The fewest that have to make room, the first before the next, and each as lightly as suffices; None if all
+        do not suffice.
+        """
+        made: dict[Key, Bed | None] = {}
         placement: Placement | str = ""
-        for candidate in order:
-            victims.append(candidate)
-            if isinstance(placement := without(victims), Placement):
+        for move in order:
+            key = move.holder.key
+            if not _is_deeper(move, made) or (move.bed and not self._is_free(move.bed, move.holder, made)):
+                continue
+            made[key] = move.bed
+            if isinstance(placement := self._fit(claim, self._without(claim, made)), Placement):
                 break
         if not isinstance(placement, Placement):
             return None
-        for candidate in victims[-2::-1]:  # some went in vain
-            fewer = [one for one in victims if one is not candidate]
-            if isinstance(better := without(fewer), Placement):
-                victims, placement = fewer, better
-        return victims, placement
+        for key in list(made)[-2::-1]:  # some went in vain
+            fewer = {one: bed for one, bed in made.items() if one != key}
+            if isinstance(better := self._fit(claim, self._without(claim, fewer)), Placement):
+                made, placement = fewer, better
+        for key, bed in made.items():  # or farther than need be
+            for lighter in self._staying[key].beds:
+                if lighter == bed:
+                    break
+                other = made | {key: lighter}
+                if not self._is_free(lighter, self._staying[key], made):
+                    continue
+                if isinstance(better := self._fit(claim, self._without(claim, other)), Placement):
+                    made, placement = other, better
+                    break
+        return made, placement
 
-    def _by_score(self, holders: Iterable[Holder]) -> list[Holder]:
+    def _without(self, claim: Claim, made: Mapping[Key, Bed | None]) -> list[Holder]:
+        """Who stays once these moves are made, but for the claim's own."""
+        staying = []
+        for key, one in self._staying.items():
+            if key == claim.key:
+                continue
+            if key not in made:
+                staying.append(one)
+            elif (bed := made[key]) is not None:
+                staying.append(one.in_bed(bed.memory, bed.host_bytes))
+        return staying
+
+    def _is_free(self, bed: Bed, holder: Holder, made: Mapping[Key, Bed | None]) -> bool:
+        """Whether the machine's memory has what it takes for it to sleep there, beside the beds that others take."""
+        if (more := bed.host_bytes - holder.host_bytes) <= 0:
+            return True
+        others = ((self._staying[key], other) for key, other in made.items() if other and key != holder.key)
+        more += sum(max(0, other.host_bytes - one.host_bytes) for one, other in others)
+        if self._host_bytes + more > self._rules.sleep_bytes:
+            return False
+        taken = self._taken(self._staying.values(), (*self._leaving, *self._waking))
+        return all(device.free(taken) >= more for device in self._devices if device.key == RAM)
+
+    def _by_score(self, moves: Iterable[Move]) -> list[Move]:
         """Who is held stays so until it has gone: by the score alone, each answer would change who is to go."""
-        return sorted(holders, key=lambda one: (not one.is_held, -one.keep_score(self._now)))
+        return sorted(moves, key=lambda move: (not move.holder.is_held, -move.score(self._now)))
+
+    def _by_end(self, moves: Iterable[Move], claim: Claim) -> list[Move]:
+        """Who is expected to end what it has begun first; a load that others wait for is the last to be thrown away."""
+
+        def turn(move: Move) -> tuple[bool, bool, float, float]:
+            one = move.holder
+            is_awaited = one.ready_since is None and one.work > 0
+            turn_s = self._turn_s(one, claim)
+            ends_in_s = one.busy_s + self._rules.min_residency_s if turn_s is None else max(one.busy_s, turn_s)
+            return is_awaited, not one.is_held, ends_in_s, -move.score(self._now)
+
+        return sorted(moves, key=turn)
 
     # --- what is told
 
     def _look_when_time_helps(self, claim: Claim) -> None:
         """Note when a holder may go, and when the claim has waited for long enough."""
-        rests = [rest_s for one in self._staying.values() if (rest_s := self._free_in_s(one, claim))]
+        moves = (move for one in self._staying.values() if one.key != claim.key for move in _moves_of(one))
+        rests = [rest_s for move in moves if (rest_s := self._free_in_s(move, claim))]
         if not self.is_late(claim):
             rests.append(claim.since + self._rules.max_wait_s - self._now)
         self._looks += rests
+
+    def _goers(self) -> str:
+        """Who makes room already, and how."""
+        ends = [one for one in self._leaving if one.key not in self._staying]
+        sleeps = [one for one in self._leaving if one.key in self._staying]
+        told = (f"{_names(ends)} is being unloaded" if ends else "", f"{_names(sleeps)} falls asleep" if sleeps else "")
+        return " and ".join(filter(None, told))
 
     def _blockers(self, claim: Claim) -> str:
         """Who is in the way, and with what."""
         parts = []
         for one in self._staying.values():
+            if one.key == claim.key:
+                continue
             if one.is_pinned:
                 parts.append(f"{one.key[0]} is pinned")
             elif one.ready_since is None:
                 parts.append(f"{one.key[0]} is loading")
+            elif one.is_asleep:
+                parts.append(f"{one.key[0]} sleeps, and {'is asked for' if one.work else 'keeps a little of its room'}")
             elif one.work:
                 parts.append(f"{one.key[0]} is busy with {one.work} request{'s' * (one.work > 1)}")
             else:
@@ -325,7 +569,7 @@ class _Yard:
         return ", ".join(dict.fromkeys(parts))
 
 
-def _over(claim: Claim, loaded: Mapping[str, str | None], rules: Rules) -> str | None:
+def over(claim: Claim, loaded: Mapping[str, str | None], rules: Rules) -> str | None:
     """Which rule about models at once it would break beside those that are loaded: uid -> group."""
     uid = claim.key[0]
     others = {name: group for name, group in loaded.items() if name != uid}
@@ -344,7 +588,20 @@ def _over(claim: Claim, loaded: Mapping[str, str | None], rules: Rules) -> str |
 
 
 def _loaded(holders: Iterable[Holder]) -> dict[str, str | None]:
-    return {one.key[0]: one.group for one in holders}
+    return {one.key[0]: one.group for one in holders if not one.is_asleep}
+
+
+def _moves_of(holder: Holder) -> list[Move]:
+    """All that it could do to make room."""
+    return [*(Move(holder, bed, bed.wake_s) for bed in holder.beds), Move(holder, None, holder.load_s)]
+
+
+def _is_deeper(move: Move, made: Mapping[Key, Bed | None]) -> bool:
+    """Whether it leaves more room than what its holder does already."""
+    if move.holder.key not in made:
+        return True
+    bed = made[move.holder.key]
+    return bed is not None and (move.bed is None or sum(move.bed.memory.values()) < sum(bed.memory.values()))
 
 
 def _names(holders: Iterable[Holder]) -> str:

@@ -7,6 +7,7 @@ sentence. Source: the format's specification, https://github.com/ggml-org/ggml/b
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections import Counter
 from pathlib import Path
@@ -101,6 +102,7 @@ FILE_TYPES: dict[int, str] = {
     40: "Q1_0",
 }
 
+LAYER = re.compile(r"blk\.(\d{1,5})\.")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 
@@ -113,7 +115,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     """What one file says.
 
     `metadata` has numbers, texts and lists of numbers; of longer lists and of lists of texts the length alone, in
-    `lengths`. `types` counts the elements of each type; `tensor_bytes` is None where a type is unknown.
+    `lengths`. `types` counts the elements of each type; `tensor_bytes` is None where a type is unknown. `layers` has
+    the bytes of each layer's tensors, by its number.
     """
 
     version: int
@@ -123,6 +126,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     elements: int
     types: dict[str, int]
     tensor_bytes: int | None
+    layers: dict[int, int]
 
 
 def read_header(path: Path) -> Header:
@@ -173,14 +177,17 @@ class _Reader:
 
     def _with_tensors(self, version: int, metadata: dict[str, Any], lengths: dict[str, int], n_tensors: int) -> Header:
         types: Counter[str] = Counter()
+        layers: Counter[int] = Counter()
         tensor_bytes: int | None = 0
         end = 0
         for _ in range(n_tensors):
-            elements, type_number, offset = self._tensor()
+            tensor, elements, type_number, offset = self._tensor()
             name, block, block_bytes = TENSOR_TYPES.get(type_number, (f"type {type_number}", 1, 0))
             types[name] += elements
             of_this = math.ceil(elements / block) * block_bytes
             end = max(end, offset + of_this)
+            if layer := LAYER.match(tensor):
+                layers[int(layer[1])] += of_this
             known = tensor_bytes is not None and type_number in TENSOR_TYPES
             tensor_bytes = tensor_bytes + of_this if known and tensor_bytes is not None else None
         alignment = metadata.get("general.alignment")
@@ -196,6 +203,7 @@ class _Reader:
             elements=sum(types.values()),
             types=dict(types),
             tensor_bytes=tensor_bytes,
+            layers=dict(layers),
         )
 
     def _version(self) -> int:
@@ -208,8 +216,8 @@ class _Reader:
         self._is_narrow = version == 1
         return version
 
-    def _tensor(self) -> tuple[int, int, int]:
-        """Elements, type and offset of the next tensor."""
+    def _tensor(self) -> tuple[str, int, int, int]:
+        """Name, elements, type and offset of the next tensor."""
         name = self._text(MAX_NAME_BYTES)
         n_dimensions = self._number("I")
         if n_dimensions > MAX_DIMENSIONS:
@@ -217,7 +225,7 @@ class _Reader:
         elements = math.prod(self._length() for _ in range(n_dimensions))
         if elements > MAX_ELEMENTS:
             raise Damaged(f"tensor {name[:100]!r} has {elements} elements")
-        return elements, self._number("I"), self._number("Q")
+        return name, elements, self._number("I"), self._number("Q")
 
     def _value(self, kind: int, depth: int) -> Any:
         if kind in _SCALARS:

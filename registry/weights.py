@@ -87,6 +87,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     architecture: str | None = None
     architectures: tuple[str, ...] = ()
     layers: int | None = None
+    layer_bytes: tuple[int, ...] = ()
     width: int | None = None
     attention: tuple[Attention, ...] = ()
     is_attention_known: bool = False
@@ -159,7 +160,11 @@ def _of_gguf(path: Path, problems: list[str]) -> dict[str, Any]:
         "elements": dict(elements),
         "parameters": (n_elements or None) if len(headers) == len(parts) else None,
     }
-    return found | _of_metadata(headers[0].metadata, headers[0].lengths)
+    found |= _of_metadata(headers[0].metadata, headers[0].lengths)
+    layer_bytes = sum((Counter(header.layers) for header in headers), Counter())
+    if is_exact and found["layers"] and sorted(layer_bytes) == list(range(found["layers"])):
+        found["layer_bytes"] = tuple(layer_bytes[number] for number in range(found["layers"]))
+    return found
 
 
 def _parts(path: Path, problems: list[str]) -> list[Path]:

@@ -18,6 +18,7 @@ import time
 import zlib
 from collections import deque
 from types import SimpleNamespace
+from urllib.parse import parse_qs
 
 BEHAVIOUR = {
     # Starting
@@ -29,6 +30,7 @@ BEHAVIOUR = {
     "memory_for_tokens": None,  # with a larger --ctx-size it exits as llama-server does without memory
     "exit_if_full": None,  # exits where this folder has no room
     "exit_before_ready_times": 0,  # the first N starts exit with exit_code; needs counter_file
+    "fail_file": None,  # a file with a number: so many starts more do not come to be ready; each takes one off
     # Dying. A 1 means the first one; None means never.
     "exit_after_s": None,  # exit with exit_code, counted from the start of the process
     "exit_code": 1,
@@ -43,6 +45,7 @@ BEHAVIOUR = {
     "lifetime_s": 900.0,  # nobody leaves one of these behind for longer
     # Stopping
     "ignore_term": False,
+    "stop_delay_s": 0.0,  # it obeys so late
     "grandchild": False,  # two children in the same process group; the second one ignores SIGTERM
     "grandchild_file": None,  # a JSON list of their two pids
     # Answering
@@ -56,6 +59,16 @@ BEHAVIOUR = {
     "error_body": None,  # ... and this, text or JSON
     "keep_alive_s": None,  # closes a connection that was idle for so long
     "close_connections": False,  # `Connection: close` on every reply
+    # Holding
+    "held_folder": None,  # of the played driver: there a file named by the pid says how much of which GPUs this holds
+    "held_bytes": 0,  # evenly of those in CUDA_VISIBLE_DEVICES
+    # Sleeping, as vLLM's server does
+    "can_sleep": False,  # opens /sleep, /wake_up, /is_sleeping and /collective_rpc
+    "first_sleep_s": 0.0,  # the first sleep that keeps the weights takes so much longer
+    "sleep_s": 0.0,
+    "wake_s": 0.0,
+    "sleep_fails": 0,  # so many are answered with 500, and nothing is done
+    "wake_fails": 0,
     # Telling
     "events_file": None,  # one JSON line for each event
 }
@@ -74,6 +87,7 @@ FLAGS = {
 
 GET = {"/health", "/v1/health", "/models", "/v1/models", "/busy", "/requests"}
 OPEN = {"/health", "/v1/health", "/busy"}
+SLEEPING = {"/sleep": "POST", "/wake_up": "POST", "/is_sleeping": "GET", "/collective_rpc": "POST"}
 INFERENCE = {
     "/chat/completions": "chat",
     "/v1/chat/completions": "chat",
@@ -101,6 +115,8 @@ def main() -> int:
     behaviour = read_behaviour(os.environ.get("FAKE_ENGINE") or "{}")
     flags = read_flags(sys.argv[1:])
     events = Events(behaviour.events_file)
+    if behaviour.held_folder is not None:
+        hold(behaviour.held_folder, behaviour.held_bytes)
     start = count_start(behaviour.counter_file)
     events.add("start", start=start, argv=sys.argv[1:])
     for line in behaviour.last_words:
@@ -112,6 +128,10 @@ def main() -> int:
     if behaviour.memory_for_tokens is not None and int(flags.ctx_size) > behaviour.memory_for_tokens:
         say(f"ggml_aligned_malloc: insufficient memory (attempted to allocate {flags.ctx_size} tokens)")
         return fail_to_load(flags.model, 1)
+    if behaviour.fail_file is not None and add_to(behaviour.fail_file, -1) >= 0:
+        time.sleep(behaviour.ready_after_s)
+        say("main: exiting, as FAKE_ENGINE asked for with fail_file")
+        return behaviour.exit_code
     if start <= behaviour.exit_before_ready_times:
         return fail_to_load(flags.model, behaviour.exit_code)
     if behaviour.grandchild:
@@ -153,17 +173,28 @@ def read_flags(argv: list[str]) -> SimpleNamespace:
 
 def count_start(path: str | None) -> int:
     """The number of this start among all that share the file, from 1."""
-    if path is None:
-        return 1
+    return 1 if path is None else add_to(path, 1)
+
+
+def add_to(path: str, amount: int) -> int:
+    """The number in a file that several processes share, with this added to it; it is kept from 0 up."""
     import fcntl
 
     with open(path, "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        number = int(file.read() or 0) + 1
+        number = int(file.read() or 0) + amount
         file.truncate(0)
-        file.write(str(number))
+        file.write(str(max(0, number)))
     return number
+
+
+def hold(folder: str, size_bytes: int) -> None:
+    uuids = [uuid for uuid in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if uuid]
+    path = os.path.join(folder, str(os.getpid()))
+    with open(f"{path}.new", "w") as file:
+        json.dump({uuid: size_bytes // len(uuids) for uuid in uuids}, file)
+    os.replace(f"{path}.new", path)
 
 
 def fail_to_load(model: str, code: int) -> int:
@@ -204,7 +235,8 @@ class Events:
 class Request:
     def __init__(self, method: str, path: str, version: str, headers: dict[str, str]) -> None:
         self.method = method
-        self.path = path.partition("?")[0]
+        self.path, _, query = path.partition("?")
+        self.query = parse_qs(query)
         self.version = version
         self.headers = headers
         self.body = b""
@@ -241,6 +273,12 @@ class Engine:
         self.requests: deque[dict[str, object]] = deque(maxlen=10_000)
         self.stopping = asyncio.Event()
         self.slots = asyncio.Semaphore(behaviour.n_slots or 1_000_000)
+        self.sleeping_tags: set[str] = set()
+        self.has_weights = True
+        self.keeps_weights = False
+        self.sleeps = 0
+        self.awake = asyncio.Event()
+        self.awake.set()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -281,7 +319,7 @@ class Engine:
     def term(self) -> None:
         self.events.add("term")
         if not self.behaviour.ignore_term:
-            self.stopping.set()
+            asyncio.get_running_loop().call_later(self.behaviour.stop_delay_s, self.stopping.set)
 
     async def drain(self) -> None:
         limit = time.monotonic() + DRAIN_LIMIT_S
@@ -304,6 +342,8 @@ class Engine:
             self.check(request)
             if request.path in INFERENCE:
                 await self.infer(request, connection)
+            elif request.path in SLEEPING:
+                await connection.reply(200, encode(await self.sleep_or_wake(request)))
             else:
                 await connection.reply(200, encode(self.look_up(request.path)))
         except Refused as refused:
@@ -312,16 +352,51 @@ class Engine:
     def check(self, request: Request) -> None:
         if request.path not in ("/health", "/v1/health", "/busy", "/requests"):
             self.requests.append({"method": request.method, "path": request.path, "headers": request.headers})
-        if request.path not in OPEN and not self.has_key(request):
+        is_open = request.path in OPEN or request.path in SLEEPING
+        if not is_open and not self.has_key(request):
             raise Refused(401, "Invalid API Key")
         if not self.is_ready() and request.path not in ("/busy", "/requests"):
             raise Refused(503, "Loading model")
+        if self.behaviour.can_sleep and SLEEPING.get(request.path) == request.method:
+            return
         if not (request.path in GET if request.method == "GET" else request.path in INFERENCE):
             raise Refused(404, "File Not Found")
 
     def has_key(self, request: Request) -> bool:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         return not self.flags.keys or (scheme == "Bearer" and key in self.flags.keys)
+
+    async def sleep_or_wake(self, request: Request) -> object:
+        """As vLLM: what makes no sense is answered with 200, and changes nothing."""
+        behaviour = self.behaviour
+        if request.path == "/is_sleeping":
+            return {"is_sleeping": bool(self.sleeping_tags)}
+        method = decode(request.body).get("method") if request.path == "/collective_rpc" else None
+        level, tags = int(request.query.get("level", ["1"])[0]), request.query.get("tags")
+        self.events.add(request.path, level=level, tags=tags, method=method, busy=self.busy)
+        if request.path == "/sleep":
+            if behaviour.sleep_fails:
+                behaviour.sleep_fails -= 1
+                raise Refused(500, "made to fail by FAKE_ENGINE")
+            is_first, self.sleeps = not self.sleeps and level == 1, self.sleeps + 1
+            await self.pause(behaviour.sleep_s + is_first * behaviour.first_sleep_s)
+            self.sleeping_tags = {"weights", "kv_cache"}
+            self.keeps_weights, self.has_weights = level == 1, False
+            self.awake.clear()
+        elif request.path == "/wake_up":
+            if behaviour.wake_fails:
+                behaviour.wake_fails -= 1
+                raise Refused(500, "made to fail by FAKE_ENGINE")
+            await self.pause(behaviour.wake_s)
+            self.sleeping_tags -= set(tags or self.sleeping_tags)
+            self.has_weights |= self.keeps_weights
+            if not self.sleeping_tags:
+                self.awake.set()
+        elif method == "reload_weights":
+            await self.pause(behaviour.wake_s)
+            self.has_weights |= "weights" not in self.sleeping_tags
+        self.events.add("slept" if self.sleeping_tags else "awake")
+        return {}
 
     def look_up(self, path: str) -> object:
         if path.endswith("/health"):
@@ -339,6 +414,9 @@ class Engine:
         request_id = request.headers.get("x-request-id")
         self.events.add("request", path=request.path, id=request_id, model=model, bytes=len(request.body))
         self.received += 1
+        if not self.awake.is_set():
+            self.events.add("asked_asleep", id=request_id)
+            await self.awake.wait()
         limit = self.behaviour.die_after_requests
         if limit is not None and self.may_die and self.received >= limit:
             die()
@@ -388,7 +466,7 @@ class Engine:
             count, finish = self.length(body)
             used = usage(body, count)
             await self.pause(behaviour.first_token_delay_s + behaviour.token_delay_s * count)
-            text = " ".join(f"tok{i}" for i in range(count))
+            text = " ".join(f"tok{i}" if self.has_weights else "garbage" for i in range(count))
             if behaviour.huge_body_bytes:
                 text = ("tok " * (behaviour.huge_body_bytes // 4 + 1))[: behaviour.huge_body_bytes]
             await self.finish(connection, completion(kind, self.model_name(body), text, finish, used))
@@ -411,7 +489,8 @@ class Engine:
         await self.pause(behaviour.first_token_delay_s)
         connection.send_head(200, "text/event-stream", None)
         for i in range(count):
-            event = sse(chunk(kind, model, f" tok{i}" if i else "tok0", is_first=i == 0))
+            token = f"tok{i}" if self.has_weights else "garbage"
+            event = sse(chunk(kind, model, f" {token}" if i else token, is_first=i == 0))
             if last is not None and i >= last:
                 break
             await connection.send_chunk(event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import importlib
 import json
 import os
@@ -34,11 +35,11 @@ PACKAGE_MAY_IMPORT = {
 
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
-    ("amounts", "limits", "keeper", "stand_in"),
-    ("connections",),
+    ("amounts", "limits", "keeper", "pace", "question", "stand_in"),
+    ("connections", "passed_on"),
     ("addresses", "errors", "events", "files", "gpus", "metrics", "queue", "upstream", "launch"),
     ("calls", "causes", "crowd", "handover", "watchdog"),
-    ("client", "async_client", "choice", "placement", "probe", "process", "store"),
+    ("client", "async_client", "choice", "placement", "probe", "process", "store", "tiers"),
     ("history", "lives"),
     ("config", "sdk", "kept", "home"),
     ("apply",),
@@ -48,7 +49,8 @@ GATEWAY_LAYERS = (
     ("experience",),
     ("sizing",),
     ("downloads", "environments", "nodes"),
-    ("plan", "yard"),
+    ("yard",),
+    ("plan",),
     ("replica",),
     ("outlook",),
     ("deployment",),
@@ -68,7 +70,7 @@ GATEWAY_LAYERS = (
 # Leaves: all of the gateway that they may know.
 LEAF_MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "gpus": set(),
+    "gpus": {"question"},
     "metrics": set(),
     "config": {"addresses", "amounts", "client", "errors", "launch"},
     "apply": {"config"},
@@ -205,6 +207,17 @@ def example_configs() -> list[Path]:
 
 def test_there_are_example_configs() -> None:
     assert example_configs()
+
+
+def test_the_example_of_a_service_leaves_engines_alone_and_waits_for_requests_in_flight() -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(ROOT / "configs" / "hostler.service")
+    service = unit["Service"]
+    assert service["KillMode"] == "process"
+    assert int(service["TimeoutStopSec"]) > Settings().drain_timeout_s + 10
+    words = service["ExecStart"].split()
+    assert words[1] in VERBS
 
 
 @pytest.mark.parametrize("path", example_configs(), ids=lambda path: path.name)

@@ -278,6 +278,49 @@ def test_fails_requests_as_asked() -> None:
         assert (status, json.loads(body)["error"]["message"]) == (429, "slow down")
 
 
+def test_sleeps_and_answers_garbage_if_it_is_woken_in_the_wrong_order(tmp_path: Path) -> None:
+    with fake(can_sleep=True, events_file=str(tmp_path / "events")) as engine:
+
+        def is_sleeping() -> bool:
+            return json.loads(engine.get("/is_sleeping", {})[1])["is_sleeping"]
+
+        def says() -> str:
+            return json.loads(engine.post("/v1/chat/completions", CHAT)[1])["choices"][0]["message"]["content"]
+
+        for wakes in (["/wake_up"], ["/wake_up?tags=weights", "/wake_up?tags=kv_cache"]):
+            assert engine.post("/sleep?level=1", {}, {})[0] == 200
+            assert is_sleeping()
+            assert engine.get("/health")[0] == 200
+            assert [engine.post(path, {}, {})[0] for path in wakes] == [200] * len(wakes)
+            assert not is_sleeping()
+            assert says().startswith("tok0")
+        engine.post("/sleep?level=2", {}, {})
+        engine.post("/collective_rpc", {"method": "reload_weights"}, {})  # there is nowhere to put them yet
+        engine.post("/wake_up", {}, {})
+        assert says().startswith("garbage")
+        engine.post("/sleep?level=2", {}, {})
+        engine.post("/wake_up?tags=weights", {}, {})
+        engine.post("/collective_rpc", {"method": "reload_weights"}, {})
+        assert is_sleeping()
+        engine.post("/wake_up?tags=kv_cache", {}, {})
+        assert says().startswith("tok0")
+    assert "asked_asleep" not in names_of(tmp_path / "events")
+    with fake() as engine:
+        assert engine.post("/sleep", {})[0] == 404
+
+
+def test_is_slow_to_sleep_for_the_first_time_and_fails_to_as_asked() -> None:
+    with fake(can_sleep=True, first_sleep_s=0.5, sleep_fails=1, wake_fails=1) as engine:
+        assert engine.post("/sleep?level=1", {}, {})[0] == 500
+        took_s = []
+        for wakes in ([500, 200], [200]):
+            began = time.monotonic()
+            assert engine.post("/sleep?level=1", {}, {})[0] == 200
+            took_s.append(time.monotonic() - began)
+            assert [engine.post("/wake_up", {}, {})[0] for _ in wakes] == wakes
+        assert took_s[0] >= 0.5 > took_s[1]
+
+
 def test_term_ends_it_at_once_when_idle_and_drains_otherwise(tmp_path: Path) -> None:
     with fake() as engine:
         engine.get("/health")

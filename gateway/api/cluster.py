@@ -28,7 +28,7 @@ class Cluster:
 
     async def status(self, request: Request) -> Response:
         """Up since when, and what the machine's processor, memory and GPUs do."""
-        gpus = await asyncio.to_thread(self._fleet.node.list_gpus)
+        gpus = await asyncio.to_thread(self._fleet.node.known_gpus)
         memory = psutil.virtual_memory()
         facts: dict[str, Any] = {
             "cpu": {
@@ -54,7 +54,7 @@ class Cluster:
 
     async def info(self, request: Request) -> Response:
         """The machine twice: as supervisor and as worker."""
-        gpus = await asyncio.to_thread(self._fleet.node.list_gpus)
+        gpus = await asyncio.to_thread(self._fleet.node.known_gpus)
         is_detailed = request.query_params.get("detailed", "").lower() in ("true", "1", "yes")
         total_bytes = sum(gpu.total_bytes for gpu in gpus)
         own: dict[str, Any] = {"ip_address": self._address(request), "gpu_count": len(gpus)}
@@ -79,7 +79,7 @@ class Cluster:
 
     async def devices(self, request: Request) -> Response:
         """How many GPUs there are."""
-        return json_answer(len(await asyncio.to_thread(self._fleet.node.list_gpus)))
+        return json_answer(len(await asyncio.to_thread(self._fleet.node.known_gpus)))
 
     async def workers(self, request: Request) -> Response:
         """This machine and what it serves."""

@@ -32,7 +32,7 @@ from gateway.api.exchange import (
     with_length,
 )
 from gateway.api.heads import FormHead, Head, is_form, read_form_head, read_head, read_query_head
-from gateway.api.next_door import headers_of, path_of
+from gateway.api.next_door import headers_of, is_answered_next_door, path_of
 from gateway.api.ways import Way, with_adapter
 from gateway.connections import UpstreamLost
 from gateway.deployment import Deployment
@@ -73,6 +73,8 @@ class Inference:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read, find the model, relay."""
         body = await read_body(scope, receive, self._fleet.settings.max_body_bytes)
+        if self._fleet.next_door and await is_answered_next_door(self._fleet, scope, body, receive, send):
+            return
         asked = self.asked(scope["headers"], body, scope["query_string"])
         await Relay(self._fleet, self.way, asked, scope, send, body).run(receive)
 
@@ -88,6 +90,7 @@ class Inference:
         deployment = self._fleet.find(uid)
         terms = self._terms.get(uid)
         if terms is None or not terms.are_of(deployment):
+            self._terms = {uid: terms for uid, terms in self._terms.items() if not terms.deployment.is_closed}
             terms = self._terms[uid] = Terms(way, deployment)
         if not isinstance(head, FormHead):
             body = way.adapt(body, head, deployment.defaults)

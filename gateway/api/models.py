@@ -175,7 +175,11 @@ class Models:
         return json_answer({"replica": len(cards), "replicas": cards})
 
     async def _until_replicas_ready(self, deployment: Deployment, added: list[Replica]) -> None:
-        while deployment.is_loaded and not all(replica.state is State.READY for replica in added):
+        while (
+            deployment.is_loaded
+            and not deployment.is_resting
+            and not all(replica.state is State.READY for replica in added)
+        ):
             failed = next((replica for replica in added if replica.state is State.FAILED), None)
             if failed is not None:
                 reason = f"{failed.name} does not start: {failed.failure}"
@@ -222,6 +226,18 @@ class Models:
         deployment = self._deployment(request)
         deployment.stop(force=request.query_params.get("force", "").lower() in ("1", "true", "yes"))
         await deployment.stopped()
+        return json_answer(self._card(deployment))
+
+    async def sleep(self, request: Request) -> Response:
+        """Have it sleep, if it answers nobody; answers once it does. The next request wakes it."""
+        deployment = self._deployment(request)
+        await deployment.sleep()
+        return json_answer(self._card(deployment))
+
+    async def wake(self, request: Request) -> Response:
+        """Be ready again, by a load if it does not sleep; answers once it is."""
+        deployment = self._deployment(request)
+        await deployment.until_ready()
         return json_answer(self._card(deployment))
 
     async def list_replicas(self, request: Request) -> Response:

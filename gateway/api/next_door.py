@@ -32,27 +32,38 @@ class NextDoor:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, one way or the other."""
-        if self._fleet.next_door is not None and scope["type"] == "http":
-            async with self._fleet.relaying() as door:
+        fleet = self._fleet
+        if fleet.next_door is not None and scope["type"] == "http":
+            async with fleet.relaying() as door:
                 if door is not None:
-                    await self._relay(door, scope, receive, send)
+                    try:
+                        body = await read_body(scope, receive, fleet.settings.max_body_bytes)
+                    except HostlerError as exc:
+                        await answer(exc)(scope, receive, send)
+                    else:
+                        await _relay_unless_left(door, scope, body, receive, send)
                     return
         await self._app(scope, receive, send)
 
-    async def _relay(self, door: Upstream, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            body = await read_body(scope, receive, self._fleet.settings.max_body_bytes)
-        except HostlerError as exc:
-            await answer(exc)(scope, receive, send)
-            return
-        relaying = asyncio.ensure_future(_relay(door, scope, body, send))
-        leaving = asyncio.ensure_future(_until_left(receive))
-        try:
-            await asyncio.wait((relaying, leaving), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            leaving.cancel()
-            relaying.cancel()  # which does nothing if it is done
-            await asyncio.gather(relaying, leaving, return_exceptions=True)
+
+async def is_answered_next_door(fleet: Fleet, scope: Scope, body: bytes, receive: Receive, send: Send) -> bool:
+    """Have a request answered there that began to come before the other gateway was asked to take over, if it has."""
+    async with fleet.relaying() as door:
+        if door is None:
+            return False
+        await _relay_unless_left(door, scope, body, receive, send)
+        return True
+
+
+async def _relay_unless_left(door: Upstream, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+    relaying = asyncio.ensure_future(_relay(door, scope, body, send))
+    leaving = asyncio.ensure_future(_until_left(receive))
+    try:
+        await asyncio.wait((relaying, leaving), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        leaving.cancel()
+        relaying.cancel()  # which does nothing if it is done
+        await asyncio.gather(relaying, leaving, return_exceptions=True)
 
 
 async def _relay(door: Upstream, scope: Scope, body: bytes, send: Send) -> None:
@@ -62,6 +73,8 @@ async def _relay(door: Upstream, scope: Scope, body: bytes, send: Send) -> None:
         try:
             headers = [header for header in reply.headers if header[0] not in OF_THE_CONNECTION]
             headers += [header for header in reply.headers if header[0] == b"content-length"]
+            if "request_id" in scope:  # ours is told already
+                headers = [header for header in headers if header[0] != b"x-request-id"]
             await send({"type": "http.response.start", "status": reply.status, "headers": [*headers, CLOSE]})
             has_begun = True
             while chunk := await reply.read():

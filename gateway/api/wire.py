@@ -15,7 +15,7 @@ from gateway.errors import BadRequest
 from gateway.export import SECRET_OPTIONS
 from gateway.launch import LaunchRequest
 from gateway.process import memory_bytes
-from gateway.replica import Failure, Replica, State
+from gateway.replica import RESTING, Failure, Replica, State
 from registry.additions import KINDS
 from registry.decode import decode, did_you_mean
 from registry.registry import Registry
@@ -52,6 +52,7 @@ class ReplicaCard(msgspec.Struct, frozen=True, kw_only=True):
     uid: str
     replica: int
     state: str
+    tier: str | None
     state_s: float
     engine: str
     pid: int | None
@@ -65,6 +66,7 @@ class ReplicaCard(msgspec.Struct, frozen=True, kw_only=True):
     log: str
     failure: Failure | None
     degraded: str | None
+    context_tokens: int | None
 
 
 def json_answer(body: Any, status: int = 200) -> Response:
@@ -86,6 +88,7 @@ def model_card(deployment: Deployment, origin: str) -> dict[str, Any]:
         "created": int(deployment.launched_at),
         "owned_by": "hostler",
         "status": str(deployment.state),
+        "tier": next((replica.tier.name for replica in deployment.replicas if replica.tier), None),
         "failure_cause": deployment.failure_cause,
         **description(deployment),
         "replica": launch.replica,
@@ -123,6 +126,7 @@ def description(deployment: Deployment) -> dict[str, Any]:
             "revision": source.model_revision,
             "multimodal_projector": launch.artifact.projector,
             "strict_system_first": False,
+            "max_model_len": min(filter(None, (one.context_tokens for one in deployment.replicas)), default=None),
         }
         told["model_family"] = told.get("model_family") or family.model_name
     return facts | told | {"model_ability": list(family.abilities)}
@@ -206,10 +210,10 @@ def instance_replica(replica: Replica) -> dict[str, Any]:
 
 
 def instance_status(state: State) -> str:
-    """Our states in Xinference's words; a model that waits for its first request counts as ready."""
-    return {State.READY: "READY", State.STOPPED: "READY", State.FAILED: "ERROR", State.STOPPING: "TERMINATING"}.get(
-        state, "CREATING"
-    )
+    """Our states in Xinference's words; a model that waits for its next request counts as ready."""
+    if state is State.STOPPED or state in RESTING:
+        return "READY"
+    return {State.READY: "READY", State.FAILED: "ERROR", State.STOPPING: "TERMINATING"}.get(state, "CREATING")
 
 
 def progress_card(deployment: Deployment | None) -> dict[str, Any]:
@@ -219,6 +223,8 @@ def progress_card(deployment: Deployment | None) -> dict[str, Any]:
     downloading = next((replica.progress for replica in deployment.replicas if replica.progress), None)
     stages = {
         State.READY: ("completed", 1.0),
+        **dict.fromkeys(RESTING, ("completed", 1.0)),
+        State.WAKING: ("loading", 0.9),
         State.STARTING: ("loading", 0.9),
         State.DOWNLOADING: ("downloading", 0.1),
     }
@@ -249,6 +255,7 @@ def replica_card(deployment: Deployment, replica: Replica, now: float) -> Replic
         uid=deployment.launch.uid,
         replica=replica.index,
         state=replica.state,
+        tier=replica.tier.name if replica.tier else None,
         state_s=now - replica.state_since,
         engine=deployment.launch.engine,
         pid=pid,
@@ -262,6 +269,7 @@ def replica_card(deployment: Deployment, replica: Replica, now: float) -> Replic
         log=str(replica.log),
         failure=replica.failure,
         degraded=replica.degraded,
+        context_tokens=replica.context_tokens,
     )
 
 
@@ -283,6 +291,7 @@ def launch_body(launch: Launch) -> dict[str, Any]:
         "n_gpu": "auto" if launch.n_gpu is None else launch.n_gpu,
         "gpu_idx": list(launch.gpu_idx) if launch.gpu_idx else None,
         "request_limits": launch.request_limits,
+        "sleep_after_s": launch.sleep_after_s,
         "idle_timeout_s": launch.idle_timeout_s,
         "envs": dict.fromkeys(launch.envs, MASK) or None,
         "force_options": True if launch.forced_options else None,

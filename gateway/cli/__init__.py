@@ -21,6 +21,8 @@ VERBS = {
     "ps": "Show what runs: state, process, memory, requests, failures.",
     "start": "Load a model now.",
     "stop": "Unload a model; its next request loads it again.",
+    "sleep": "Have a model sleep: it keeps little memory, and is back soon.",
+    "wake": "Have a model be ready again that sleeps.",
     "logs": "Show what a model's engine wrote.",
     "events": "Show what happens to models, as it happens.",
     "chat": "Talk with a model.",

@@ -52,15 +52,19 @@ def _examine(settings: Any) -> dict[str, dict[str, str]]:
     from gateway.cli.engines import describe
     from gateway.environments import list_environments
     from gateway.fleet import available_engines
-    from gateway.gpus import list_gpus
+    from gateway.gpus import LIMIT_S, list_gpus
+    from gateway.question import NoAnswer, Question
 
     home = settings.home_path
     existing = next(folder for folder in (home, *home.parents) if folder.exists())
     memory = psutil.virtual_memory()
-    gpus = {
-        f"GPU {gpu.index}": f"{gpu.name}, {megabytes(gpu.used_bytes)} of {megabytes(gpu.total_bytes)} used"
-        for gpu in list_gpus()
-    }
+    try:
+        gpus = {
+            f"GPU {gpu.index}": f"{gpu.name}, {megabytes(gpu.used_bytes)} of {megabytes(gpu.total_bytes)} used"
+            for gpu in Question(list_gpus, limit_s=LIMIT_S)()
+        }
+    except NoAnswer:
+        gpus = {"GPUs": f"NVML has not answered for {LIMIT_S:g} s; `nvidia-smi` may show why"}
     return {
         "Hostler": {
             "version": version("hostler"),

@@ -23,7 +23,8 @@ def command(client: Client, as_json: bool) -> None:
         [
             [
                 model["id"],
-                text(model.get("status")) + (f" ({cause})" if (cause := model.get("failure_cause")) else ""),
+                text(model.get("status"))
+                + (f" ({why})" if (why := model.get("failure_cause") or model.get("tier")) else ""),
                 text(model.get("model_type")),
                 text(model.get("model_name")),
                 text(model.get("model_engine")),

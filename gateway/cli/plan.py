@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gateway.placement import Device
     from gateway.plan import Row
     from gateway.sizing import Sizing
+    from gateway.yard import Rules
     from registry.schema import Source
 
 
@@ -41,13 +42,13 @@ def command(file: str, machine_file: str | None, gpus: str | None, as_json: bool
     if machine_file and gpus:
         raise click.UsageError("Say --machine or --gpus, not both.")
     try:
-        wanted, devices = _prepare(file, _machine(machine_file, gpus))
+        wanted, devices, rules = _prepare(file, _machine(machine_file, gpus))
     except SettingsError as exc:
         if as_json:
             print_json({"file": file, "error": str(exc)})
         click.echo(str(exc), err=True)
         sys.exit(1)
-    rows = draw_up(wanted, devices)
+    rows = draw_up(wanted, devices, rules)
     if as_json:
         print_json({"file": file, "error": None} | _data(rows, devices))
     else:
@@ -72,13 +73,16 @@ def _machine(machine_file: str | None, gpus: str | None) -> SimulatedMachine | N
         raise SettingsError(f"{machine_file or '--gpus'}: {exc}") from exc
 
 
-def _prepare(file: str, machine: SimulatedMachine | None) -> tuple[list[tuple[Launch, Sizing]], Sequence[Device]]:
-    """What is wanted, with what it takes, and the devices."""
+def _prepare(
+    file: str, machine: SimulatedMachine | None
+) -> tuple[list[tuple[Launch, Sizing]], Sequence[Device], Rules]:
+    """What is wanted, with what it takes, the devices, and the rules."""
     from functools import partial
 
     import engines
     from gateway.config import load
     from gateway.devices import Observer, limits_of, look_here
+    from gateway.dispatch import rules_of
     from gateway.experience import Experience
     from gateway.fleet import available_engines, open_registry, plan_declared
     from gateway.gpus import list_gpus
@@ -92,7 +96,10 @@ def _prepare(file: str, machine: SimulatedMachine | None) -> tuple[list[tuple[La
     registry = open_registry(settings)
     launches = plan_declared(settings, registry, known)
     look = machine.look if machine else partial(look_here, list_gpus)
-    devices = asyncio.run(Observer(look).observe((), limits_of(settings)))
+    observer = Observer(look)
+    devices = asyncio.run(observer.observe((), limits_of(settings)))
+    if observer.silence:
+        raise click.ClickException(f"{observer.silence}. Mend that, or describe the machine (--machine, --gpus).")
     experience = Experience(settings.home_path / "experience.json")
     has_gpus = any(device.gpu for device in devices)
 
@@ -105,7 +112,7 @@ def _prepare(file: str, machine: SimulatedMachine | None) -> tuple[list[tuple[La
         beside = bytes_beside(launch, path, tuple(filter(None, added)))
         return size_up(launch, needs, None, facts, [], experience, has_gpus=has_gpus, specs=specs, beside_bytes=beside)
 
-    return [(launch, size(launch)) for launch in launches], devices
+    return [(launch, size(launch)) for launch in launches], devices, rules_of(settings, devices)
 
 
 def _as_installed(engine: Engine) -> Engine:

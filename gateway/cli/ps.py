@@ -30,7 +30,7 @@ def command(client: Client, as_json: bool) -> None:
         [
             [
                 replica["uid"] + (f"/{replica['replica']}" if replica["replica"] else ""),
-                replica["progress"] or replica["state"],
+                replica["progress"] or replica["state"] + (f" ({replica['tier']})" if replica.get("tier") else ""),
                 seconds(replica["state_s"]),
                 str(replica["pid"] or "-"),
                 megabytes(replica["memory_bytes"]),

@@ -16,8 +16,8 @@ LIMIT_S = 240.0  # a start takes as long as it takes
 def command(client: Client, as_json: bool) -> None:
     """Restart the gateway as it was started, with the settings that are there now.
 
-    Engines run on, the port stays open, and requests in flight are answered by the old gateway, which then ends. If the
-    new one cannot come up, nothing changes.
+    Engines run on, the port and the connections of clients stay open, and requests in flight are answered by the old
+    gateway, which then ends. If the new one cannot come up, nothing changes.
     """
     pids = client.post("/v1/restart", limit_s=LIMIT_S)
     tell(f"The gateway is process {pids['pid']} now.", pids, as_json)

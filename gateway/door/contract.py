@@ -41,6 +41,7 @@ ATTRIBUTES = frozenset(
         "flow",
         "headers",
         "message_event",
+        "more_body",
         "parser",
         "pipeline",
         "response_complete",

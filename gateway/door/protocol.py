@@ -83,6 +83,7 @@ class DoorProtocol(HttpToolsProtocol):
         self._splice: Splice | None = None  # what is being answered
         self._again: Any = None  # the cycle of a splice that was replayed
         self._inference: Inference | None = None  # of the request that comes in, as long as it is easy
+        self._is_coming = False  # a request has begun, and not all of it is there
         self._has_head = False
         self._keeps_alive = True
         self._parts: list[bytes] = []
@@ -127,6 +128,12 @@ class DoorProtocol(HttpToolsProtocol):
             logger.info("A client sent nothing more of its request for %g s; its connection is closed.", STALL_LIMIT_S)
             self.transport.close()
 
+    def is_between_requests(self) -> bool:
+        """Whether nothing of a request was read, and all are answered."""
+        cycle = self.cycle
+        is_answered = cycle is None or (cycle.response_complete and not cycle.more_body)
+        return is_answered and not self._is_coming and not self.pipeline
+
     @property
     def _progress(self) -> int:
         return len(self.headers) + self._size
@@ -138,6 +145,7 @@ class DoorProtocol(HttpToolsProtocol):
         self.headers = []
         self._idle_since = None
         self._inference = None
+        self._is_coming = True
         self._has_head = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -166,6 +174,7 @@ class DoorProtocol(HttpToolsProtocol):
             self._replay(self.url, self.headers, self._parts, is_whole=False, keeps_alive=self._keeps_alive)
 
     def on_message_complete(self) -> None:
+        self._is_coming = False
         inference = self._inference
         if inference is None:
             super().on_message_complete()
@@ -183,7 +192,7 @@ class DoorProtocol(HttpToolsProtocol):
         door, parser = self._door, self.parser
         if self.cycle is not None and not self.cycle.response_complete:
             return False
-        if door.fleet.next_door is not None or not door.crowd.is_open():
+        if not door.crowd.is_open():
             return False
         if parser.get_method() != b"POST" or parser.get_http_version() != "1.1" or parser.should_upgrade():
             return False
@@ -219,6 +228,8 @@ class DoorProtocol(HttpToolsProtocol):
     def _splices(self, inference: Inference, body: bytes) -> bool:
         """Whether a replica has got the request."""
         door = self._door
+        if door.fleet.next_door is not None:
+            return False
         try:
             asked = inference.asked(self.headers, body)
             splice = Splice(door.fleet, inference.way, asked, self.headers, self._request_id or new_id(), self, body)

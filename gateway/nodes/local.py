@@ -9,17 +9,19 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
-from engines.base import Command, Endpoint, Placement
+from engines.base import Command, Endpoint, Placement, Tier
 from gateway import gpus, lives
 from gateway.gpus import Gpu
 from gateway.kept import EngineProcess, end_life, kept, launch
-from gateway.lives import Found, Life, RunFolder
+from gateway.lives import Found, Life, RunFolder, Safer
 from gateway.process import CannotStart, NoProcess, watchdog
+from gateway.question import NoAnswer, Question
 
 START_PAUSE_S = 0.01
+PAUSE_LIMIT_S = 40.0  # more than a start may take
 
 
 class LocalNode:
@@ -31,14 +33,19 @@ class LocalNode:
     def __init__(self, folder: Path, run_folder: RunFolder) -> None:
         self.folder = folder
         self.run_folder = run_folder
+        self.list_gpus = Question(gpus.list_gpus, limit_s=gpus.LIMIT_S)  # as they are now; raises NoAnswer
         self.leaves_engines = False  # to the next gateway, as we end
+        self.has_successor = False  # another gateway has taken over
         self._is_open = asyncio.Event()  # else no engine is started: another gateway is taking over
         self._is_open.set()
-        self._starting = 0
+        self._busy = 0
 
-    def list_gpus(self, *, with_processes: bool = False) -> list[Gpu]:
-        """The GPUs as they are now."""
-        return gpus.list_gpus(with_processes=with_processes)
+    def known_gpus(self) -> list[Gpu]:
+        """The GPUs as they are now, or were when they could be seen last. Takes a moment: not for the event loop."""
+        try:
+            return self.list_gpus()
+        except NoAnswer as exc:
+            return exc.last or []
 
     def new_endpoint(self, *, unix_socket: bool) -> tuple[Path, Endpoint]:
         """The folder of one more life, not made yet, and an address in it that has a key of its own.
@@ -67,11 +74,15 @@ class LocalNode:
         placement: Placement,
         engine: str,
         asked: Sequence[object] = (),
+        safer: Safer | None = None,
+        tiers: Sequence[Tier] = (),
     ) -> AsyncIterator[EngineProcess | NoProcess]:
         """The command as an engine with a keeper, for the length of a block.
 
         Args:
             asked: as of `fingerprint`.
+            safer: if it is not the whole wish.
+            tiers: how it can sleep.
         Raises:
             CannotStart: with the reason.
             OSError: the folder of the life, or the log, cannot be written.
@@ -95,15 +106,14 @@ class LocalNode:
                 log=str(log),
                 log_start=_head(log, command),
                 started_at=time.time(),
+                safer=safer,
+                tiers=tuple(tiers),
             )
         except OSError:
             lives.remove(folder)
             raise
-        self._starting += 1
-        try:
+        with self._changing():
             process = await launch(self.run_folder, folder, life, command.env, cwd=command.folder)
-        finally:
-            self._starting -= 1
         async with kept(process, lambda: self.leaves_engines):
             yield process
 
@@ -121,14 +131,33 @@ class LocalNode:
         async with kept(process, lambda: self.leaves_engines):
             yield process
 
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+
+    @contextlib.asynccontextmanager
+    async def change(self) -> AsyncIterator[None]:
+        """For the length of the block, what is on disk of an engine may differ from what it does: no pause begins."""
+        await self._is_open.wait()
+        with self._changing():
+            yield
+
     async def pause(self) -> None:
-        """Start no engine from now on; returns once none is just being started."""
+        """Start no engine, and let none sleep or wake, from now on; returns once all that has begun is done.
+
+        What sleeps or wakes for longer than that is known as such by what is on disk of it.
+        """
         self._is_open.clear()
-        while self._starting:  # each has a limit
+        deadline = time.monotonic() + PAUSE_LIMIT_S
+        while self._busy and time.monotonic() < deadline:
             await asyncio.sleep(START_PAUSE_S)
 
     def go_on(self) -> None:
-        """Start engines again."""
+        """As before the pause."""
         self._is_open.set()
 
     def survey(self) -> tuple[list[Found], dict[Path, str]]:
@@ -137,9 +166,12 @@ class LocalNode:
         running = [found for found in looked.values() if isinstance(found, Found)]
         return running, {folder: why for folder, why in looked.items() if isinstance(why, str)}
 
-    async def end(self, folders: list[Path]) -> None:
-        """End what is there of these lives. Never raises."""
-        await asyncio.gather(*map(end_life, folders))
+    async def end(self, folders: list[Path], drain_s: float = 0.0) -> None:
+        """End what is there of these lives, once no other gateway answers by it or so much time has passed.
+
+        Never raises.
+        """
+        await asyncio.gather(*(end_life(folder, drain_s) for folder in folders))
 
 
 def _head(log: Path, command: Command) -> int:

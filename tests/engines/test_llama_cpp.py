@@ -316,6 +316,8 @@ def test_it_listens_where_it_is_told(endpoint: EngineEndpoint, host: str, port: 
         ({"n_threads": 3, "n_threads_batch": 7}, {"--threads": "3", "--threads-batch": "7"}),
         ({"n_batch": 64, "n_ubatch": 32}, {"--batch-size": "64", "--ubatch-size": "32"}),
         ({"n_gpu_layers": 12}, {"--n-gpu-layers": "12"}),
+        ({"n_gpu_layers": "12"}, {"--n-gpu-layers": "12"}),
+        ({"n_gpu_layers": "auto"}, {"--n-gpu-layers": "-1"}),
         ({"n_gpu_layers": 0}, {"--n-gpu-layers": "0"}),
         ({"flash_attn": "off"}, {"--flash-attn": "off"}),
         ({"cache_type_k": "q8_0", "cache_type_v": "q4_0"}, {"--cache-type-k": "q8_0", "--cache-type-v": "q4_0"}),
@@ -359,6 +361,30 @@ def test_a_model_that_can_embed_does_unless_told_otherwise(option: bool | None, 
     options = {} if option is None else {"embedding": option}
     argv = binary.command(a_launch(options, an_artifact(ability=("embed",))), MODEL, ANYWHERE, SOCKET, None).argv
     assert ("--embedding" in argv) == is_on
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "may_split", "gpu_layers"),
+    [
+        ({}, {}, False, None),
+        ({"n_gpu_layers": "auto"}, {}, True, None),
+        ({"n_gpu_layers": -1}, {}, True, None),
+        ({"n_gpu_layers": 20}, {}, False, 20),
+        ({"n_gpu_layers": 20}, {"cpu_fallback": True}, False, 20),
+        ({}, {"cpu_fallback": True}, True, None),
+    ],
+)
+def test_layers_go_to_the_cpu_only_where_the_launch_asks_for_it(
+    options: dict[str, Any], fields: dict[str, Any], may_split: bool, gpu_layers: int | None
+) -> None:
+    needs = LlamaCpp().needs(a_launch(options, **fields))
+    assert (needs.can_split, needs.may_split, needs.gpu_layers) == (True, may_split, gpu_layers)
+
+
+def test_the_layers_that_have_room_are_told(binary: LlamaCpp) -> None:
+    placement = Placement(gpu_uuids=("U0",), gpu_layers=7)
+    argv = binary.command(a_launch({"n_gpu_layers": "auto"}), MODEL, placement, SOCKET, None).argv
+    assert argv[argv.index("--n-gpu-layers") + 1] == "7"
 
 
 @pytest.mark.parametrize("options", [{}, {"n_gpu_layers": 99}], ids=str)

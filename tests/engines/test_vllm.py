@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from llms import FOLDER, a_family, a_launch, a_package, a_python, an_artifact, an_embedding, flags_of
 
-from engines.base import Endpoint, EngineSettings, Placement
+from engines.base import Endpoint, EngineSettings, Needs, Placement
 from engines.vllm import NOT_FLAGS, Vllm, VllmOptions
 from registry.decode import DecodeError
 from registry.memory import Cache
@@ -60,6 +61,38 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Vllm:
 
 def flags(engine: Vllm, options: dict[str, Any] | None = None, placement: Placement = ANYWHERE, **more: Any) -> Any:
     return flags_of(engine.command(a_launch(options, **more), FOLDER, placement, SOCKET, None).argv)
+
+
+# --- a context that the launch leaves open
+
+
+@pytest.mark.parametrize("options", [{}, {"max_model_len": "auto"}, {"max-model-len": -1}])
+def test_a_length_that_is_left_open_is_what_fits(gpu: Vllm, tmp_path: Path, options: dict[str, Any]) -> None:
+    assert gpu.needs(a_launch(options)).can_shorten
+    shorter = Placement(context_tokens=65536)
+    assert flags(gpu, options, shorter)["--max-model-len"] == "65536"  # this one cannot find out itself
+    assert "--max-model-len" not in flags(gpu)
+    python = a_python(tmp_path / "new")
+    a_package(
+        python, "vllm", "vllm-0.26.0", SOURCE | {"v1/core/kv_cache_utils.py": "def _auto_fit_max_model_len(): ..."}
+    )
+    new = Vllm(settings=EngineSettings(python=str(python)))
+    for placement in (shorter, ANYWHERE):
+        argv = new.command(a_launch(options), FOLDER, placement, SOCKET, None).argv
+        assert "--max-model-len=-1" in argv
+
+
+@pytest.mark.parametrize("options", [{"context_length": 1024}, {"max_model_len": 1024}])
+def test_a_length_that_the_launch_says_is_its_own(gpu: Vllm, options: dict[str, Any]) -> None:
+    assert not gpu.needs(a_launch(options)).can_shorten
+    assert flags(gpu, options, Placement(context_tokens=65536))["--max-model-len"] == "1024"
+
+
+def test_what_embeds_and_forced_lengths_are_left_alone(gpu: Vllm) -> None:
+    assert not gpu.needs(a_launch(family=an_embedding())).can_shorten
+    forced = a_launch(forced_options={"max-model-len": 512})
+    assert not gpu.needs(forced).can_shorten
+    assert gpu.command(forced, FOLDER, Placement(context_tokens=9), SOCKET, None).argv.count("--max-model-len") == 1
 
 
 # --- whether it can run, and what
@@ -270,6 +303,80 @@ def test_sleep_is_for_gpus_and_opens_the_servers_own_doors(gpu: Vllm, cpu: Vllm)
     assert command.env["VLLM_SERVER_DEV_MODE"] == "1"
     with pytest.raises(DecodeError, match="CPU build cannot sleep"):
         cpu.read_options({"enable_sleep_mode": True})
+
+
+ON_GPU = Placement(gpu_uuids=("GPU-a",), memory={"GPU-a": 20 * 10**9}, gpu_totals={"GPU-a": 80 * 10**9})
+RELOADING = {"v1/worker/gpu_worker.py": "class Worker:\n    def reload_weights(self):\n        ...\n"}
+
+
+@pytest.mark.parametrize(
+    ("options", "envs", "placement", "does"),
+    [
+        ({}, {}, ON_GPU, True),
+        ({"enable_sleep_mode": False}, {}, ON_GPU, False),
+        ({"data_parallel_size": 2}, {}, ON_GPU, False),
+        ({"cpu_offload_gb": 2}, {}, ON_GPU, False),
+        ({}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, ON_GPU, False),
+        ({}, {}, ANYWHERE, False),  # whatever it finds there: not known to be able to
+        ({"enable_sleep_mode": True}, {}, ANYWHERE, True),
+    ],
+    ids=str,
+)
+def test_it_can_sleep_where_that_is_known_to_work(
+    options: dict[str, Any], envs: dict[str, str], placement: Placement, does: bool, gpu: Vllm
+) -> None:
+    launch = a_launch(options, envs=envs)
+    command = gpu.command(launch, FOLDER, placement, SOCKET, None)
+    assert ("--enable-sleep-mode" in command.argv) is does
+    assert ("VLLM_SERVER_DEV_MODE" in command.env) is does
+    assert bool(gpu.tiers(launch, placement, Needs())) is does
+
+
+def test_a_site_that_does_not_want_it_has_no_model_asleep(gpu: Vllm, cpu: Vllm) -> None:
+    awake = msgspec.structs.replace(gpu, settings=msgspec.structs.replace(gpu.settings, sleep=False))
+    assert "--enable-sleep-mode" not in awake.command(a_launch(), FOLDER, ON_GPU, SOCKET, None).argv
+    assert awake.tiers(a_launch(), ON_GPU, Needs()) == cpu.tiers(a_launch(), ON_GPU, Needs()) == ()
+
+
+def test_asleep_it_keeps_its_weights_in_the_machines_memory_or_reads_them_again(tmp_path: Path) -> None:
+    python = a_python(tmp_path)
+    a_package(python, "vllm", "vllm-0.26.0", SOURCE | RELOADING)
+    engine = Vllm(settings=EngineSettings(python=str(python)))
+    ram, disk = engine.tiers(a_launch(), ON_GPU, Needs(weight_bytes=15 * 10**9))
+    assert ([call.path for call in ram.sleep], [call.path for call in ram.wake]) == (["/sleep?level=1"], ["/wake_up"])
+    assert [(call.path, call.body) for call in disk.wake] == [
+        ("/wake_up?tags=weights", None),
+        ("/collective_rpc", b'{"method":"reload_weights"}'),
+        ("/wake_up?tags=kv_cache", None),
+    ]
+    assert 15 * 10**9 < ram.host_bytes < 17 * 10**9
+    assert disk.host_bytes == 0
+    assert ram.residual_bytes == disk.residual_bytes == 2_250_000_000
+    assert (ram.is_first_slow, disk.is_first_slow) == (True, False)
+    assert [(call.path, json.loads(call.body or b"")["model"]) for call in ram.warm_up] == [("/v1/completions", "mine")]
+    ranker = a_launch(family=RerankFamily(model_name="r", model_specs=()))
+    assert [call.path for tier in engine.tiers(ranker, ON_GPU, Needs()) for call in tier.warm_up] == ["/v1/rerank"] * 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_list": [{"lora_name": "a", "local_path": "/b"}]},
+        {"speculative_config": {"model": "/d"}},
+        {"load_format": "dummy"},
+        {"quantization": "bitsandbytes"},
+    ],
+    ids=str,
+)
+def test_what_does_not_come_back_from_the_files_is_kept_in_memory(options: dict[str, Any], tmp_path: Path) -> None:
+    python = a_python(tmp_path)
+    a_package(python, "vllm", "vllm-0.26.0", SOURCE | RELOADING)
+    engine = Vllm(settings=EngineSettings(python=str(python)))
+    assert [tier.name for tier in engine.tiers(a_launch(options), ON_GPU, Needs())] == ["ram"]
+
+
+def test_a_version_that_cannot_read_its_weights_again_only_keeps_them(gpu: Vllm) -> None:
+    assert [tier.name for tier in gpu.tiers(a_launch(), ON_GPU, Needs())] == ["ram"]
 
 
 def test_the_key_is_never_in_the_argv_and_a_port_will_do(gpu: Vllm) -> None:

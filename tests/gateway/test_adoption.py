@@ -114,6 +114,55 @@ async def test_each_replica_gets_its_own_engine_back_and_one_that_is_gone_is_sta
     assert after[1] != before[1]
 
 
+async def test_an_engine_with_less_memory_than_wished_is_adopted_each_time_and_still_told_so(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    events = tmp_path / "events"
+    fake = {"memory_for_tokens": 4096, "events_file": str(events)}
+    gateway = await start_gateway(fake=fake, env=KEEP)
+    assert (await gateway.complete()).status == 200
+    before = await gateway.until(state="ready")
+    assert "context 2048 instead of 4096" in before["degraded"]
+    for ending in (signal.SIGTERM, signal.SIGKILL):
+        await gateway.end(ending)
+        gateway = await start_gateway(fake=fake, home=gateway.home, env=KEEP)
+        assert (await gateway.complete()).status == 200
+        after = await gateway.until(state="ready")
+        assert (after["pid"], after["degraded"]) == (before["pid"], before["degraded"])
+        assert "ran on meanwhile, with 1 slot instead of 4" in await events_of(gateway)
+    assert len(events_in(events, "start")) == 2  # the whole wish, and what is adopted
+    assert (await gateway.post("/v1/models/fake/stop")).status == 200
+    await gateway.until(state="stopped", degraded=None)
+
+
+async def test_an_engine_with_less_memory_is_started_anew_if_the_wish_has_changed(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    events = tmp_path / "events"
+    fake = {"memory_for_tokens": 4096, "events_file": str(events)}
+    gateway = await start_gateway(fake=fake, env=KEEP)
+    assert (await gateway.complete()).status == 200
+    await gateway.end(signal.SIGKILL)
+    lighter = {"options": {"n_parallel": 2}}
+    gateway = await start_gateway(fake=fake, model=lighter, home=gateway.home, env=KEEP)
+    assert (await gateway.complete()).status == 200
+    contexts = [start["argv"][start["argv"].index("--ctx-size") + 1] for start in events_in(events, "start")]
+    assert contexts == ["16384", "2048", "8192", "4096"]
+
+
+async def test_an_engine_that_runs_just_what_is_wished_by_now_is_adopted_as_whole(start_gateway: StartGateway) -> None:
+    fake = {"memory_for_tokens": 4096}
+    gateway = await start_gateway(fake=fake, env=KEEP)
+    assert (await gateway.complete()).status == 200
+    engine = await engine_of(gateway)
+    await gateway.end(signal.SIGKILL)
+    model = {"options": {"n_parallel": 1, "context_length": 2048, "cache_ram_mib": 0}}
+    gateway = await start_gateway(fake=fake, model=model, home=gateway.home)
+    assert (await gateway.complete()).status == 200
+    replica = await gateway.until(state="ready")
+    assert (replica["pid"], replica["degraded"]) == (engine, None)
+
+
 async def test_an_adopted_engine_that_dies_is_told_of_with_its_signal_and_started_again(
     start_gateway: StartGateway,
 ) -> None:
@@ -254,7 +303,7 @@ async def test_unless_the_settings_say_it_a_terminal_decides(
 async def test_a_second_gateway_on_one_data_folder_is_refused_and_the_first_goes_on(
     start_gateway: StartGateway,
 ) -> None:
-    gateway = await start_gateway(fake={}, model={"preload": True})
+    gateway = await start_gateway(fake={}, model={"preload": True}, watch_settings=False)
     engine = await engine_of(gateway)
     with pytest.raises(AssertionError, match=rf"Another gateway \(pid {gateway.process.pid}\)"):
         await Gateway.start(gateway.home, {})

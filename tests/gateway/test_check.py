@@ -21,6 +21,7 @@ from gateway.cli import hostler
 from gateway.gpus import Gpu, GpuProcess
 from gateway.placement import Device
 from gateway.room import Holder, find_room, observe_gpus, verdict
+from registry.memory import Cache
 from registry.resolve import Artifact
 from registry.schema import LLMFamily, ModelSpec, Source
 
@@ -280,6 +281,20 @@ def test_what_is_loaded_already_has_its_room() -> None:
     assert (room.fits, room.name, room.free_bytes) == (False, "GPU 0", 19 * GB)
     said = verdict([], room, needs, 1)
     assert said == "It does not fit beside what is loaded now. It takes about 20,000 MB, and GPU 0 has 19,000 MB free."
+
+
+def test_a_context_that_may_be_shorter_is_told() -> None:
+    launch = an_llm_launch()
+    needs = Needs(memory_bytes=90 * GB, cache=Cache(tokens=2**17), shorter={2**16: 50 * GB, 2**15: 30 * GB})
+    told = [
+        verdict([], find_room(launch, needs, [a_gpu(0, free_gb), THE_RAM], ()), needs, 1) for free_gb in (95, 50, 20)
+    ]
+    assert told == [
+        "It fits. It takes about 90,000 MB, and GPU 0 has 95,000 MB free.",
+        "It fits, with a context of 65,536 tokens, as the model's own has no room. "
+        "It takes about 50,000 MB, and GPU 0 has 50,000 MB free.",
+        "It does not fit. It takes about 30,000 MB, and GPU 0 has 20,000 MB free.",
+    ]
 
 
 def test_gpus_are_told_with_their_processes_by_name() -> None:

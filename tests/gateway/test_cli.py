@@ -246,7 +246,7 @@ def test_the_doctor_of_wrong_settings_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    [["list"], ["ps"], ["start", "m"], ["stop", "m"], ["logs", "m"], ["list", "--json"]],
+    [["list"], ["ps"], ["start", "m"], ["stop", "m"], ["sleep", "m"], ["wake", "m"], ["logs", "m"]],
     ids=" ".join,
 )
 def test_without_a_gateway_a_verb_says_what_to_do(verb: list[str], no_gateway: str, tmp_path: Path) -> None:

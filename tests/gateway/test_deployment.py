@@ -76,7 +76,7 @@ async def deployed(
                 log=folder / f"{index}.log",
                 settings=lambda: settings,
                 place=partial(dispatcher.place, deployment),
-                observe=partial(Observer(SimulatedMachine().look).observe, (), Limits()),
+                has_gpus=partial(Observer(SimulatedMachine().look).has_gpus, (), Limits()),
                 experience=Experience(),
                 tell=lambda kind, text: None,
                 changed=deployment.notify,

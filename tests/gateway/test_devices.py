@@ -7,6 +7,8 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,8 @@ from engines.base import RAM
 from gateway import devices
 from gateway.config import Settings
 from gateway.devices import (
+    SILENT_GPUS,
+    SILENT_PROCESSES,
     Held,
     Limits,
     Observer,
@@ -34,6 +38,7 @@ from gateway.devices import (
 from gateway.footprint import Footprint, families, footprint
 from gateway.gpus import Gpu, GpuProcess, list_gpus
 from gateway.placement import Device
+from gateway.question import Question
 
 GB = 10**9
 OURS, CHILD, OTHER = 100, 101, 200
@@ -322,3 +327,87 @@ def test_a_machine_is_told_in_a_word() -> None:
     assert totals == [24 * 2**30, 24 * 2**30, 80 * GB]
     with pytest.raises(ValueError, match="is no size"):
         machine_of("8xlarge")
+
+
+class HangingDriver(Driver):
+    """It hangs for as long as it is told to."""
+
+    def __init__(self, *gpus: dict[str, Any]) -> None:
+        super().__init__(*gpus)
+        self.answers = threading.Event()
+        self.answers.set()
+        self.asked = 0
+
+    def nvmlDeviceGetCount(self) -> int:
+        self.asked += 1
+        self.answers.wait(60)
+        return super().nvmlDeviceGetCount()
+
+
+async def test_a_driver_that_hangs_holds_up_one_thread_and_nothing_else() -> None:
+    driver = HangingDriver({"uuid": "U0", "total": 80 * GB, "used": 5 * GB})
+    asking = Question(partial(list_gpus, nvml=driver, environment={}), limit_s=0.3)
+    said: list[tuple[str, str]] = []
+    observer = Observer(partial(look_here, asking), tell=lambda kind, text: said.append((kind, text)))
+    gpu, ram = await observer.observe((), Limits())
+    assert (gpu.free({}), observer.silence, said) == (75 * GB, None, [])
+    driver.answers.clear()
+    threads, began = threading.active_count(), time.monotonic()
+    try:
+        for _ in range(20):
+            gpu, ram = await observer.observe((), Limits())
+            assert observer.silence == SILENT_GPUS
+            assert await observer.has_gpus((), Limits())
+        assert time.monotonic() - began < 3  # only the first waits
+        assert gpu.free({}) == 75 * GB  # as it was seen last
+        assert 0 < ram.foreign_bytes < ram.total_bytes
+        assert threading.active_count() <= threads + 2
+        assert driver.asked == 2
+    finally:
+        driver.answers.set()
+    async with asyncio.timeout(10):
+        while observer.silence:
+            await observer.observe((), Limits())
+    assert [kind for kind, _ in said] == ["ERROR", "INFO"]
+
+
+async def test_gpus_that_were_never_seen_are_there_if_their_driver_hangs() -> None:
+    driver = HangingDriver({"uuid": "U0", "total": 80 * GB})
+    driver.answers.clear()
+    observer = Observer(partial(look_here, Question(partial(list_gpus, nvml=driver), limit_s=0.1)))
+    try:
+        assert await observer.has_gpus((), Limits())
+    finally:
+        driver.answers.set()
+
+
+async def test_a_look_at_the_processes_that_hangs_leaves_the_machines_memory() -> None:
+    goes_on = threading.Event()
+
+    def look(leaders: Collection[int]) -> Seen:
+        goes_on.wait(60)
+        return seen(a_gpu(0))
+
+    observer = Observer(look, limit_s=0.2)
+    try:
+        [ram] = await observer.observe((), Limits())
+        assert observer.silence == SILENT_PROCESSES
+        assert 0 < ram.free({}) < ram.total_bytes
+    finally:
+        goes_on.set()
+    async with asyncio.timeout(10):
+        while observer.silence:
+            devices = await observer.observe((), Limits())
+    assert len(devices) == 2
+
+
+def test_a_question_raises_what_it_raises_and_can_be_asked_again() -> None:
+    def ask(what: str) -> str:
+        if what == "bad":
+            raise TimeoutError("its own")
+        return what
+
+    question = Question(ask, limit_s=5)
+    with pytest.raises(TimeoutError, match="its own"):
+        question("bad")
+    assert question("good") == "good"

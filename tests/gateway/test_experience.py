@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import StartGateway, until
+from harness import Gateway, StartGateway, until
 from llms import a_launch
 
+from engines.base import RAM
 from gateway import experience
-from gateway.devices import Seen
+from gateway.devices import Seen, look_here
 from gateway.experience import Experience, fingerprint
-from gateway.footprint import Footprint
+from gateway.footprint import Footprint, footprint
 from gateway.gpus import Gpu, GpuProcess
 
 GB = 10**9
@@ -82,6 +85,74 @@ async def test_an_odd_life_is_not_for_ever(tmp_path: Path) -> None:
         await asyncio.gather(running, return_exceptions=True)
         peaks.append((known.peak_bytes(launch) or 0) // GB)
     assert peaks == [9, 9, 9, 9, 9, 2]
+
+
+LOADS_AND_SERVES = """
+def hold(size):
+    held = bytearray(size)
+    held[::4096] = b"x" * len(held[::4096])
+    return held
+
+held = hold(200_000_000)  # while it loads
+held = hold(60_000_000)
+print("up", flush=True)
+input()
+also = hold(80_000_000)  # for a request, given back at once
+del also
+print("served", flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("can_forget", [True, False])
+async def test_what_only_loading_took_is_not_asked_for_again_but_what_a_request_took_is(
+    can_forget: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_forget:
+        monkeypatch.setattr(experience, "forget_peaks", lambda pids: False)
+    known, launch = Experience(), a_launch()
+    look = partial(look_here, lambda **_: [])
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", LOADS_AND_SERVES), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdin
+    assert process.stdout
+    assert await process.stdout.readline() == b"up\n"
+    running = asyncio.create_task(known.run(look, sample_s=1000))  # one look: as soon as it is ready
+    with known.watch(launch, process.pid):
+        await until(lambda: known.peak_bytes(launch))
+        assert 60_000_000 < (known.peak_bytes(launch) or 0) < 90_000_000
+        process.stdin.write(b"\n")
+        assert await process.stdout.readline() == b"served\n"
+    took = known.peak_bytes(launch) or 0
+    assert (140_000_000 < took < 170_000_000) if can_forget else (60_000_000 < took < 90_000_000)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    process.stdin.write(b"\n")
+    await process.wait()
+
+
+@pytest.mark.engine
+async def test_the_second_launch_of_a_real_engine_asks_for_what_the_first_one_took(
+    tmp_path: Path, smollm2_gguf: Path
+) -> None:
+    model = {"model_path": str(smollm2_gguf), "options": {"n_threads": 1, "context_length": 1024}}
+    gateway = await Gateway.start(tmp_path / "home", {"models": {"fake": model}})
+    try:
+        asked, held = [], []
+        for _ in range(2):
+            assert (await gateway.complete(max_tokens=4)).status == 200
+            (life,) = (gateway.home / "run").glob("*/life.json")
+            asked.append(json.loads(life.read_text())["placement"]["memory"][RAM])
+            pid = (await gateway.until(state="ready"))["pid"]
+            await until(lambda: (gateway.home / "experience.json").exists(), limit_s=30)
+            held.append(footprint([pid]).total_bytes)
+            assert (await gateway.post("/v1/models/fake/stop")).status == 200
+            await gateway.until(state="stopped")
+        assert asked[0] != asked[1]
+        assert held[0] <= asked[1] < 1.1 * held[1]
+    finally:
+        await gateway.end()
 
 
 async def test_a_look_that_fails_is_told_and_the_next_one_counts(caplog: pytest.LogCaptureFixture) -> None:

@@ -41,6 +41,107 @@ def gpus_of(needs: Needs, devices: Sequence[Device], promised: dict[str, int] | 
     return found.gpu_uuids if isinstance(found, Placement) else found.text
 
 
+# --- a context that may be shorter
+
+A_GB_EACH_THOUSAND = (Attention(layers=1, key=250_000, value=250_000),)  # of tokens, two bytes a number
+
+
+def a_long_one(**fields: Any) -> Needs:
+    """Two gigabytes, and one for each thousand tokens, of which there may be fewer."""
+    cache = Cache(tokens=100_000)
+    shorter = {tokens: 2 * GB + tokens // 1000 * GB for tokens in (64_000, 32_000, 16_000)}
+    needs = {"memory_bytes": 102 * GB, "cache": cache, "attention": A_GB_EACH_THOUSAND, "can_shorten": True}
+    return Needs(**needs | {"shorter": shorter, "can_spread": True} | fields)
+
+
+@pytest.mark.parametrize(
+    ("free", "fields", "got"),
+    [
+        ([120], {}, ([0], None, 102)),
+        ([80], {}, ([0], 64_000, 66)),
+        ([20], {}, ([0], 16_000, 18)),
+        ([40, 80, 40], {}, ([1], 64_000, 66)),  # rather shorter than spread
+        ([17, 17], {}, ([0, 1], 32_000, 17)),
+        ([80, 80], {"n_gpu": 2}, ([0, 1], None, 51)),
+        ([80, 40], {"n_gpu": 2}, ([0, 1], 64_000, 33)),
+        ([20, 80], {"gpu_idx": (0,)}, ([0], 16_000, 18)),
+    ],
+)
+def test_a_context_that_may_be_shorter_is_the_longest_that_has_room(
+    free: list[int], fields: dict[str, Any], got: tuple[list[int], int | None, int]
+) -> None:
+    devices = [a_device(index, free_gb, 140) for index, free_gb in enumerate(free)]
+    found = place(a_long_one(**fields), devices, {})
+    assert isinstance(found, Placement)
+    indexes, tokens, each_gb = got
+    assert {*(found.gpu_uuids or ())} == {f"GPU-{index}" for index in indexes}
+    assert found.context_tokens == tokens
+    assert set(found.memory.values()) == {each_gb * GB}
+    assert found.cache_bytes == (tokens or 100_000) * 1_000_000
+
+
+def test_a_shorter_context_goes_before_the_cpu_and_a_refusal_is_about_the_shortest() -> None:
+    devices = [a_device(0, 20, 140), the_ram(500)]
+    found = place(a_long_one(), devices, {}, cpu_fallback=True)
+    assert isinstance(found, Placement)
+    assert found.context_tokens == 16_000
+    full = {"GPU-0": 10 * GB}
+    found = place(a_long_one(), devices, full, cpu_fallback=True)
+    assert isinstance(found, Placement)
+    assert (found.gpu_uuids, found.context_tokens) == ((), None)
+    refusal = place(a_long_one(), devices, full)
+    assert isinstance(refusal, NoRoom)
+    assert "it needs about 18,000 MB" in refusal.text
+    assert not refusal.for_ever
+
+
+# --- layers on GPUs and on the CPU
+
+
+def of_layers(**fields: Any) -> Needs:
+    """Ten layers of a gigabyte each, and one more gigabyte wherever any of them are."""
+    splits = {layers: ((layers + 1) * GB, (11 - layers) * GB) for layers in range(9, 0, -1)}
+    return Needs(**{"memory_bytes": 11 * GB, "can_split": True, "splits": splits} | fields)
+
+
+@pytest.mark.parametrize(
+    ("free", "fields", "fallback", "got"),
+    [
+        (12, {"may_split": True}, False, (None, {"GPU-0": 11})),
+        (8, {"may_split": True}, False, (7, {"GPU-0": 8, RAM: 4})),
+        (8, {"may_split": True}, True, (7, {"GPU-0": 8, RAM: 4})),  # rather some layers than none
+        (1, {"may_split": True}, True, (None, {RAM: 11})),
+        (12, {"gpu_layers": 3}, False, (3, {"GPU-0": 4, RAM: 8})),
+        (12, {"gpu_layers": 99}, False, (None, {"GPU-0": 11})),
+        (3, {"gpu_layers": 3}, True, (None, {RAM: 11})),
+        (8, {"may_split": True, "gpu_idx": (0,)}, False, (7, {"GPU-0": 8, RAM: 4})),
+    ],
+)
+def test_layers_are_on_gpus_as_many_as_fit_or_as_are_asked_for(
+    free: int, fields: dict[str, Any], fallback: bool, got: tuple[int | None, dict[str, int]]
+) -> None:
+    found = place(of_layers(**fields), [a_device(0, free), the_ram(12)], {}, cpu_fallback=fallback)
+    assert isinstance(found, Placement)
+    assert (found.gpu_layers, found.memory) == (got[0], {key: size * GB for key, size in got[1].items()})
+
+
+def test_a_launch_that_allows_no_split_is_told_how_many_layers_would_fit() -> None:
+    refusal = place(of_layers(), [a_device(0, 8), the_ram(12)], {})
+    assert isinstance(refusal, NoRoom)
+    said = "n_gpu_layers 7: 7 of its 10 layers have room on GPUs, the others in the machine's memory."
+    assert said in refusal.remedies
+    assert said in refusal.text
+    assert "n_gpu_layers 7" in place(of_layers(gpu_layers=8), [a_device(0, 8), the_ram(12)], {}).text  # type: ignore[union-attr]
+    none = place(of_layers(), [a_device(0, 1), the_ram(12)], {})
+    assert isinstance(none, NoRoom)
+    assert "n_gpu_layers" not in none.text
+
+
+def test_layers_on_the_cpu_need_the_machines_memory() -> None:
+    refusal = place(of_layers(may_split=True), [a_device(0, 8), the_ram(3)], {})
+    assert isinstance(refusal, NoRoom)
+
+
 FOUR = [a_device(0, free_gb=2), a_device(1, free_gb=8), a_device(2, free_gb=16), a_device(3, free_gb=4)]
 
 

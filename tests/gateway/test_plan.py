@@ -47,11 +47,13 @@ def test_twelve_models_on_eight_gpus_one_of_them_held_by_somebody_else(tmp_path:
         "mixture/0": ("placed", ["GPU 5"]),
         "half/0": ("in turn", ["GPU 5"]),
         "beside/0": ("refused", []),
-        "llama/0": ("in turn", ["GPU 5"]),
+        "llama/0": ("in turn", ["GPU 6"]),
         "on-cpu/0": ("placed", ["the machine's memory"]),
         "giant/0": ("refused", []),
     }
-    assert rows["half/0"]["text"] == "Has room while models there are unloaded: chat, mixture."
+    text = "When it is asked for, {} is unloaded, as there is no room beside what is idle."
+    assert rows["half/0"]["text"] == text.format("chat")
+    assert rows["llama/0"]["text"] == text.format("thinker")
     assert rows["half/0"]["memory"] == {"GPU-5": 40 * GIB}
     beside = rows["beside/0"]["text"]
     assert "GPU 0 has 19,327 MB of 85,899 MB free: 65,498 MB are held by others (process 1, train.py" in beside
@@ -84,6 +86,54 @@ def a_file(tmp_path: Path, **models: dict[str, Any]) -> str:
     return str(path)
 
 
+def a_plan(tmp_path: Path, models: dict[str, Any], **settings: Any) -> dict[str, tuple[str, str]]:
+    """Status and text of each copy, of models of the same size on a GPU for many."""
+    path = tmp_path / "settings.yaml"
+    models = {uid: QWEN | {"model_size_in_billions": 7} | fields for uid, fields in models.items()}
+    path.write_text(json.dumps(settings | {"models": models}))
+    done = run(tmp_path, str(path), "--gpus", "1x80GiB", "--json")
+    assert done.output[0] == "{", done.output
+    return {name: (row["status"], row["text"]) for name, row in rows_of(done).items()}
+
+
+def test_how_many_may_be_loaded_at_once_counts_as_it_does_when_they_run(tmp_path: Path) -> None:
+    models: dict[str, Any] = {"kept": {"pinned": True}, "one": {}, "two": {}, "more": {"replica": 2}}
+    assert a_plan(tmp_path, models, max_loaded=2) == {
+        "kept/0": ("placed", ""),
+        "one/0": ("placed", ""),
+        "two/0": ("in turn", "When it is asked for, one is unloaded, as max_loaded 2 is reached."),
+        "more/0": ("in turn", "When it is asked for, one is unloaded, as max_loaded 2 is reached."),
+        "more/1": (
+            "in turn",
+            "Waits until others are unloaded (one): there is no room for another copy: max_loaded 2 is reached",
+        ),
+    }
+    assert a_plan(tmp_path, models, max_loaded=1) == {
+        name: ("placed", "") if name == "kept/0" else ("refused", "max_loaded 1 is reached, and kept is pinned")
+        for name in ("kept/0", "one/0", "two/0", "more/0", "more/1")
+    }
+
+
+def test_groups_count_as_they_do_when_they_run(tmp_path: Path) -> None:
+    models = {"a": {"group": "few"}, "b": {"group": "few"}, "c": {}, "alone": {"group": "lonely"}}
+    groups = {"few": {"max_loaded": 1}, "lonely": {"exclusive": True}}
+    assert a_plan(tmp_path, models, groups=groups) == {
+        "a/0": ("placed", ""),
+        "b/0": ("in turn", "When it is asked for, a is unloaded, as the group few has its 1 loaded."),
+        "c/0": ("placed", ""),
+        "alone/0": ("in turn", "When it is asked for, a, c are unloaded, as the group lonely is loaded alone."),
+    }
+    models["c"] = {"pinned": True}
+    status, text = a_plan(tmp_path, models, groups=groups)["alone/0"]
+    assert (status, text) == ("refused", "the group lonely is loaded alone, and c is pinned")
+
+
+def test_who_makes_room_is_the_one_of_least_priority(tmp_path: Path) -> None:
+    models: dict[str, Any] = {"high": {"priority": 2}, "low": {"priority": -1}, "last": {"priority": -1}}
+    plan = a_plan(tmp_path, models, max_loaded=2)
+    assert plan["last/0"][1] == "When it is asked for, low is unloaded, as max_loaded 2 is reached."
+
+
 QWEN = {"model_name": "qwen2.5-instruct", "model_format": "ggufv2", "quantization": "q8_0"}
 
 
@@ -99,8 +149,8 @@ def test_gpus_in_a_word_and_what_is_preloaded_first(tmp_path: Path) -> None:
     rows = rows_of(done)
     assert [*rows] == ["first/0", "early/0", "late/0", "allowed/0"]
     assert [row["status"] for row in rows.values()] == ["placed", "placed", "in turn", "placed"]
-    assert rows["allowed/0"]["devices"] == ["the machine's memory"]
-    assert rows["allowed/0"]["text"].startswith("On the CPU, as cpu_fallback allows")
+    assert rows["allowed/0"]["devices"] == ["GPU 0", "the machine's memory"]
+    assert "of its layers on GPUs, and the others on the CPU" in rows["allowed/0"]["text"]
     assert done.exit_code == 0
 
 

@@ -19,6 +19,7 @@ from gateway.api.heads import ChatHead
 from gateway.config import Settings
 from gateway.deployment import Deployment
 from gateway.errors import HostlerError, ModelFailed
+from gateway.pace import Pace
 from gateway.queue import Key, Queue, Ticket
 from gateway.replica import Failure, Replica, State
 from registry.resolve import Artifact
@@ -39,6 +40,7 @@ class Copy:
     retry_s: float | None = None
     waits_for: str | None = None
     placement = None
+    is_wanted = True
 
     def __init__(self, launch: Launch, index: int, changed: Callable[[], None]) -> None:
         self.launch = launch
@@ -51,7 +53,11 @@ class Copy:
         self.progress = None
         self.waits_for = None
         self.load_s = 0.0
+        self.pace = Pace()
         self._changed = changed
+
+    def rehearse_in_s(self, now: float) -> None:
+        """It never sleeps."""
 
     def enter(self, state: State) -> None:
         self.state = state
@@ -70,6 +76,9 @@ class Copy:
             self.enter(State.WAITING)
 
     def hurry(self) -> None:
+        pass
+
+    def begin_anew(self) -> None:
         pass
 
 
@@ -224,7 +233,7 @@ async def play(world: World, steps: list[tuple[Any, ...]], *, is_loaded: bool) -
             case "arrive_again":
                 world.arrive(is_again=True)
             case "hold":
-                (world.deployment.is_held,) = arguments
+                world.deployment.hold(world.deployment.replicas if arguments[0] else ())
             case "start":
                 world.deployment.start()
             case "stop":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
+import re
 import signal
 import sys
 import time
@@ -71,6 +73,7 @@ async def ask_on(gateway: Gateway, answers: list[int], until_set: asyncio.Event)
                 answers.append(response.status)
 
 
+@pytest.mark.both_doors
 async def test_no_request_is_lost_over_three_restarts_under_load(start_gateway: StartGateway) -> None:
     gateway = await start_gateway(fake={"tokens": 4, "token_delay_s": 0.01}, model={"preload": True}, drain_timeout_s=3)
     engine = await engine_of(gateway)
@@ -91,6 +94,197 @@ async def test_no_request_is_lost_over_three_restarts_under_load(start_gateway: 
     await until(lambda: not any(map(is_running, pids[1:-1])), limit_s=40)
     assert is_stand_in(pids[0])
     assert psutil.Process(pids[-1]).ppid() == pids[0]
+
+
+class Wire:
+    """A client's connection, byte by byte: nothing is tried again, and it is only closed by who serves it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def to(cls, gateway: Gateway) -> Wire:
+        host, port = gateway.address.removeprefix("http://").split(":")
+        return cls(*await asyncio.open_connection(host, int(port)))
+
+    def say(self, data: bytes) -> None:
+        self._writer.write(data)
+
+    async def answer(self) -> tuple[int, bytes]:
+        """The status of the next one, and its head."""
+        async with asyncio.timeout(30):
+            head = await self._reader.readuntil(b"\r\n\r\n")
+            (length,) = re.findall(rb"content-length: (\d+)", head)
+            await self._reader.readexactly(int(length))
+            return int(head.split()[1]), head
+
+    async def ask(self) -> tuple[int, bytes]:
+        self.say(A_REQUEST)
+        return await self.answer()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+BODY = b'{"model":"fake","prompt":"x"}'
+A_REQUEST = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    b"content-length: %d\r\n\r\n%s" % (len(BODY), BODY)
+)
+
+
+@pytest.mark.both_doors
+async def test_clients_between_two_requests_keep_their_connections_and_the_old_process_is_done_at_once(
+    start_gateway: StartGateway,
+) -> None:
+    gateway = await start_gateway(fake={"tokens": 1}, model={"preload": True})
+    old = gateway.process.pid
+    used, fresh = [await Wire.to(gateway) for _ in range(150)], await Wire.to(gateway)
+    for wire in used:
+        assert (await wire.ask())[0] == 200
+    after = await restart(gateway)
+    await until(lambda: is_stand_in(old), limit_s=5)
+    for wire in (*used, fresh):
+        status, head = await wire.ask()
+        assert status == 200
+        assert b"connection: close" not in head
+    # A restart later they are passed on again, among them those that were never used in between.
+    await restart(gateway)
+    await until(lambda: not is_running(after), limit_s=5)
+    for wire in (*used, fresh):
+        assert (await wire.ask())[0] == 200
+        wire.close()
+
+
+@pytest.mark.both_doors
+async def test_no_request_on_a_kept_connection_is_lost_whenever_it_comes(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={"tokens": 1}, model={"preload": True})
+    over = asyncio.Event()
+    answered = 0
+
+    async def ask_now_and_then(wire: Wire) -> None:
+        nonlocal answered
+        while not over.is_set():
+            status, head = await wire.ask()
+            assert status == 200
+            answered += 1
+            if b"connection: close" in head:  # as it may: said beforehand
+                wire.close()
+                wire = await Wire.to(gateway)
+            await asyncio.sleep(random.uniform(0, 0.15))
+        wire.close()
+
+    clients = [asyncio.create_task(ask_now_and_then(await Wire.to(gateway))) for _ in range(32)]
+    for _ in range(4):
+        await restart(gateway)
+        await asyncio.sleep(0.3)
+    over.set()
+    await asyncio.gather(*clients)
+    assert answered > 200
+
+
+async def test_half_a_request_is_waited_for_and_answered(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={"tokens": 1}, model={"preload": True})
+    begun, answered = await Wire.to(gateway), await Wire.to(gateway)
+    assert (await answered.ask())[0] == 200
+    begun.say(A_REQUEST[:20])
+    answered.say(A_REQUEST[:-5])
+    await asyncio.sleep(0.2)
+    await restart(gateway)
+    await asyncio.sleep(1)
+    begun.say(A_REQUEST[20:])
+    answered.say(A_REQUEST[-5:])
+    assert (await begun.answer())[0] == (await answered.answer())[0] == 200
+    await until(lambda: is_stand_in(gateway.process.pid), limit_s=5)
+    begun.close()
+    answered.close()
+
+
+async def test_a_request_that_is_sent_on_after_its_answer_stays_where_it_was(start_gateway: StartGateway) -> None:
+    """Refused at its head, its body is still to come: that is no request of its own."""
+    gateway = await start_gateway(fake={}, max_body_bytes=2000, drain_timeout_s=2)
+    wire = await Wire.to(gateway)
+    wire.say(A_REQUEST.replace(b"content-length: %d" % len(BODY), b"content-length: 5000")[: -len(BODY)])
+    assert (await wire.answer())[0] == 413
+    await restart(gateway)
+    await asyncio.sleep(0.5)
+    assert "Invalid HTTP request" not in gateway.log.read_text()
+    wire.say(b"x" * 5000)
+    await asyncio.sleep(0.5)
+    assert "Invalid HTTP request" not in gateway.log.read_text()
+    wire.close()
+
+
+async def test_a_stream_outlasts_the_usual_drain_in_the_old_gateway(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake=SLOW, model={"preload": True}, drain_timeout_s=0.5)
+    engine = await engine_of(gateway)
+    stream = asyncio.create_task(gateway.stream())
+    await gateway.until(in_flight=1)
+    await restart(gateway)
+    lines = await stream  # six seconds
+    assert lines[-1] == "data: [DONE]"
+    assert not any("error" in line for line in lines)
+    assert await engine_of(gateway) == engine
+
+
+async def test_how_long_streams_may_go_on_in_the_old_gateway_can_be_set(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake=SLOW, model={"preload": True}, restart_drain_s=1)
+    stream = asyncio.create_task(gateway.stream())
+    await gateway.until(in_flight=1)
+    await restart(gateway)
+    assert any("error" in line for line in await stream)
+
+
+async def test_the_old_gateway_drains_as_usual_once_it_is_told_to_end(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake=SLOW, model={"preload": True}, drain_timeout_s=20)
+    streams = [asyncio.create_task(gateway.stream()) for _ in range(2)]
+    await gateway.until(in_flight=2)
+    after = await restart(gateway)
+    await asyncio.sleep(1)
+    os.kill(gateway.process.pid, signal.SIGTERM)
+    for stream in streams:
+        assert (await stream)[-1] == "data: [DONE]"
+    assert await asyncio.wait_for(gateway.process.wait(), 10) == 0
+    assert not is_running(after)
+
+
+async def test_the_old_gateway_ends_with_the_new_one_though_it_answers_still(start_gateway: StartGateway) -> None:
+    """A service manager is to start the next one, and sees only the old one."""
+    gateway = await start_gateway(fake=SLOW | {"tokens": 1000}, model={"preload": True})
+    stream = asyncio.create_task(gateway.stream())
+    await gateway.until(in_flight=1)
+    first = await restart(gateway)
+    second = await restart(gateway)
+    await until(lambda: not is_running(first))  # it had nothing to answer, which is no end of all
+    await asyncio.sleep(1.5)
+    assert not is_stand_in(gateway.process.pid)
+    assert not stream.done()
+    os.kill(second, signal.SIGKILL)
+    assert await asyncio.wait_for(gateway.process.wait(), 5) == -signal.SIGKILL
+    assert "is gone, so this one ends, too" in gateway.log.read_text()
+    await asyncio.gather(stream, return_exceptions=True)
+
+
+async def test_a_model_that_has_changed_lets_the_old_gateway_end_its_answers_first(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake=SLOW, model={"preload": True})
+    file = gateway.home / "settings.yaml"
+    settings = yaml.safe_load(file.read_text())
+    settings["models"]["gone"] = settings["models"]["fake"]
+    file.write_text(yaml.safe_dump(settings))
+    await restart(gateway)
+    engines = {(await gateway.until(uid, state="ready"))["pid"] for uid in ("fake", "gone")}
+    streams = [asyncio.create_task(gateway.stream(uid)) for uid in ("fake", "gone")]
+    for uid in ("fake", "gone"):
+        await gateway.until(uid, in_flight=1)
+    settings["models"] = {"fake": settings["models"]["fake"] | {"options": {"n_parallel": 2}}}
+    file.write_text(yaml.safe_dump(settings))
+    await restart(gateway)
+    for stream in streams:
+        lines = await stream
+        assert lines[-1] == "data: [DONE]"
+        assert not any("error" in line for line in lines)
+    assert (await gateway.complete()).status == 200
+    await until(lambda: not any(map(is_running, engines)))
 
 
 @pytest.mark.parametrize("stream", [False, True])

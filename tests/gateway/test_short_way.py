@@ -19,13 +19,14 @@ from uvicorn.server import ServerState
 
 from engines.base import EngineSettings, Launch
 from engines.llama_cpp import LlamaCpp
-from gateway import server
+from gateway import passed_on, server
 from gateway.config import Settings
 from gateway.connections import Connection, Connections
 from gateway.crowd import Crowd
 from gateway.deployment import Deployment
 from gateway.door import contract, protocol
 from gateway.door.protocol import Door, DoorProtocol
+from gateway.pace import Pace
 from gateway.replica import State
 from registry.resolve import Artifact
 from registry.schema import LLMFamily, ModelSpec, Source
@@ -57,6 +58,9 @@ class Wire:
 
     def is_closing(self) -> bool:
         return self.end is not None
+
+    def get_write_buffer_size(self) -> int:
+        return 0
 
     def pause_reading(self) -> None:
         self.is_read_paused = True
@@ -96,7 +100,8 @@ async def ends(tmp_path: Path) -> SimpleNamespace:
         opening=lambda path: f"POST {path} HTTP/1.1\r\nhost: x\r\n".encode(),
     )
     replica = FakeReplica(
-        state=State.READY, in_flight=0, index=0, name="mock-0", upstream=upstream, starts=1, served=0, last_used=0.0
+        **{"state": State.READY, "in_flight": 0, "index": 0, "name": "mock-0", "starts": 1, "served": 0},
+        **{"upstream": upstream, "last_used": 0.0, "pace": Pace()},
     )
     deployment.replicas = (replica,)
     fleet = SimpleNamespace(
@@ -187,6 +192,35 @@ async def test_connections_that_are_kept_for_nothing_or_do_not_come_on_are_close
 
 
 # --- what it relies on
+
+
+async def test_a_connection_is_passed_on_only_while_nothing_of_a_request_was_read_or_is_to_be_answered(
+    ends: SimpleNamespace,
+) -> None:
+    client = ends.client
+    assert passed_on.is_between_requests(client)
+    for part in (HEAD[:1], HEAD[1:-1], HEAD[-1:] + BODY[:1], BODY[1:]):  # the last: it is asked, and not answered
+        client.data_received(part)
+        assert not passed_on.is_between_requests(client)
+    ends.engine.data_received(REPLY[:-1])
+    assert not passed_on.is_between_requests(client)
+    ends.engine.data_received(REPLY[-1:])
+    assert passed_on.is_between_requests(client)
+    client.data_received(HEAD + BODY + b"P")  # half a request behind a whole one
+    ends.engine.data_received(REPLY)
+    assert not passed_on.is_between_requests(client)
+
+
+async def test_what_is_the_plain_routes_keeps_its_connection_until_it_is_answered(ends: SimpleNamespace) -> None:
+    client = ends.client
+    client.data_received(HEAD.replace(b"localhost", b"localhost\r\nexpect: 100-continue") + BODY[:1])
+    assert not passed_on.is_between_requests(client)
+    client.data_received(BODY[1:])
+    assert client.cycle is not None
+    assert not passed_on.is_between_requests(client)
+    client.cycle.response_complete = True
+    assert passed_on.is_between_requests(client)
+    await asyncio.gather(*client.tasks, return_exceptions=True)
 
 
 def test_uvicorn_is_as_the_short_way_needs_it() -> None:

@@ -17,7 +17,7 @@ from gateway.experience import Experience
 from gateway.gpus import Gpu
 from gateway.placement import Device, NoRoom, place
 from gateway.sizing import needs_now, size_up
-from registry.memory import CPU_ENGINE_BYTES, GPU_ENGINE_BYTES, Cache
+from registry.memory import CPU_ENGINE_BYTES, GPU_ENGINE_BYTES, Attention, Cache
 from registry.schema import NO_FILES, ModelSpec, Source
 from registry.weights import Facts
 
@@ -60,6 +60,55 @@ def a_spec(billions: float | str | None, quantization: str = "q4_0", **more: Any
 
 def of_spec(spec: ModelSpec, **fields: Any) -> Launch:
     return a_launch(artifact=msgspec.structs.replace(an_artifact(), spec=spec), **fields)
+
+
+MILLION = Facts(
+    weight_bytes=16 * GB,
+    elements={"bf16": 1},
+    attention=(Attention(layers=32, key=1024, value=1024),),
+    is_attention_known=True,
+    width=4096,
+    context_length=2**20,
+)
+
+
+def test_a_context_of_a_million_tokens_that_the_launch_leaves_open_may_be_shorter() -> None:
+    launch = a_launch()
+    asked = Needs(cache_tokens=16384, can_shorten=True, is_elastic=True)
+
+    def size(needs: Needs = asked, launch: Launch = launch, known: Experience = NOTHING) -> Needs:
+        return size_up(launch, needs, None, MILLION, [], known, has_gpus=True).needs
+
+    needs = size()
+    assert needs.memory_bytes > 150 * GB
+    assert list(needs.shorter) == [2**power for power in range(19, 13, -1)]
+    assert needs.memory_bytes - needs.shorter[2**19] == 2**19 * 32 * 2048 * 2
+    eighty = [Device(key="U0", total_bytes=80 * GB, gpu=Gpu(**TWO_GPUS["U0"]))]
+    found = place(needs, eighty, {})
+    assert isinstance(found, Placement)
+    assert found.context_tokens == 2**18
+    assert isinstance(place(msgspec.structs.replace(needs, shorter={}), eighty, {}), NoRoom)
+    # Where the launch says how much memory, how large a cache, or the engine fills no shorter one, it is as ever.
+    assert size(launch=a_launch(memory_bytes=GB)).shorter == {}
+    assert size(msgspec.structs.replace(asked, cache_bytes=GB)).shorter == {}
+    assert size(msgspec.structs.replace(asked, can_shorten=False)).shorter == {}
+    # What a shorter one took says nothing of the wish.
+    not_elastic = msgspec.structs.replace(asked, is_elastic=False)
+    assert size(not_elastic, known=Known(GB)).memory_bytes == needs.memory_bytes
+
+
+async def test_the_headers_tell_the_bytes_of_each_layer(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    tensors = {"token_embd.weight": ([500], F32), "blk.0.a": ([1000], F32), "blk.1.a": ([3000], F32)}
+    path.write_bytes(gguf(LLAMA, tensors, data=18_000))
+    launch = of_spec(a_spec(None), options={"n_ctx": 100, "n_parallel": 1})
+    needs = await needs_now(launch, LlamaCpp(), 0, [path], NOTHING, has_gpus=True)
+    cache = 100 * 2 * (32 + 32) * 2
+    on_gpu, of_ram = needs.splits[1]  # the last one, of the two
+    assert list(needs.splits) == [1]
+    assert needs.memory_bytes - on_gpu == 4000 + cache // 2
+    assert of_ram == 18_000 - 4000 - 12_000 + 4000 + cache // 2 + CPU_ENGINE_BYTES
+    assert (await needs_now(launch, LlamaCpp(), 0, [path], NOTHING, has_gpus=False)).splits == {}
 
 
 async def test_the_headers_of_files_tell(tmp_path: Path) -> None:

@@ -212,3 +212,29 @@ async def test_when_only_the_front_is_killed_nothing_of_the_engine_stays(gateway
     await until(lambda: not any(psutil.pid_exists(one) for one in family), limit_s=15)
     replica = await gateway.until("smol", limit_s=5)
     assert "SIGKILL" in replica["failure"]["reason"]
+
+
+async def test_a_context_that_the_launch_leaves_open_is_what_the_memory_holds_and_told(
+    vllm_python: str, smollm2_hf: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "million"
+    model.mkdir()
+    for file in smollm2_hf.iterdir():
+        (model / file.name).symlink_to(file)
+    config = json.loads((smollm2_hf / "config.json").read_text()) | {"max_position_embeddings": 2**20}
+    (model / "config.json").unlink()
+    (model / "config.json").write_text(json.dumps(config))
+    launch = {"model_path": str(model), "model_engine": "vLLM", "options": {"n_threads": 1, "max_num_seqs": 4}}
+    limits = {"start_timeout_s": START_LIMIT_S, "load_timeout_s": START_LIMIT_S}
+    settings = {"engines": {"vLLM": {"python": vllm_python}}, "ram_limit": "4GiB", "models": {"fake": launch | limits}}
+    gateway = await Gateway.start(tmp_path / "home", settings)
+    try:
+        body = {"model": "fake", "prompt": "x", "max_tokens": 2}
+        answer = await gateway.post("/v1/completions", body, timeout=aiohttp.ClientTimeout(START_LIMIT_S))
+        assert answer.status == 200, answer.body
+        tokens = (await gateway.until(state="ready"))["context_tokens"]
+        assert 32768 <= tokens < 100_000
+        assert (await gateway.get("/v1/models/fake")).json["max_model_len"] == tokens
+        assert f"takes requests of up to {tokens:,} tokens" in str((await gateway.get("/v1/models/fake/events")).json)
+    finally:
+        await gateway.end()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+import msgspec
 import pytest
 from simulated import GB, Model, World
 from virtual_time import virtual_time
 
-from engines.base import RAM, Needs
+from engines.base import RAM, Needs, Placement
 from gateway.config import Settings
+from gateway.dispatch import LOOK_LEAST_S, LOOK_MOST_S
+from gateway.errors import ModelFailed
 from gateway.gpus import Gpu
 from gateway.placement import Device
-from gateway.yard import SETTLE_PAUSE_S, Claim, Holder, Rules, decide
+from gateway.replica import PLACE_RETRY_S, REHEARSE_AFTER_S
+from gateway.yard import SETTLE_PAUSE_S, Bed, Claim, Holder, Plan, Rules, decide
 
 MACHINE = Device(key=RAM, total_bytes=10 * GB)
 
@@ -128,3 +133,355 @@ def test_a_pinned_model_refuses_nobody_once_it_is_being_stopped() -> None:
     assert "p is pinned" in stays.refuse["new", 0][0]
     goes = decide([claim(6)], [Holder(**pinned, is_leaving=True)], [MACHINE], Rules(), 20.0)  # type: ignore[arg-type]
     assert goes.wait == {("new", 0): "p is being unloaded"}
+
+
+def test_of_the_busy_those_go_that_end_first_and_a_load_that_others_wait_for_last() -> None:
+    loading = Holder(key=("loading", 0), memory={RAM: 2 * GB}, work=1, busy_s=1.0)
+    busy = [
+        Holder(key=(f"busy{busy_s}", 0), memory={RAM: 2 * GB}, ready_since=0.0, idle_since=90.0, work=1, busy_s=busy_s)
+        for busy_s in (30.0, 3.0, 60.0)
+    ]
+    room = Device(key=RAM, total_bytes=8 * GB)
+    plan = decide([claim(2)], [loading, *busy], [room], Rules(), 100.0)
+    assert plan.hold == {("busy3.0", 0)}
+    assert plan.wait["new", 0].startswith("busy3.0 ends what it has begun")
+    # Who is held stays so, though another has become the one that ends first.
+    held = [loading, busy[0], msgspec.structs.replace(busy[1], busy_s=40.0, is_held=True), busy[2]]
+    assert decide([claim(2)], held, [room], Rules(), 100.0).hold == {("busy3.0", 0)}
+    # Where all have to go, the load is ended by nobody: it answers first.
+    plan = decide([claim(8)], [loading, *busy], [room], Rules(), 100.0)
+    assert (plan.hold, plan.evict) == (frozenset(), {})
+    assert plan.wait["new", 0].startswith("loading has its turn")
+
+
+def test_a_copy_that_makes_room_leaves_the_others_answering() -> None:
+    copies = [
+        Holder(key=("copies", index), memory={RAM: 2 * GB}, ready_since=0.0, work=2, busy_s=5.0 + index)
+        for index in range(3)
+    ]
+    plan = decide([claim(2)], copies, [Device(key=RAM, total_bytes=6 * GB)], Rules(), 100.0)
+    assert plan.hold == {("copies", 0)}
+    load = [("copies", 3.0 + 0.3 * number) for number in range(6)]
+    assert wait_beside(load, [Model(uid="copies", replica=3), Model(uid="late")], gigabytes=3) < 17
+
+
+def test_nobody_goes_for_a_model_that_nobody_waits_for_any_more() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(), {RAM: 2 * GB})
+
+        async def main() -> None:
+            world.begin()
+            world.deploy(Model(uid="idle"))
+            asked = world.deploy(Model(uid="asked", memory=2 * GB))
+            world.foreign[RAM] = GB
+            assert await world.ask("idle", 1.0) == "answered"
+            with pytest.raises(ModelFailed, match=r"The next request looks for room anew\.$"):
+                await asked.acquire()
+            world.foreign[RAM] = 0
+            await asyncio.sleep(120)
+            assert (world.evictions, world.starts) == (0, 1)
+            before = loop.time()
+            assert await world.ask("asked", 1.0) == "answered"
+            assert loop.time() - before < 7.5  # the other's end, its own load, and the answer
+            assert (world.evictions, world.starts) == (1, 2)
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+def test_a_model_that_is_to_be_loaded_finds_room_though_nobody_waits() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(), {RAM: 2 * GB})
+
+        async def main() -> None:
+            world.begin()
+            wished = world.deploy(Model(uid="wished", memory=2 * GB, fields={"preload": True}))
+            world.foreign[RAM] = GB
+            await asyncio.sleep(60)
+            assert str(wished.state) == "failed"
+            world.foreign[RAM] = 0
+            await asyncio.sleep(PLACE_RETRY_S + 6)
+            assert str(wished.state) == "ready"
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+def test_failures_are_remembered_though_nobody_waits_meanwhile() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(restart_limit=5), {RAM: 2 * GB})
+
+        async def main() -> None:
+            world.begin()
+            world.deploy(Model(uid="broken", load_s=1.0, fails=100))
+            outcomes = []
+            for _ in range(4):
+                outcomes.append(await world.ask("broken", 1.0))
+                await asyncio.sleep(60)
+            assert (outcomes[0], outcomes[-1], world.starts) == ("ModelCoolingDown", "ModelFailed", 5)
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+def test_requests_that_end_cost_no_look_and_what_comes_back_is_seen_soon() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(), {RAM: 2 * GB})
+
+        async def main() -> None:
+            world.begin()
+            two = world.deploy(Model(uid="two", replica=2))
+            world.foreign[RAM] = GB // 2
+            assert await world.ask("two", 0.001) == "answered"
+            for _ in range(2000):  # one after the other, so that each end is the last
+                await world.ask("two", 0.001)
+            assert str(two.replicas[1].state) == "waiting"
+            looks, began = world.looks, loop.time()
+            for _ in range(2000):
+                await world.ask("two", 0.001)
+            assert world.looks - looks <= (loop.time() - began) / LOOK_LEAST_S + 1
+            looks = world.looks
+            await asyncio.sleep(60)
+            assert world.looks - looks <= 61 / LOOK_MOST_S
+            world.foreign[RAM] = 0
+            await asyncio.sleep(LOOK_MOST_S + 0.1)
+            assert str(two.replicas[1].state) == "starting"
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+def test_while_nobody_knows_how_the_gpus_are_only_models_for_the_cpu_are_placed() -> None:
+    gpu = Gpu(index=0, uuid="GPU-0", name="made up", total_bytes=20 * GB, used_bytes=0)
+    devices = [Device(key=gpu.uuid, total_bytes=gpu.total_bytes, gpu=gpu), MACHINE]
+    claims = [claim(1), claim(1, key=("gpu", 0), needs=Needs(memory_bytes=GB))]
+    plan = decide(claims, [], devices, Rules(), 0.0, "NVML does not answer")
+    assert list(plan.start) == [("new", 0)]
+    assert plan.wait == {("gpu", 0): "NVML does not answer"}
+    assert len(decide(claims, [], devices, Rules(), 0.0).start) == 2
+
+
+def test_who_was_loaded_a_moment_ago_answers_before_it_is_held_back() -> None:
+    room = Device(key=RAM, total_bytes=4 * GB)
+    rules = Rules(min_residency_s=20.0, max_wait_s=30.0)
+    late = claim(4, since=50.0)
+    idle = Holder(key=("idle", 0), memory={RAM: 2 * GB}, ready_since=0.0, work=1)
+
+    def plan_beside(now: float, **fields: Any) -> Plan:
+        return decide(
+            [late], [idle, Holder(key=("new", 1), memory={RAM: 2 * GB}, work=1, **fields)], [room], rules, now
+        )
+
+    loading = plan_beside(100.0)
+    assert (loading.hold, loading.wait["new", 0]) == (frozenset(), "new has its turn, then makes room")
+    resident = plan_beside(100.0, ready_since=90.0)
+    assert (resident.hold, resident.look_again_s) == (frozenset(), 10.0)
+    assert plan_beside(111.0, ready_since=90.0).hold == {("idle", 0), ("new", 1)}
+    # Those who have waited for longer than the late one are answered first, for as long as anybody may wait.
+    assert plan_beside(111.0, ready_since=90.0, waiting_since=40.0).look_again_s == 9.0
+    assert plan_beside(111.0, ready_since=90.0, waiting_since=60.0).hold
+    assert plan_beside(121.0, ready_since=90.0, waiting_since=40.0).hold
+
+
+def test_a_queue_of_one_at_a_time_gets_more_than_one_answer_between_two_loads() -> None:
+    models = [Model(uid="narrow", load_s=20.0, fields={"request_limits": 1, "queue_limit": 50}), Model(uid="late")]
+    with virtual_time() as loop:
+        world = World(Settings(max_wait_s=10, min_residency_s=20), {RAM: GB})
+
+        async def main() -> None:
+            world.begin()
+            for model in models:
+                world.deploy(model)
+            world.crowd("narrow", 6, 4.0)
+            world.crowd("late", 2, 4.0)
+            await asyncio.sleep(2000)
+            loads = world.starts
+            assert world.answered["narrow"] >= 4 * loads / 2
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+# --- who can sleep
+
+CARD = Gpu(index=0, uuid="GPU-0", name="made up", total_bytes=80 * GB, used_bytes=0)
+CARDS = (Device(key="GPU-0", total_bytes=80 * GB, gpu=CARD), Device(key=RAM, total_bytes=100 * GB))
+ROOMY = Rules(sleep_bytes=50 * GB)
+
+
+def sleeper(name: str, gigabytes: int = 60, **fields: Any) -> Holder:
+    """A model on the card that is idle and can sleep, with 2 GB of the card kept, in both of vLLM's tiers."""
+    beds = (
+        Bed(tier="ram", memory={"GPU-0": 2 * GB, RAM: 20 * GB}, host_bytes=20 * GB, wake_s=0.5),
+        Bed(tier="disk", memory={"GPU-0": 2 * GB}, wake_s=3.0),
+    )
+    told = {"key": (name, 0), "memory": {"GPU-0": gigabytes * GB}, "ready_since": 0.0, "load_s": 60.0, "beds": beds}
+    return Holder(**(told | fields))
+
+
+def on_card(gigabytes: int, **fields: Any) -> Claim:
+    return claim(gigabytes, **({"since": 95.0, "needs": Needs(n_gpu=1, memory_bytes=gigabytes * GB)} | fields))
+
+
+def asleep(name: str, **fields: Any) -> Holder:
+    """As it is in tier ram."""
+    told = {"memory": {"GPU-0": 2 * GB, RAM: 20 * GB}, "host_bytes": 20 * GB, "is_asleep": True, "beds": ()}
+    return sleeper(name, **(told | fields))
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "rules", "tier"),
+    [
+        (70, ROOMY, "ram"),
+        (70, Rules(sleep_bytes=10 * GB), "disk"),
+        (70, Rules(), "disk"),
+        (79, ROOMY, None),  # it wants what would be kept, too
+    ],
+    ids=str,
+)
+def test_who_makes_room_sleeps_as_lightly_as_suffices(gigabytes: int, rules: Rules, tier: str | None) -> None:
+    plan = decide([on_card(gigabytes)], [sleeper("old")], CARDS, rules, 100.0)
+    assert plan.evict == {("old", 0): ("new", 0)}
+    assert plan.sleep == ({("old", 0): tier} if tier else {})
+
+
+def test_the_machines_memory_has_to_be_there_too() -> None:
+    full = (CARDS[0], Device(key=RAM, total_bytes=100 * GB, foreign_bytes=85 * GB))
+    assert decide([on_card(70)], [sleeper("old")], full, ROOMY, 100.0).sleep == {("old", 0): "disk"}
+
+
+def test_who_can_sleep_makes_room_before_who_has_to_be_loaded_again() -> None:
+    loaded = sleeper("loaded", 30, beds=(), idle_since=1.0)
+    drowsy = sleeper("drowsy", 30, idle_since=80.0)
+    plan = decide([on_card(40)], [loaded, drowsy], CARDS, ROOMY, 100.0)
+    assert (plan.evict, plan.sleep) == ({("drowsy", 0): ("new", 0)}, {("drowsy", 0): "ram"})
+
+
+def test_who_sleeps_is_ended_only_where_what_it_keeps_is_wanted() -> None:
+    holders = [asleep("dreaming"), sleeper("old")]
+    plan = decide([on_card(70)], holders, CARDS, ROOMY, 100.0)
+    assert (plan.evict, plan.sleep) == ({("old", 0): ("new", 0)}, {("old", 0): "ram"})
+    plan = decide([on_card(78)], holders, CARDS, ROOMY, 100.0)
+    assert plan.evict == {("old", 0): ("new", 0), ("dreaming", 0): ("new", 0)}
+    assert plan.sleep == {("old", 0): "ram"}
+
+
+def test_a_model_sleeps_at_once_though_it_would_not_be_unloaded_yet() -> None:
+    lately = sleeper("lately", idle_since=99.0)  # of 60 s that a load takes, a quarter has to pass
+    rules = Rules(sleep_bytes=50 * GB, min_residency_s=3.0)
+    assert decide([on_card(70)], [lately], CARDS, rules, 100.0).sleep == {("lately", 0): "ram"}
+    plan = decide([on_card(79)], [lately], CARDS, rules, 100.0)
+    assert (plan.evict, plan.look_again_s) == ({}, 14.0)
+
+
+def test_nobody_is_put_to_sleep_who_is_pinned_or_answers() -> None:
+    for fields in ({"is_pinned": True}, {"work": 1}, {"ready_since": None}):
+        plan = decide([on_card(70)], [sleeper("old", **fields)], CARDS, ROOMY, 100.0)
+        assert (plan.evict, plan.sleep) == ({}, {})
+
+
+def test_who_sleeps_is_not_loaded() -> None:
+    rules = Rules(max_loaded=1, sleep_bytes=50 * GB)
+    assert ("new", 0) in decide([on_card(10)], [asleep("dreaming")], CARDS, rules, 100.0).start
+    assert decide([on_card(10)], [sleeper("old", 10)], CARDS, rules, 100.0).sleep == {("old", 0): "ram"}
+
+
+AWAKE = Placement(gpu_uuids=("GPU-0",), memory={"GPU-0": 60 * GB, RAM: 20 * GB})
+
+
+def test_who_is_asked_for_wakes_where_it_sleeps_and_the_other_falls_asleep() -> None:
+    waking = claim(0, key=("old", 0), since=95.0, awake=AWAKE)
+    dreaming = asleep("old", work=1)
+    alone = decide([waking], [dreaming], CARDS, ROOMY, 100.0)
+    assert alone.start == {("old", 0): AWAKE}
+    other = sleeper("other", 50)
+    plan = decide([waking], [dreaming, other], CARDS, ROOMY, 100.0)
+    assert (plan.start, plan.sleep, plan.evict) == ({}, {("other", 0): "ram"}, {("other", 0): ("old", 0)})
+    falling = sleeper("other", 50, ready_since=None, beds=(), falls_to={"GPU-0": 2 * GB, RAM: 20 * GB})
+    plan = decide([waking], [dreaming, falling], CARDS, ROOMY, 100.0)
+    assert plan.wait == {("old", 0): "other falls asleep"}
+    there = decide([waking], [dreaming, asleep("other")], CARDS, ROOMY, 100.0)
+    assert there.start == {("old", 0): AWAKE}
+
+
+def test_the_room_of_who_is_to_wake_is_not_given_to_another() -> None:
+    waking = claim(0, key=("old", 0), since=94.0, awake=AWAKE)
+    plan = decide([waking, on_card(30)], [asleep("old", work=1)], CARDS, ROOMY, 100.0)
+    assert list(plan.start) == [("old", 0)]
+    assert ("new", 0) in plan.wait
+
+
+def test_whose_place_is_taken_for_good_is_started_anew_elsewhere() -> None:
+    waking = claim(0, key=("old", 0), since=95.0, awake=AWAKE, needs=Needs(n_gpu=1, memory_bytes=60 * GB))
+    second = Gpu(index=1, uuid="GPU-1", name="made up", total_bytes=80 * GB, used_bytes=0)
+    cards = (*CARDS, Device(key="GPU-1", total_bytes=80 * GB, gpu=second))
+    busy = sleeper("busy", 70, work=1)
+    assert decide([waking], [asleep("old", work=1), busy], CARDS, ROOMY, 100.0).refuse == {}
+    plan = decide([waking], [asleep("old", work=1), busy], cards, ROOMY, 100.0)
+    assert "there is room elsewhere" in plan.refuse["old", 0][0]
+
+
+def test_the_tired_sleep_all_copies_or_none() -> None:
+    one, two = sleeper("a", 30, is_tired=True), sleeper("a", 30, is_tired=True, key=("a", 1))
+    assert decide([], [one, two], CARDS, ROOMY, 100.0).sleep == {("a", 0): "ram", ("a", 1): "ram"}
+    assert decide([], [one, two], CARDS, Rules(sleep_bytes=30 * GB), 100.0).sleep == {("a", 0): "ram", ("a", 1): "disk"}
+    busy = sleeper("a", 30, is_tired=True, key=("a", 1), work=1)
+    assert decide([], [one, busy], CARDS, ROOMY, 100.0).sleep == {}
+
+
+def test_a_first_sleep_is_tried_where_it_keeps_nobody_waiting() -> None:
+    new = sleeper("a", is_new_to_it=True)
+    assert decide([], [new], CARDS, ROOMY, 100.0).rehearse == {("a", 0): "ram"}
+    assert decide([], [new], CARDS, Rules(), 100.0).rehearse == {}
+    assert decide([on_card(79)], [new], CARDS, ROOMY, 5.0).rehearse == {}  # somebody waits
+
+
+def test_the_first_sleep_of_a_model_is_before_somebody_wants_its_room() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(sleep_memory="50%", min_residency_s=0), {RAM: 20 * GB, "GPU-0": 10 * GB})
+        slow = Model(uid="a", memory=6 * GB, tiers=("ram",), residual=GB, sleep_s=8.0, load_s=40.0)
+
+        async def main() -> None:
+            world.begin()
+            a = world.deploy(slow)
+            assert await world.ask("a", 1.0) == "answered"
+            await asyncio.sleep(REHEARSE_AFTER_S + 5)
+            assert (str(a.state), a.replicas[0].host_bytes) == ("ready", 0)  # there is nobody else
+            world.deploy(Model(uid="b", memory=6 * GB))
+            await asyncio.sleep(40)
+            assert a.replicas[0].host_bytes == 6 * GB
+            assert str(a.state) == "ready"
+            assert await world.ask("b", 1.0) == "answered"
+            assert str(a.state) == "asleep"
+            assert await world.ask("a", 1.0) == "answered"
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+def test_a_client_that_leaves_lets_the_model_sleep_on() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(min_residency_s=0), {RAM: 20 * GB, "GPU-0": 10 * GB})
+
+        async def main() -> None:
+            world.begin()
+            a = world.deploy(Model(uid="a", memory=8 * GB, tiers=("disk",), residual=GB))
+            world.deploy(Model(uid="b", memory=8 * GB))
+            assert await world.ask("a", 1.0) == "answered"
+            assert await world.ask("b", 100.0, leaves_after_s=20) == "left"
+            assert str(a.state) == "asleep"
+            world.ask("b", 100.0)
+            assert await world.ask("a", 1.0, leaves_after_s=5) == "left"
+            await asyncio.sleep(200)
+            assert str(a.state) == "asleep"
+            assert await world.ask("a", 1.0) == "answered"
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
