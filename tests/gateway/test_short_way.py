@@ -100,8 +100,15 @@ async def ends(tmp_path: Path) -> SimpleNamespace:
         opening=lambda path: f"POST {path} HTTP/1.1\r\nhost: x\r\n".encode(),
     )
     replica = FakeReplica(
-        **{"state": State.READY, "in_flight": 0, "index": 0, "name": "mock-0", "starts": 1, "served": 0},
-        **{"upstream": upstream, "last_used": 0.0, "pace": Pace()},
+        state=State.READY,
+        in_flight=0,
+        index=0,
+        name="mock-0",
+        starts=1,
+        served=0,
+        upstream=upstream,
+        last_used=0.0,
+        pace=Pace(),
     )
     deployment.replicas = (replica,)
     fleet = SimpleNamespace(
