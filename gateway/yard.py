@@ -189,6 +189,7 @@ class _Yard:
         silence: str | None,
     ) -> None:
         self._devices = devices
+        self._view = devices  # as they are, or as they may be in a moment
         self._silence = silence
         self._rules = rules
         self._now = now
@@ -297,18 +298,23 @@ class _Yard:
                     break
         return found
 
-    def _make_room(self, claim: Claim, why: str) -> None:
+    def _make_room(self, claim: Claim, why: str, *, is_now: bool = True) -> None:
+        """Let go who is idle, or hold back who is busy; if not `is_now`, nobody goes yet."""
         free = self._by_score(self._moves(claim))
         found = self._victims(claim, free)
         if found is not None:
             beds, placement = found
             victims = [self._staying[key] for key in beds]
+            if not is_now and self.is_late(claim):
+                self._hold |= beds.keys()
             for victim in victims:
-                self._evict[victim.key] = claim.key
+                if is_now:
+                    self._evict[victim.key] = claim.key
                 if (bed := beds[victim.key]) is None:
                     self._leaving.append(self._staying.pop(victim.key))
                 else:
-                    self._sleep[victim.key] = bed.tier
+                    if is_now:
+                        self._sleep[victim.key] = bed.tier
                     self._shrink(victim, victim.in_bed(bed.memory, bed.host_bytes))
             ends = [victim for victim in victims if beds[victim.key] is None]
             sleeps = [victim for victim in victims if beds[victim.key] is not None]
@@ -316,7 +322,7 @@ class _Yard:
             self._wait[claim.key] = f"{' and '.join(filter(None, told))} to make room"
             self._book(claim, placement)
             return
-        if claim.awake is not None and isinstance(self._fit_anew(claim), Placement):
+        if is_now and claim.awake is not None and isinstance(self._fit_anew(claim), Placement):
             self._refuse[claim.key] = ("others are busy where it sleeps, and there is room elsewhere", False)
             return
         self._look_when_time_helps(claim)
@@ -357,9 +363,9 @@ class _Yard:
                 return why
         taken = self._taken(staying, leaving)
         if claim.awake is not None:
-            placement = regain(claim.awake, self._devices, taken)
+            placement = regain(claim.awake, self._view, taken)
         else:
-            placement = place(claim.needs, self._devices, taken, **self._wishes(claim))
+            placement = place(claim.needs, self._view, taken, **self._wishes(claim))
         return placement.text if isinstance(placement, NoRoom) else placement
 
     def _fit_anew(self, claim: Claim) -> Placement | str:
@@ -411,11 +417,26 @@ class _Yard:
         """Memory that was given back a moment ago may yet be told as taken."""
         _, for_ever = refusal
         is_new = self._now - claim.since < SETTLE_S
-        if for_ever or not (is_new or self._never(claim, [device.at_best for device in self._devices]) is None):
+        at_best = [device.at_best for device in self._devices]
+        fits_at_best = self._never(claim, at_best) is None
+        if for_ever or not (is_new or fits_at_best):
             self._refuse[claim.key] = refusal
-        else:
-            self._wait[claim.key] = refusal[0]
-            self._looks.append(SETTLE_PAUSE_S)
+            return
+        if fits_at_best and not claim.is_extra:
+            self._view = at_best
+            self._keep_for(claim, refusal[0])
+            self._view = self._devices
+        self._wait[claim.key] = refusal[0]
+        self._looks.append(SETTLE_PAUSE_S)
+
+    def _keep_for(self, claim: Claim, why: str) -> None:
+        """It gets what it can have without what others took a moment ago: else the smaller would always come first."""
+        staying = [one for one in self._staying.values() if one.key != claim.key]
+        for leaving in ((*self._leaving, *self._waking), ()):
+            if isinstance(placement := self._fit(claim, staying, leaving), Placement):
+                self._book(claim, placement)
+                return
+        self._make_room(claim, why, is_now=False)
 
     def _book(self, claim: Claim, placement: Placement) -> None:
         self._promised.update(placement.memory)
@@ -460,7 +481,7 @@ class _Yard:
             return 0.0
         until = holder.ready_since + self._rules.min_residency_s
         if holder.waiting_since is not None and holder.waiting_since < claim.since:
-            until = max(until, holder.ready_since + self._rules.max_wait_s)
+            until = max(until, holder.ready_since + max(self._rules.max_wait_s, holder.load_s))
         return max(0.0, until - self._now)
 
     def _victims(self, claim: Claim, order: Sequence[Move]) -> tuple[dict[Key, Bed | None], Placement] | None:
@@ -515,7 +536,7 @@ class _Yard:
         if self._host_bytes + more > self._rules.sleep_bytes:
             return False
         taken = self._taken(self._staying.values(), (*self._leaving, *self._waking))
-        return all(device.free(taken) >= more for device in self._devices if device.key == RAM)
+        return all(device.free(taken) >= more for device in self._view if device.key == RAM)
 
     def _by_score(self, moves: Iterable[Move]) -> list[Move]:
         """Who is held stays so until it has gone: by the score alone, each answer would change who is to go."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from simulated import GB, Model, World
+from simulated import GB, Model, SimulatedReplica, World
 from virtual_time import virtual_time
 
 from engines.base import RAM, Needs, Placement
@@ -481,6 +481,48 @@ def test_a_client_that_leaves_lets_the_model_sleep_on() -> None:
             await asyncio.sleep(200)
             assert str(a.state) == "asleep"
             assert await world.ask("a", 1.0) == "answered"
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+def test_who_waits_for_memory_that_is_just_coming_back_keeps_it_from_the_smaller() -> None:
+    passing = Device(key=RAM, total_bytes=10 * GB, foreign_bytes=6 * GB, passing_bytes=6 * GB)
+    busy = Holder(key=("busy", 0), memory={RAM: 2 * GB}, ready_since=0.0, work=1)
+    small = claim(2, key=("small", 0), since=35.0)
+    late = claim(9, since=0.0)
+    plan = decide([late, small], [busy], [passing], Rules(max_wait_s=30), 40.0)
+    assert (plan.start, plan.evict) == ({}, {})
+    assert plan.hold == {("busy", 0)}
+    idle = msgspec.structs.replace(busy, work=0)
+    plan = decide([late, small], [idle], [passing], Rules(max_wait_s=30), 40.0)
+    assert (plan.start, plan.evict, plan.hold) == ({}, {}, {("busy", 0)})
+    # Nobody goes before the memory is back.
+    back = Device(key=RAM, total_bytes=10 * GB)
+    assert decide([late, small], [idle], [back], Rules(max_wait_s=30), 40.0).evict == {("busy", 0): ("new", 0)}
+
+
+def test_a_model_that_crashed_while_nobody_waited_is_back_if_there_is_room_and_unloads_nobody() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(min_residency_s=0), {RAM: GB})
+
+        async def main() -> None:
+            world.begin()
+            kept = world.deploy(Model(uid="kept", load_s=1.0))
+            world.deploy(Model(uid="other", load_s=0.01))
+            [replica] = kept.replicas
+            assert isinstance(replica, SimulatedReplica)
+            assert await world.ask("kept", 1.0) == "answered"
+            replica.crash.set()
+            await asyncio.sleep(30)
+            assert (str(kept.state), world.starts) == ("ready", 2)
+            replica.crash.set()
+            await asyncio.sleep(0.01)
+            assert await world.ask("other", 0.01) == "answered"  # it has taken the room, and could go already
+            await asyncio.sleep(120)
+            assert (str(kept.state), world.evictions, world.starts) == ("stopped", 0, 3)
+            assert await world.ask("kept", 1.0) == "answered"
             await world.end()
 
         loop.run_until_complete(main())
