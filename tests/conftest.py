@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import hypothesis
 import models
 import pytest
 import tones
-from harness import FAKE_ENGINE, Gateway, StartGateway, fake_model
+from harness import DOOR, FAKE_ENGINE, Gateway, StartGateway, fake_model
 
 # What a busy machine does to an example's time says nothing of the code.
 hypothesis.settings.register_profile("hostler", deadline=None)
@@ -185,7 +184,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def door(request: pytest.FixtureRequest) -> str:
     """The setting of that name."""
-    return getattr(request, "param", None) or os.environ.get("HOSTLER_DOOR", "auto")
+    return str(getattr(request, "param", DOOR))
 
 
 @pytest.fixture

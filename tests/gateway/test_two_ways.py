@@ -29,6 +29,8 @@ SEED = int(os.environ.get("HOSTLER_FUZZ_SEED", "1"))
 KEY = "a-key"
 LIMIT_BYTES = 400_000
 QUIET_S = 8.0  # a connection that says nothing for so long is a fault
+# Each in the same engine; what the second one says by its own name is read as a whole, as clients are told ours.
+MODELS = {"fake": "fake", "named": "theirs"}
 OF_THE_MOMENT = {"date", "x-request-id", "x-hostler-queue-ms"}
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/messages", "/v1/responses", "/tokenize")
 COUNTED = re.compile(r"^hostler_(requests_total|requests_cancelled_total|request_retries_total|.*_seconds_count)\b")
@@ -94,7 +96,7 @@ def cut(rng: random.Random, data: str, most: int = 4) -> list[Any]:
 def text_of(rng: random.Random, path: str) -> str:
     said: Any = {
         "id": "x",
-        "model": "fake",
+        "model": rng.choice((*MODELS.values(), "fake")),
         "choices": [{"delta": {}}],
         "text": "caf\u00e9" * rng.choice((1, 9, 9000)),
     }
@@ -139,7 +141,8 @@ def old(rng: random.Random, path: str) -> list[Any]:
 
 def events(rng: random.Random) -> str:
     end = rng.choice(("\n\n", "\n\n", "\r\n\r\n"))
-    one = '{"choices":[{"delta":{"content":"t"}}]}', '{"choices":[{"delta":{}}]}', "x" * 5000
+    named = '{"model": "theirs","choices":[{"delta":{"content":"t"}}]}'
+    one = named, named.replace("theirs", "fake"), '{"choices":[{"delta":{}}]}', "x" * 5000
     said = [f"data: {rng.choice(one)}{end}" for _ in range(rng.randrange(12))]
     return "".join([*said, rng.choice((f"data: [DONE]{end}", "", "data: half"))])
 
@@ -273,7 +276,7 @@ REPLIES = [one for one, _ in WEIGHED]
 
 def request(rng: random.Random, script: list[Any], path: str, *, is_last: bool) -> bytes:
     fields: dict[str, Any] = {
-        "model": "fake",
+        "model": rng.choice((*MODELS, "fake")),
         "prompt": "x",
         "messages": [{"role": "user", "content": "x"}],
         "input": "x",
@@ -463,20 +466,23 @@ async def look(gateway: Gateway) -> dict[str, Any]:
     gone = 0
     async with asyncio.timeout(10):
         while True:
-            replica = (await gateway.get("/v1/replicas", headers=headers)).json[0]
-            if not replica["in_flight"]:
+            replicas = (await gateway.get("/v1/replicas", headers=headers)).json
+            if not any(replica["in_flight"] for replica in replicas):
                 break
             await asyncio.sleep(0.01)
     async with asyncio.timeout(10):
-        while (engine := await ask_engine(replica["address"]))["at_work"]:
-            seen += engine["seen"]
-            gone += engine["gone"]
-            await asyncio.sleep(0.01)
+        for replica in replicas:
+            is_at_work = True
+            while is_at_work:
+                engine = await ask_engine(replica["address"])
+                seen += engine["seen"]
+                gone += engine["gone"]
+                if is_at_work := engine["at_work"]:
+                    await asyncio.sleep(0.01)
     text = (await gateway.get("/metrics", headers=headers)).body.decode()
     lines = [line.rpartition(" ") for line in text.splitlines() if COUNTED.match(line)]
     counts = Counter({name: float(count) for name, _, count in lines})
-    seen, gone = seen + engine["seen"], gone + engine["gone"]
-    return {"counts": counts, "seen": seen, "gone": gone, "starts": replica["starts"]}
+    return {"counts": counts, "seen": seen, "gone": gone, "starts": [replica["starts"] for replica in replicas]}
 
 
 async def ask_engine(address: str) -> dict[str, Any]:
@@ -493,21 +499,26 @@ async def ask_engine(address: str) -> dict[str, Any]:
 async def both(tmp_path: Path, start_gateway: StartGateway) -> tuple[Gateway, Gateway]:
     """Two gateways that differ in nothing but the way."""
     gateways = []
+    headers = {"authorization": f"Bearer {KEY}"}
+    options = {"command": f"{ENGINE} --host {{socket}}", "served_name": MODELS["named"]}
+    named = {"model_engine": "command", "options": options, "model_path": str(tmp_path)}
     for door in ("auto", "plain"):
         gateway = await start_gateway(
             fake={},
             home=tmp_path / door,
             env={"HOSTLER_DOOR": door},
             engines={"llama.cpp": {"binary": str(ENGINE)}},
+            models={"named": named},
             api_keys=[KEY],
             max_body_bytes=LIMIT_BYTES,
             log_level="error",
         )
-        await gateway.post("/v1/models/fake/start", headers={"authorization": f"Bearer {KEY}"})
+        for model in MODELS:
+            await gateway.post(f"/v1/models/{model}/start", headers=headers)
         async with asyncio.timeout(30):
             while True:
-                replicas = (await gateway.get("/v1/replicas", headers={"authorization": f"Bearer {KEY}"})).json
-                if replicas[0]["state"] == "ready":
+                replicas = (await gateway.get("/v1/replicas", headers=headers)).json
+                if all(replica["state"] == "ready" for replica in replicas):
                     break
                 await asyncio.sleep(0.02)
         gateways.append(gateway)
