@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from gateway import metrics
-from gateway.api import alias
+from gateway.api import alias, usage
 from gateway.api.affinity import key_of
 from gateway.api.heads import FormHead, Head
 from gateway.api.ways import Way, check_served, replaced
@@ -70,6 +70,7 @@ class Terms:
         path = way.upstream or way.path
         self.upstream_path = engine.routes.get(path, path)  # where the engine answers
         self.tally = metrics.tally_of(launch.uid)
+        self.asks_for_usage = engine.asks_for_usage and way.tells_usage
         self.changes_json = bool(way.rewrite or way.opening or self.words or self.back)
         self.is_read_whole = bool(way.rewrite or self.words or self.back)  # a reply that differs is needed as a whole
 
@@ -84,6 +85,7 @@ class Asked(NamedTuple):
     terms: Terms
     head: Head | FormHead
     body: bytes
+    hides_usage: bool = False  # the stream tells how many tokens it took, which the client has not asked for
 
 
 class Lost(NamedTuple):
@@ -101,7 +103,7 @@ class Exchange:
 
     def __init__(self, fleet: Fleet, way: Way, asked: Asked, headers: Headers, request_id: bytes) -> None:
         """`headers` are the client's, with names in small letters."""
-        self.terms, self.head, self.body = asked
+        self.terms, self.head, self.body, self.hides_usage = asked
         self.deployment = self.terms.deployment
         self.stops = self.deployment.stops
         self.fleet = fleet
@@ -119,6 +121,9 @@ class Exchange:
     phase = "queued"  # then "waiting" for the engine's first byte, then "answering"
     replica_name = ""  # of the replica that answers
     events: Events | None = None  # of a stream, once it has begun
+    first_at = 0.0  # when the engine's first bytes came
+    tokens_seen = 0  # of a stream
+    _first = _last = b""  # of the reply's body
 
     @property
     def uid(self) -> str:
@@ -176,6 +181,17 @@ class Exchange:
             kept = [header for header in kept if header[0] != b"content-length"]
         return kept
 
+    def begins(self) -> None:
+        """The first bytes of the engine's reply have come."""
+        self.first_at = time.perf_counter()
+        self.terms.tally.first_bytes.add(self.first_at - self.started)
+
+    def heard(self, chunk: bytes) -> None:
+        """Some of the reply's body; what is a stream `streamed` hears."""
+        if not self._first:
+            self._first = chunk[: usage.END_BYTES]
+        self._last = (chunk if len(chunk) >= usage.END_BYTES else self._last + chunk)[-usage.END_BYTES :]
+
     def changes_json(self, headers: Headers) -> bool:
         """Whether a reply of that head, which is no stream, differs for clients."""
         return self.terms.changes_json and _is_json(headers)
@@ -203,8 +219,14 @@ class Exchange:
         if events is None:
             events = self.events = Events(LARGE_EVENT_LIMIT_BYTES if self.way.events else EVENT_LIMIT_BYTES)
         chunk = events.whole(chunk)
-        if self.way.chunk:
-            chunk = self.way.chunk(chunk)
+        self.heard(chunk)
+        way = self.way
+        if mark := way.token_mark:
+            self.tokens_seen += chunk.count(mark) - chunk.count(mark + b'"')  # what has no text is none
+        if self.hides_usage:
+            chunk = usage.without(chunk)
+        if way.chunk:
+            chunk = way.chunk(chunk)
         return self.renamed(chunk)
 
     @property
@@ -264,11 +286,26 @@ class Exchange:
 
     def count(self, outcome: int) -> float:
         """It has ended so, 499 if the client left first; after how many seconds."""
-        seconds = time.perf_counter() - self.started
+        now = time.perf_counter()
+        seconds = now - self.started
+        if self._last:
+            self._count_tokens(now)
         if outcome == 499:
             metrics.CANCELLED.labels(self.uid, self.phase).inc()
         self.terms.tally.count(self.way.path, outcome, seconds)
         return seconds
+
+    def _count_tokens(self, now: float) -> None:
+        tally = self.terms.tally
+        prompt_tokens, completion_tokens, reason = usage.read(self._first, self._last)
+        if completion_tokens is None:
+            completion_tokens = self.tokens_seen
+        if self.is_sse and completion_tokens > 1:
+            tally.between_tokens.add((now - self.first_at) / (completion_tokens - 1))
+        tally.prompt_tokens += prompt_tokens or 0
+        tally.completion_tokens += completion_tokens
+        if reason:
+            tally.reasons[reason] = tally.reasons.get(reason, 0) + 1
 
 
 def with_length(headers: Headers, size: int) -> None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
-from gateway.api import alias
+from gateway.api import alias, usage
 from gateway.api.body import read_body
 from gateway.api.exchange import (
     ENGINE_ERROR_LIMIT_BYTES,
@@ -98,7 +99,10 @@ class Inference:
                 body = self._with_adapter(body, head.lora_name, deployment)
         if terms.back:
             body = _named(body, head, headers, terms.served_name)
-        return Asked(terms, head, body)
+        hides_usage = terms.asks_for_usage and _may_ask_for_usage(head, deployment.defaults)
+        if hides_usage:
+            body = usage.asked_for(body)
+        return Asked(terms, head, body, hides_usage)
 
     def _with_adapter(self, body: bytes, lora_name: str, deployment: Deployment) -> bytes:
         try:
@@ -290,7 +294,7 @@ class Relay(Exchange):
         except BaseException:
             reply.close()
             raise
-        self.terms.tally.first_bytes.add(time.perf_counter() - self.started)
+        self.begins()
         return reply, chunk
 
     async def _relay(self, reply: Reply, chunk: bytes, replica: Replica) -> None:
@@ -309,7 +313,9 @@ class Relay(Exchange):
             await self._start(reply.status, headers)
         self.phase = "answering"
         while chunk:
-            if self.is_sse:
+            if not self.is_sse:
+                self.heard(chunk)
+            else:
                 chunk = self.streamed(chunk)
                 if chunk and self.way.events:
                     chunk = await asyncio.to_thread(self._rewritten, self.way.events, chunk)
@@ -405,6 +411,13 @@ async def _unless_client_leaves(work: Awaitable[None], receive: Receive, exchang
 
 def _content_type(headers: Headers) -> bytes:
     return next((value for name, value in headers if name == b"content-type"), b"")
+
+
+def _may_ask_for_usage(head: Head | FormHead, defaults: Mapping[str, Any]) -> bool:
+    """Whether the client wants a stream, and nothing is said of its `stream_options`."""
+    if isinstance(head, FormHead) or not head.stream:
+        return False
+    return head.stream_options is UNSET and "stream_options" not in defaults
 
 
 def _named(body: bytes, head: Head | FormHead, headers: Headers, name: str) -> bytes:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from typing import Protocol
 
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -152,7 +151,7 @@ class Splice(Exchange):
             self._connection = None
         if not self._has_begun:
             self._has_begun = True
-            self.terms.tally.first_bytes.add(time.perf_counter() - self.started)
+            self.begins()
             if connection.status not in STATUS_LINE:
                 self._drop()
                 self._give_up(None)
@@ -166,6 +165,9 @@ class Splice(Exchange):
             if is_whole:
                 chunk += self.held
             parts = [chunk] if chunk else []
+        else:
+            for part in parts:
+                self.heard(part)
         self._write(parts, is_last=is_whole)
         if is_whole:
             self._end(self.status, was_served=True)
@@ -199,6 +201,7 @@ class Splice(Exchange):
             told, headers = status, self.returned(status, connection.headers, self._replica)
             with_length(headers, len(payload))
             payload = self.opened(payload, headers)
+            self.heard(payload)
         else:
             return
         self._start(told, headers)
