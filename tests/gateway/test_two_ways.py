@@ -33,7 +33,11 @@ QUIET_S = 8.0  # a connection that says nothing for so long is a fault
 MODELS = {"fake": "fake", "named": "theirs"}
 OF_THE_MOMENT = {"date", "x-request-id", "x-hostler-queue-ms"}
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/messages", "/v1/responses", "/tokenize")
-COUNTED = re.compile(r"^hostler_(requests_total|requests_cancelled_total|request_retries_total|.*_seconds_count)\b")
+COUNTED = re.compile(
+    r"^hostler_(requests_total|requests_cancelled_total|request_retries_total|finish_reasons_total|.*_tokens_total"
+    r"|.*_seconds_count)\b"
+)
+OF_TOKENS = re.compile("token|finish")
 
 
 class Case(NamedTuple):
@@ -100,6 +104,8 @@ def text_of(rng: random.Random, path: str) -> str:
         "choices": [{"delta": {}}],
         "text": "caf\u00e9" * rng.choice((1, 9, 9000)),
     }
+    if rng.randrange(2):
+        said |= {"finish_reason": rng.choice(("stop", "odd")), "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
     data = json.dumps(said, separators=rng.choice(((",", ":"), (", ", ": "))))
     return rng.choice((data, data, data, data, "{}", "{", "", "[1]", " " + data, "no json"))
 
@@ -144,6 +150,9 @@ def events(rng: random.Random) -> str:
     named = '{"model": "theirs","choices":[{"delta":{"content":"t"}}]}'
     one = named, named.replace("theirs", "fake"), '{"choices":[{"delta":{}}]}', "x" * 5000
     said = [f"data: {rng.choice(one)}{end}" for _ in range(rng.randrange(12))]
+    if not rng.randrange(3):
+        usage = '{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}'
+        said.append(f"data: {usage}{end}")
     return "".join([*said, rng.choice((f"data: [DONE]{end}", "", "data: half"))])
 
 
@@ -234,7 +243,7 @@ def doubtful(rng: random.Random, path: str) -> list[Any]:
 def talkative(rng: random.Random, path: str) -> list[Any]:
     """It says more than its reply. No second reply: the plain way's client would wait for the end of that one."""
     top = head(rng, 200, rng.choice(JSON), "Content-Length: 2")
-    return [top + "{}", 0.01, rng.choice(("x", "xyz\r\n\r\n"))]
+    return [top + "{}", 0.3, rng.choice(("x", "xyz\r\n\r\n"))]  # later, also for who is slow
 
 
 def late(rng: random.Random, path: str) -> list[Any]:
@@ -534,6 +543,8 @@ async def differences(gateways: tuple[Gateway, Gateway], case: Case) -> dict[str
         now = await look(gateway)
         for name, count in was["counts"].items():
             now["counts"][name] -= count
+        if case.leaves:  # how much of what came had been read by then is not told
+            now["counts"] = Counter({name: one for name, one in now["counts"].items() if not OF_TOKENS.search(name)})
         if not case.leaves:
             del now["gone"]  # it says who was the first to leave
         found.append(one | now)
