@@ -122,8 +122,8 @@ class Exchange:
     replica_name = ""  # of the replica that answers
     events: Events | None = None  # of a stream, once it has begun
     first_at = 0.0  # when the engine's first bytes came
-    tokens_seen = 0  # of a stream
-    _first = _last = b""  # of the reply's body
+    marks_seen = 0  # of tokens, in a stream
+    _first = _last_but_two = _last_but_one = _last = b""  # chunks of the reply's body
 
     @property
     def uid(self) -> str:
@@ -190,7 +190,7 @@ class Exchange:
         """Some of the reply's body; what is a stream `streamed` hears."""
         if not self._first:
             self._first = chunk[: usage.END_BYTES]
-        self._last = (chunk if len(chunk) >= usage.END_BYTES else self._last + chunk)[-usage.END_BYTES :]
+        self._last_but_two, self._last_but_one, self._last = self._last_but_one, self._last, chunk
 
     def changes_json(self, headers: Headers) -> bool:
         """Whether a reply of that head, which is no stream, differs for clients."""
@@ -221,8 +221,8 @@ class Exchange:
         chunk = events.whole(chunk)
         self.heard(chunk)
         way = self.way
-        if mark := way.token_mark:
-            self.tokens_seen += chunk.count(mark) - chunk.count(mark + b'"')  # what has no text is none
+        if way.token_mark:
+            self.marks_seen += chunk.count(way.token_mark)
         if self.hides_usage:
             chunk = usage.without(chunk)
         if way.chunk:
@@ -297,9 +297,11 @@ class Exchange:
 
     def _count_tokens(self, now: float) -> None:
         tally = self.terms.tally
-        prompt_tokens, completion_tokens, reason = usage.read(self._first, self._last)
+        end = usage.end_of(self._last_but_two, self._last_but_one, self._last)
+        prompt_tokens, completion_tokens, reason = usage.read(self._first, end)
         if completion_tokens is None:
-            completion_tokens = self.tokens_seen
+            empty = self.way.token_mark + b'"'  # as streams begin and end
+            completion_tokens = self.marks_seen and max(0, self.marks_seen - usage.count_in(empty, self._first, end))
         if self.is_sse and completion_tokens > 1:
             tally.between_tokens.add((now - self.first_at) / (completion_tokens - 1))
         tally.prompt_tokens += prompt_tokens or 0

@@ -62,6 +62,21 @@ def read(begin: bytes, end: bytes) -> Usage:
     return Usage(prompt, completion, _reason(end) or _reason(begin))
 
 
+def end_of(*chunks: bytes) -> bytes:
+    """The last bytes of these."""
+    end = b""
+    for chunk in reversed(chunks):
+        if (lacking := END_BYTES - len(end)) <= 0:
+            break
+        end = chunk[-lacking:] + end
+    return end
+
+
+def count_in(mark: bytes, begin: bytes, end: bytes) -> int:
+    """How often it is there, where one may be all that the other is."""
+    return end.count(mark) + (0 if end.startswith(begin) else begin.count(mark))
+
+
 def _number(pattern: re.Pattern[bytes], data: bytes, at: int) -> int | None:
     found = pattern.search(data, at)
     return int(found[1]) if found else None

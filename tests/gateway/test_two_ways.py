@@ -16,6 +16,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from socket import SO_LINGER, SOL_SOCKET
 from typing import Any, NamedTuple
@@ -460,12 +461,13 @@ async def play(gateway: Gateway, case: Case) -> dict[str, Any]:
 
 
 async def _send(writer: asyncio.StreamWriter, sent: tuple[bytes | float, ...]) -> None:
-    for step in sent:
-        if isinstance(step, bytes):
-            writer.write(step)
-            await writer.drain()
-        else:
-            await asyncio.sleep(step)
+    with suppress(ConnectionError):  # who has refused the request need not take all of it
+        for step in sent:
+            if isinstance(step, bytes):
+                writer.write(step)
+                await writer.drain()
+            else:
+                await asyncio.sleep(step)
 
 
 async def look(gateway: Gateway) -> dict[str, Any]:
