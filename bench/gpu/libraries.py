@@ -18,8 +18,8 @@ from notes import quantile
 from placing import share_of
 from streams import Way, measure
 
-REPETITIONS = 4
-WINDOW_S = 2.0
+REPETITIONS = 8
+WINDOW_S = 3.0
 TEXTS_EACH, ASKED_AT_ONCE = 64, 8
 WORDS = ("the", "locomotive", "turns", "slowly", "in", "a", "roundhouse", "while", "steam", "and", "smoke", "rise")
 ROLES = ("direct", "gateway")

@@ -37,7 +37,7 @@ import tokens  # noqa: E402
 from batch import Bench  # noqa: E402
 from notes import Notes  # noqa: E402
 
-SHARED = ("m1b", "big-a", "big-b")  # models that several parts use
+SHARED = ("m1b", "big-a", "big-b", "small-a", "small-b")  # models that several parts use
 END_S = 15.0  # for the end of all, and the logs
 NEEDED = (
     "aiohttp",
@@ -67,18 +67,20 @@ class Part:
 PARTS: dict[str, Part] = {
     "facts": Part(placing.facts, 10, 100, ("pytest", "pytest_asyncio")),
     "placement": Part(placing.placement, 40, 180, ("torch", "transformers")),
-    "embeddings": Part(libraries.embeddings, 30, 110, ("torch", "sentence_transformers")),
+    "embeddings": Part(libraries.embeddings, 30, 180, ("torch", "sentence_transformers")),
     "transformers": Part(libraries.transformers, 30, 80, ("torch", "transformers")),
-    "diffusers": Part(libraries.diffusers, 25, 90, ("torch", "diffusers")),
+    "diffusers": Part(libraries.diffusers, 25, 150, ("torch", "diffusers")),
     "kill-worker": Part(killing.worker, 40, 100, ("torch", "transformers")),
     "start": Part(tokens.start, 60, 200, ("vllm",)),
-    "latency": Part(tokens.latency, 30, 130, ("vllm",)),
+    "latency": Part(tokens.latency, 30, 170, ("vllm",)),
     "kill-vllm": Part(killing.vllm, 60, 150, ("vllm",)),
+    "kill-group": Part(killing.vllm_group, 10, 150, ("vllm",)),
     "sleep-1b": Part(swapping.small, 15, 40, ("vllm",)),
     "tiers": Part(swapping.tiers, 10, 60, ("vllm",)),
     "large": Part(swapping.large, 70, 200, ("vllm",)),
-    "swaps": Part(swapping.swaps, 60, 220, ("vllm",)),
-    "trace": Part(swapping.trace, 60, 200, ("vllm",)),
+    "crowd": Part(swapping.crowd, 100, 300, ("vllm",)),
+    "swaps": Part(swapping.swaps, 40, 110, ("vllm",)),
+    "trace": Part(swapping.trace, 45, 200, ("vllm",)),
     "places": Part(placing.several_cards, 40, 130, ("torch", "transformers")),
     "copies": Part(swapping.copies, 50, 140, ("vllm",)),
     "parallel": Part(swapping.parallel, 60, 180, ("vllm",)),
@@ -86,7 +88,7 @@ PARTS: dict[str, Part] = {
 RUNS: dict[str, tuple[str, ...]] = {
     "one-card": ("facts", "placement", "kill-worker", "embeddings", "transformers", "diffusers"),
     "vllm": ("start", "latency", "kill-vllm", "sleep-1b", "tiers"),
-    "many-models": ("large", "swaps", "trace"),
+    "many-models": ("crowd", "swaps", "trace"),
     "two-cards": ("facts", "places", "copies", "parallel"),
 }
 

@@ -17,7 +17,9 @@ from notes import gib, quantile
 from streams import Way, measure
 from tokens import started, vllm
 
-SHARE = 0.57  # of the card, for each of two that do not fit together
+SHARE, SMALL_SHARE = 0.57, 0.25  # of the card; two of the former do not fit together
+LARGE_CACHE, SMALL_CACHE = 27 * 2**30, 14 * 2**30
+NAMES = {"asleep ram": "RAM (sleep level 1)", "asleep disk": "disk (sleep level 2)", "stopped": "stop and start"}
 WAKE = ("/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache")
 TRACE, CLIENTS, TRACE_LIMIT_S, TRACE_TOKENS = 500, 24, 140.0, 16
 NO_TIERS = "this gateway has no tiers: POST /v1/models/{uid}/sleep is answered"
@@ -40,6 +42,11 @@ async def small(bench: Bench) -> None:
 async def _large(bench: Bench) -> dict[str, Any]:
     total = card.gpus()[0].total_bytes
     return vllm(bench, await bench.made("7b", "7b"), int(total * SHARE), enable_sleep_mode=True)
+
+
+async def _small(bench: Bench) -> dict[str, Any]:
+    total = card.gpus()[0].total_bytes
+    return vllm(bench, await bench.made("1b", "1b"), int(total * SMALL_SHARE), enable_sleep_mode=True)
 
 
 async def sleeping(bench: Bench, door: Door, uid: str) -> None:
@@ -111,41 +118,68 @@ async def tiers(bench: Bench) -> None:
     notes.told("wake by its route", {"status": status, "s": round(time.monotonic() - began, 3), "said": text[:200]})
 
 
+async def crowd(bench: Bench) -> None:
+    """Two large models and two small ones, each started once; together they are more than the card holds.
+
+    The gateway is told from its start that no weights are kept in RAM: RAM that vLLM once took to sleep it keeps.
+    """
+    door, notes = await bench.door(sleep_memory=0), bench.notes
+    large, small = await _large(bench), await _small(bench)
+    # Two that start at once on a card: each would take what the other takes for its own, and find less for its cache.
+    for launch, cache in ((large, LARGE_CACHE), (small, SMALL_CACHE)):
+        launch["options"]["kv_cache_memory_bytes"] = cache
+    for number, pair in enumerate((("big-a", "small-a"), ("big-b", "small-b"))):
+        if number:
+            await _to_sleep(bench, door, "big-a", "small-a")
+        began = time.monotonic()
+        took = await asyncio.gather(
+            *(door.launch(uid, **(large if uid.startswith("big") else small)) for uid in pair), return_exceptions=True
+        )
+        for uid, one in zip(pair, took, strict=True):
+            notes.told(f"{uid}: ready after s", one if isinstance(one, float) else str(one)[:1500])
+            notes.keep(f"{uid}: what happened", await door.happenings(uid))
+        notes.say(f"both after {time.monotonic() - began:.1f} s; {await _beds(door)}")
+    await _to_sleep(bench, door, "small-b")
+    notes.told("all four", await _beds(door))
+
+
+async def _to_sleep(bench: Bench, door: Door, *uids: str) -> None:
+    for uid in uids:
+        status, text = await door.ask("POST", f"/v1/models/{uid}/sleep", None, 120)
+        if status >= 400:
+            bench.notes.told(f"{uid} does not sleep", f"{status}: {text[:500]}")
+            continue
+        await door.until_state(uid, "asleep", "failed", limit_s=60)
+        bench.notes.say(f"{uid} is put to sleep: {(await _beds(door)).get(uid)}")
+
+
+async def _beds(door: Door) -> dict[str, str]:
+    """Each model's state and, if it sleeps, in which tier, as the gateway tells."""
+    replicas = await door.get("/v1/replicas")
+    return {one["uid"]: f"{one['state']} {one.get('tier') or ''}".strip() for one in replicas}
+
+
 async def swaps(bench: Bench) -> None:
-    """Two large models by turns: seconds from a request until its first token, by the tier that the other goes to."""
-    door, notes = await bench.door(), bench.notes
-    await door.terminate("m1b")
-    launch = await _large(bench)
-    if not await door.replica("big-a"):
-        await started(bench, door, "big-a", launch)
+    """Two large models by turns: seconds from a request until its first token, by the tier that both were seen in."""
+    door, notes = await bench.door(sleep_memory=0), bench.notes
+    if missing := {"big-a", "big-b"} - set(await _beds(door)):
+        raise RuntimeError(f"there is no {' and no '.join(sorted(missing))}: the part `crowd` has to go before")
     rows: list[list[Any]] = []
-    notes.told("big-b beside big-a: the first goes", "it is launched on demand, by its first request")
-    began = time.monotonic()
-    await door.get("/v1/models?wait_ready=false", "POST", {"model_uid": "big-b"} | launch)
-    await _stage(bench, door, "big-b", rows, "first start of the other", began)
-    for tier, setting, times in (("RAM (sleep level 1)", "64GiB", 6), ("disk (sleep level 2)", 0, 4)):
-        if not await _tell(bench, door, {"sleep_memory": setting}):
-            notes.told(tier, "left out: this gateway does not know the setting sleep_memory")
+    for setting, times in ((None, 6), ("64GiB", 8)):
+        if setting and not await _tell(bench, door, {"sleep_memory": setting}):
+            notes.told("RAM", "left out: this gateway does not know the setting sleep_memory")
             continue
         for number in range(times):
             if notes.left_s < 30:
-                notes.told(f"{tier}, swap {number}", "left out: no time")
+                notes.told(f"sleep_memory {setting}, swap {number}", "left out: no time")
                 break
             await asyncio.sleep(2 * SETTINGS["min_residency_s"])  # who was just loaded stays for so long
-            await _stage(bench, door, await _other(door), rows, tier, time.monotonic())
-    await _tell(bench, door, {"sleep_memory": "64GiB"})
-    for number in range(2):
-        if notes.left_s < 70:
-            notes.told(f"stop and start, swap {number}", "left out: no time")
-            break
-        uid = await _other(door)
-        await door.get(f"/v1/models/{uid}/stop", "POST")  # so that it does not just sleep
-        began = time.monotonic()
-        await door.get(f"/v1/models/{'big-a' if uid == 'big-b' else 'big-b'}/stop", "POST")
-        await _stage(bench, door, uid, rows, "stop and start", began)
+            await _swap(bench, door, rows)
     by: dict[str, list[float]] = {}
-    for tier, _, seconds, *_ in rows:
-        by.setdefault(tier, []).append(seconds)
+    for woken, gone, _, seconds, *_ in rows:
+        by.setdefault(f"{NAMES.get(gone, gone)}" + ("" if woken == gone else f", the other from {woken}"), []).append(
+            seconds
+        )
     columns = ["the other goes by", "swaps", "least s", "median s", "most s"]
     notes.table(
         "swaps of two models of 7 B, request to first token",
@@ -154,22 +188,20 @@ async def swaps(bench: Bench) -> None:
     )
 
 
-async def _other(door: Door) -> str:
-    """The large one that is not ready."""
-    return "big-a" if (await door.replica("big-b")).get("state") == "ready" else "big-b"
-
-
-async def _stage(bench: Bench, door: Door, uid: str, rows: list[list[Any]], tier: str, began: float) -> None:
+async def _swap(bench: Bench, door: Door, rows: list[list[Any]]) -> None:
+    """Ask for the large one that is not ready."""
+    notes, before = bench.notes, await _beds(door)
+    uid, other = ("big-a", "big-b") if before.get("big-b") == "ready" else ("big-b", "big-a")
+    began = time.monotonic()
     try:
         await door.first_token_s(uid)
-        seconds = time.monotonic() - began
     except Refused as exc:
-        bench.notes.told(f"{tier}, {uid}", f"was answered {exc.status}: {exc.text[:500]}")
+        notes.told(f"{uid}, {before}", f"was answered {exc.status}: {exc.text[:500]}")
         return
-    states = {one["uid"]: one["state"] for one in await door.get("/v1/replicas")}
-    rows.append([tier, uid, seconds, states, round(card.used_bytes() / 1e9, 2)])
-    bench.notes.keep("swaps so far", rows)
-    bench.notes.say(f"{tier}: {uid} in {seconds:.2f} s; {states}, {card.used_bytes() / 1e9:.1f} GB in use")
+    seconds, after, used = time.monotonic() - began, await _beds(door), card.used_bytes()
+    rows.append([before.get(uid), after.get(other), uid, seconds, after, round(used / 1e9, 2)])
+    notes.keep("swaps so far", rows)
+    notes.say(f"{uid} ({before.get(uid)}) in {seconds:.2f} s; {after}, {used / 1e9:.1f} GB in use")
 
 
 async def _tell(bench: Bench, door: Door, more: dict[str, Any]) -> bool:
@@ -193,14 +225,11 @@ async def trace(bench: Bench) -> None:
     """Requests at random over models that sum to more than the card; none may run out of memory or be refused."""
     door, notes = await bench.door(), bench.notes
     total = card.gpus()[0].total_bytes
-    small = vllm(bench, await bench.made("1b", "1b"), int(total * 0.25), enable_sleep_mode=True)
-    uids = [one["id"] for one in (await door.get("/v1/models"))["data"] if one["id"].startswith("big-")]
-    known = {one["id"] for one in (await door.get("/v1/models"))["data"]}
-    for uid in ("small-a", "small-b"):
-        if uid not in known:
-            await door.get("/v1/models?wait_ready=false", "POST", {"model_uid": uid} | small)
-    uids += ["small-a", "small-b"]
-    shares = {uid: (SHARE if uid.startswith("big") else 0.25) for uid in uids}
+    known = [one["id"] for one in (await door.get("/v1/models"))["data"]]
+    uids = [uid for uid in known if uid.startswith(("big-", "small-"))]
+    if len(uids) < 2:
+        raise RuntimeError("there are too few models: the part `crowd` has to go before")
+    shares = {uid: (SHARE if uid.startswith("big") else SMALL_SHARE) for uid in uids}
     notes.told("models and their shares of the card, together", [shares, round(sum(shares.values()), 2)])
     dice = random.Random(7)
     asks = iter([dice.choices(uids, [4 if uid.startswith("big") else 2 for uid in uids])[0] for _ in range(TRACE)])
@@ -248,6 +277,11 @@ async def trace(bench: Bench) -> None:
             "answered": len(everything),
             "wrong": len(wrong),
             "out of memory": sum("memory" in one.lower() for one in wrong),
+            "engines that said so": sorted(
+                path.parent.name
+                for path in (door.home / "logs").glob("*/*.log")
+                if "OutOfMemoryError" in path.read_text(errors="replace")
+            ),
             "seconds": round(time.monotonic() - began, 1),
             "starts": starts,
             "moves of state": dict(moves),

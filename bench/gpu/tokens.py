@@ -29,7 +29,7 @@ TOOLS = [
     }
 ]
 LEVELS = (1, 16, 64, 256)
-REPETITIONS = 3
+REPETITIONS = 4
 WINDOW_S = 2.5
 PARTS = ("first_ms", "gaps_ms")
 

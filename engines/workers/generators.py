@@ -128,10 +128,11 @@ class Together:
                 scores[rows, tokens] = 0.0
                 return scores
 
+        page = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # the latter up to 5.17
         manager = self._model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
-                page_size=PAGE_TOKENS, use_async_batching=False, use_cuda_graph=False, **self._sizes
+                use_async_batching=False, use_cuda_graph=False, **{page: PAGE_TOKENS}, **self._sizes
             ),
         )
         picker = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([Picker()]))
