@@ -188,6 +188,8 @@ class Exchange:
 
     def heard(self, chunk: bytes) -> None:
         """Some of the reply's body; what is a stream `streamed` hears."""
+        if not chunk:  # an end that comes by itself, or half an event
+            return
         if not self._first:
             self._first = chunk[: usage.END_BYTES]
         self._last_but_two, self._last_but_one, self._last = self._last_but_one, self._last, chunk

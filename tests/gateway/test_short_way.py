@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 
 from engines.base import EngineSettings, Launch
 from engines.llama_cpp import LlamaCpp
-from gateway import passed_on, server
+from gateway import metrics, passed_on, server
 from gateway.config import Settings
 from gateway.connections import Connection, Connections
 from gateway.crowd import Crowd
@@ -228,6 +228,25 @@ async def test_what_is_the_plain_routes_keeps_its_connection_until_it_is_answere
     client.cycle.response_complete = True
     assert passed_on.is_between_requests(client)
     await asyncio.gather(*client.tasks, return_exceptions=True)
+
+
+STREAM = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    b'28\r\ndata: {"choices":[{"text":"a","x":0}]}\n\n\r\n'
+    b'3e\r\ndata: {"choices":[{"text":"b","finish_reason":"length"}]}   \n\n\r\n'
+    b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, 1000])
+async def test_tokens_of_a_stream_are_counted_whatever_pieces_it_comes_in(ends: SimpleNamespace, size: int) -> None:
+    tally = metrics.tally_of("mock")
+    before = tally.completion_tokens, tally.reasons.get("length", 0)
+    ends.client.data_received(HEAD + BODY)
+    for begin in range(0, len(STREAM), size):
+        ends.engine.data_received(STREAM[begin : begin + size])
+    assert ends.to_client.taken().endswith(b"\r\n0\r\n\r\n")
+    assert (tally.completion_tokens, tally.reasons.get("length", 0)) == (before[0] + 2, before[1] + 1)
 
 
 def test_uvicorn_is_as_the_short_way_needs_it() -> None:
