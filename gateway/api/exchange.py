@@ -192,7 +192,10 @@ class Exchange:
             return
         if not self._first:
             self._first = chunk[: usage.END_BYTES]
-        self._last_but_two, self._last_but_one, self._last = self._last_but_one, self._last, chunk
+        if self.is_sse:  # each is made of whole events
+            self._last_but_two, self._last_but_one, self._last = self._last_but_one, self._last, chunk
+        else:
+            self._last = (chunk if len(chunk) >= usage.END_BYTES else self._last + chunk)[-usage.END_BYTES :]
 
     def changes_json(self, headers: Headers) -> bool:
         """Whether a reply of that head, which is no stream, differs for clients."""

@@ -238,14 +238,21 @@ STREAM = (
 )
 
 
+TOLD = b'{"choices":[{"text":"ab","finish_reason":"length"}],"usage":{"prompt_tokens":1,"completion_tokens":2}}'
+WHOLE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(TOLD), TOLD)
+
+
+@pytest.mark.parametrize("reply", [STREAM, WHOLE])
 @pytest.mark.parametrize("size", [1, 7, 50, 1000])
-async def test_tokens_of_a_stream_are_counted_whatever_pieces_it_comes_in(ends: SimpleNamespace, size: int) -> None:
+async def test_tokens_are_counted_whatever_pieces_a_reply_comes_in(
+    ends: SimpleNamespace, reply: bytes, size: int
+) -> None:
     tally = metrics.tally_of("mock")
     before = tally.completion_tokens, tally.reasons.get("length", 0)
     ends.client.data_received(HEAD + BODY)
-    for begin in range(0, len(STREAM), size):
-        ends.engine.data_received(STREAM[begin : begin + size])
-    assert ends.to_client.taken().endswith(b"\r\n0\r\n\r\n")
+    for begin in range(0, len(reply), size):
+        ends.engine.data_received(reply[begin : begin + size])
+    assert ends.replica.in_flight == 0
     assert (tally.completion_tokens, tally.reasons.get("length", 0)) == (before[0] + 2, before[1] + 1)
 
 
