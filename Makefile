@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INTEGRATIONS := $(VENV)-integrations
+# What requests meet between the client and the engine.
+DOOR_TESTS := $(patsubst %,tests/gateway/test_%.py,alias auth hung_engines inference limits pictures_in_chats remote \
+	replicas restart supervision tiers waiting)
 # Engines start faster when pip compiles them, and a later start never writes into the tree.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-integrations lint types install clean
+.PHONY: run test test-plain test-integrations lint types install clean
 
 run: $(VENV)/.installed                ## install, fetch a small model, and have it answer
 	$(BIN)/hostler serve -c configs/quickstart.yaml --prompt "The capital of France is"
@@ -14,6 +17,9 @@ run: $(VENV)/.installed                ## install, fetch a small model, and have
 test: $(VENV)/.installed-test          ## every test, real engines included
 	$(BIN)/python -m pytest
 	@$(MAKE) --no-print-directory test-integrations
+
+test-plain: $(VENV)/.installed-test    ## those of the door, with all requests by the plain way
+	HOSTLER_DOOR=plain $(BIN)/python -m pytest -m "not engine and not both_doors" $(DOOR_TESTS)
 
 test-integrations: $(INTEGRATIONS)/.installed  ## other people's packages, which need older libraries
 	$(INTEGRATIONS)/bin/python -m pytest tests/integrations

@@ -124,6 +124,7 @@ class Sglang(Engine, frozen=True, kw_only=True):
     name = "SGLang"
     model_types = ("LLM", "embedding")
     keeps_prefixes = True
+    asks_for_usage = True
     takes_flags = True
     options = SglangOptions
     context_from = ("/v1/models", ("data", 0, "max_model_len"))

@@ -55,6 +55,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(description="without api_keys: names, beside `host`, that the gateway is called by; '*': all"),
     ] = ()
     max_body_bytes: Annotated[int, Meta(ge=1024, description="a larger request is refused with 413")] = 64 * 2**20
+    door: Annotated[
+        Literal["auto", "plain"],
+        Meta(description="auto: requests that need no more than a look take a short way; plain: none does"),
+    ] = "plain"
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
     access_log: Annotated[bool, Meta(description="one line a request")] = True
     keepalive_interval_s: Annotated[

@@ -1,106 +1,286 @@
-"""Connections on which a client waits with its next request: the gateway that takes over gets them, as they are.
+"""Connections to one replica, each used for one request after the other. Bytes in, bytes out; knows no models.
 
-To close one is to lose the request that may be on its way: the client cannot know whether it was answered, so HTTP lets
-it try again only what does no harm twice. What is passed on stays open, and what was sent meanwhile is read there.
-
-They travel over the pair of sockets of the handover, once the new gateway serves: a byte for each, and the descriptor.
-The one file that knows when uvicorn's protocol is between two requests; another protocol's connections are left alone.
+A reply is parsed only as far as to know its head and its end. `gateway/upstream.py` is the client for everything that
+may take its time; this one is for whoever holds the other end of the splice.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-import socket
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from typing import Any
+import time
+from typing import Protocol
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
 
-logger = logging.getLogger("hostler.connections")
+from engines.base import Endpoint
+from gateway.limits import OUT_OF_FILES
 
-AT_ONCE = 64  # the system takes some more with one message
+# llama-server and uvicorn close idle connections after 5 s: be first, so that a request never meets a dead one.
+KEEPALIVE_S = 4.0
+CONNECT_LIMIT_S = 5.0
+DISCONNECTED = "Server disconnected"
+BROKE_OFF = "its connection broke in the middle of the reply"
 
 
-def pass_on(connections: Iterable[Any], channel: socket.socket) -> int:
-    """Give away those between two requests, as many as the channel takes now; how many.
+class UpstreamLost(Exception):
+    """The connection to the replica could not be made, or broke."""
 
-    Raises:
-        OSError: nobody is there to take them.
-    """
-    idle = [one for one in connections if is_between_requests(one)]
-    passed = 0
-    while batch := idle[passed : passed + AT_ONCE]:
-        descriptors = [one.transport.get_extra_info("socket").fileno() for one in batch]
+
+class CannotAsk(UpstreamLost):
+    """We could not open a connection, for want of open files; it says nothing of the replica."""
+
+
+class Taker(Protocol):
+    """Whose request is on a connection."""
+
+    def took(self, connection: Connection, parts: list[bytes], *, is_whole: bool) -> None:
+        """More of the reply has come, the end with `is_whole`; its head is in `status` and `headers`."""
+
+    def lost(self, why: UpstreamLost) -> None:
+        """There will be no more of it."""
+
+    def write_paused(self, *, is_paused: bool) -> None:
+        """The engine reads slower than we write, or no longer so."""
+
+
+class Connection(asyncio.Protocol):
+    """One connection: a request at a time, and its reply."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: asyncio.Transport = None  # type: ignore[assignment]  # until it is made
+        self._taker: Taker | None = None
+        self._is_odd = False  # it says what nobody asked for, so it is not used again
+        self._is_kept = False  # the engine keeps it open after the reply
+        self._is_read_paused = False
+        self._is_interim = False
+        self._is_whole = False
+        self._has_head = False
+        self._parts: list[bytes] = []
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self._idle_since = 0.0
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head of the reply has come."""
+        return self._has_head
+
+    def is_fit(self) -> bool:
+        """Whether the engine will most likely still answer by it."""
+        return time.monotonic() - self._idle_since < KEEPALIVE_S and not self._transport.is_closing()
+
+    def ask(self, taker: Taker, head: bytes, body: bytes) -> None:
+        """Send a request."""
+        self._taker = taker
+        self._has_head = self._is_whole = self._is_kept = False
+        self.headers = []
+        self._connections.asking += 1
+        self._connections.sent += 1
+        if len(body) > JOINED_BYTES:
+            self._transport.writelines((head, body))
+        else:
+            self._transport.write(head + body)
+
+    def more(self, part: bytes) -> None:
+        """More of the request's body."""
+        self._transport.write(part)
+
+    def pause(self, *, is_paused: bool) -> None:
+        """Whether the reply is to wait, as nobody takes it."""
+        if is_paused != self._is_read_paused and not self._transport.is_closing():
+            self._is_read_paused = is_paused
+            (self._transport.pause_reading if is_paused else self._transport.resume_reading)()
+
+    def abandon(self) -> None:
+        """Break it off at once: whoever asked has left."""
+        self._end()
+        self._transport.abort()
+
+    # --- what the loop tells
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._connections.open.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        connections = self._connections
+        connections.heard += 1
+        taker = self._taker
+        if taker is None:
+            self._transport.abort()
+            return
         try:
-            socket.send_fds(channel, [b"c"], descriptors)
-        except BlockingIOError:
-            break
-        for one in batch:
-            one.transport.abort()  # our descriptor alone: the connection has another one now
-        passed += len(batch)
-    return passed
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
+            self._is_odd = True
+            if not self._is_whole:
+                self._lose(UpstreamLost(f"what it said is no HTTP: {exc or type(exc).__name__}"))
+                self._transport.abort()
+                return
+        if self._has_head:
+            parts, self._parts = self._parts, []
+            if self._is_whole:
+                self._end()
+                self._give_back()
+                taker.took(self, parts, is_whole=True)
+            elif parts:
+                taker.took(self, parts, is_whole=False)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.forget(self)
+        if self._taker is None:
+            return
+        if exc is None and self._has_head and self._ends_with_connection():
+            taker, self._is_whole = self._taker, True
+            self._end()
+            taker.took(self, [], is_whole=True)
+            return
+        why = BROKE_OFF if self._has_head else str(exc or "") or DISCONNECTED
+        self._lose(UpstreamLost(why))
 
-def is_between_requests(connection: Any) -> bool:
-    """Whether nothing of a request was read from it, and all that was answered is on its way."""
-    if type(connection) is not HttpToolsProtocol or connection.transport is None:
-        return False
-    if connection.transport.is_closing() or connection.transport.get_write_buffer_size():
-        return False
-    if (cycle := connection.cycle) is None:
-        return connection.scope is None
-    is_answered = cycle.response_complete and not cycle.more_body and not connection.pipeline
-    return is_answered and cycle.scope is connection.scope  # else another request has begun to come
+    def pause_writing(self) -> None:
+        if self._taker:
+            self._taker.write_paused(is_paused=True)
 
+    def resume_writing(self) -> None:
+        if self._taker:
+            self._taker.write_paused(is_paused=False)
 
-async def take(channel: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
-    """Go on with what the gateway before us passes on, until it has no more."""
-    loop = asyncio.get_running_loop()
-    channel.setblocking(False)
-    taken = 0
-    while (descriptors := await _next(loop, channel)) is not None:
-        for descriptor in descriptors:
-            with suppress(OSError):  # it was closed meanwhile
-                _, made = await loop.connect_accepted_socket(protocol, socket.socket(fileno=descriptor))
-                _close_if_idle(loop, made)
-                taken += 1
-    if taken:
-        logger.info("%d connections of clients were taken over.", taken)
+    # --- what the parser tells
 
+    def on_message_begin(self) -> None:
+        if self._is_whole:
+            self._is_odd = True
 
-def _close_if_idle(loop: asyncio.AbstractEventLoop, connection: Any) -> None:
-    """As it would be after an answer; a new connection has no such limit."""
-    if type(connection) is HttpToolsProtocol and connection.scope is None:
-        connection.timeout_keep_alive_task = loop.call_later(
-            connection.timeout_keep_alive, connection.timeout_keep_alive_handler
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._has_head:
+            self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status < 200:
+            self._is_interim = True
+            self.headers = []
+        elif not self._is_whole:
+            self.status = status
+            self._has_head = True
+
+    def on_body(self, body: bytes) -> None:
+        if not self._is_whole:
+            self._parts.append(body)
+
+    def on_message_complete(self) -> None:
+        if self._is_interim:
+            self._is_interim = False
+        elif not self._is_whole:
+            self._is_whole = True
+            self._is_kept = self._parser.should_keep_alive()  # afterwards it always says no
+
+    # ---
+
+    def _ends_with_connection(self) -> bool:
+        return not any(
+            name == b"content-length" or (name == b"transfer-encoding" and b"chunked" in value.lower())
+            for name, value in self.headers
         )
 
+    def _end(self) -> None:
+        if self._taker is not None:
+            self._taker = None
+            self._connections.asking -= 1
 
-async def _next(loop: asyncio.AbstractEventLoop, channel: socket.socket) -> list[int] | None:
-    """The next descriptors; None at the end."""
-    while True:
+    def _lose(self, why: UpstreamLost) -> None:
+        taker = self._taker
+        self._end()
+        if taker is not None:
+            taker.lost(why)
+
+    def _give_back(self) -> None:
+        self.pause(is_paused=False)
+        if not self._is_kept or self._is_odd or self._transport.is_closing():
+            self._transport.close()
+            return
+        self._idle_since = time.monotonic()
+        self._connections.idle.append(self)
+
+    def break_off(self, why: UpstreamLost) -> None:
+        """End it from our side: whoever waits for it learns why."""
+        self._lose(why)
+        self._transport.abort()
+
+
+JOINED_BYTES = 64 * 1024  # up to here it is cheaper to copy a body than to send it apart
+
+
+class Connections:
+    """All connections to one replica; the one used last is used next."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self.open: set[Connection] = set()
+        self.idle: list[Connection] = []
+        self.asking = 0  # requests that are not at their end
+        self.sent = 0  # requests so far
+        self.heard = 0  # grows with each sign of life
+        self.is_closed = False
+
+    def take(self) -> Connection | None:
+        """One that is open and was used a moment ago; None if there is none."""
+        if self.idle:
+            connection = self.idle.pop()
+            if connection.is_fit():
+                return connection
+            self.idle.append(connection)
+            self.close_idle()
+        return None
+
+    def close_idle(self) -> None:
+        """Close those that nobody has used for KEEPALIVE_S, or that are ending already."""
+        stale = [one for one in self.idle if not one.is_fit()]
+        self.idle = [one for one in self.idle if one not in stale]
+        for one in stale:
+            one.abandon()
+
+    async def connect(self) -> Connection:
+        """A new one.
+
+        Raises:
+            UpstreamLost, CannotAsk: it could not be made.
+        """
+        if self.is_closed:
+            raise UpstreamLost("the replica was stopped")
+        loop = asyncio.get_running_loop()
+        endpoint = self._endpoint
+
+        def make() -> Connection:
+            return Connection(self)
+
         try:
-            said, descriptors, flags, _ = socket.recv_fds(channel, 1, AT_ONCE)
-        except BlockingIOError:
-            readable = loop.create_future()
-            loop.add_reader(channel, _set, readable)
-            try:
-                await readable
-            finally:
-                loop.remove_reader(channel)
-        except OSError:
-            return None
-        else:
-            if flags & socket.MSG_CTRUNC:
-                logger.error("Connections of clients are lost, as too many files are open: raise `ulimit -n`.")
-            for descriptor in descriptors:
-                os.set_inheritable(descriptor, False)
-            return descriptors if said else None
+            async with asyncio.timeout(CONNECT_LIMIT_S):
+                if endpoint.socket:
+                    _, connection = await loop.create_unix_connection(make, endpoint.socket)
+                else:
+                    _, connection = await loop.create_connection(make, endpoint.host, endpoint.port)
+        except TimeoutError as exc:
+            raise UpstreamLost(f"no connection within {CONNECT_LIMIT_S:g} s") from exc
+        except OSError as exc:
+            is_ours = exc.errno in OUT_OF_FILES
+            raise (CannotAsk if is_ours else UpstreamLost)(str(exc) or type(exc).__name__) from exc
+        if self.is_closed:
+            connection.abandon()
+            raise UpstreamLost("the replica was stopped")
+        return connection
 
+    def forget(self, connection: Connection) -> None:
+        """It is gone."""
+        self.open.discard(connection)
+        if connection in self.idle:
+            self.idle.remove(connection)
 
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    def close(self) -> None:
+        """Close all; whoever waits for one learns it."""
+        self.is_closed = True
+        for connection in tuple(self.open):
+            connection.break_off(UpstreamLost("the replica was stopped"))

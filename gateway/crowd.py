@@ -30,6 +30,10 @@ class Crowd:
         self.most = max(1, (open_files - min(RESERVED_FILES, open_files // 4)) // 2)
         self._is_crowded = False
 
+    def is_open(self) -> bool:
+        """Whether requests are taken, and nothing is to be said of it."""
+        return not self._is_crowded and len(self._connections) <= self.most
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve or refuse."""
         count = len(self._connections)

@@ -108,10 +108,12 @@ class Deployment:
 
     def acquire_now(self, avoid: Replica | None = None, key: Key | None = None) -> Replica | None:
         """A ready replica, counted as in use until `release`; None if the request has to wait for its turn."""
-        if self._queue:
-            return None
-        replica = self.pick(avoid, key)
+        replica = self.at_hand(avoid, key)
         return None if replica is None else self.take(replica)
+
+    def at_hand(self, avoid: Replica | None = None, key: Key | None = None) -> Replica | None:
+        """Which replica `acquire_now` would give."""
+        return None if self._queue else self.pick(avoid, key)
 
     async def acquire(self, avoid: Replica | None = None, key: Key | None = None) -> Replica:
         """As `acquire_now`, but waits, and starts the model, if there is none.
@@ -234,6 +236,10 @@ class Deployment:
         if self._stopping:
             return None
         limit = self.launch.request_limits
+        if len(self.replicas) == 1:
+            alone = self.replicas[0]
+            is_free = alone.state is State.READY and (limit is None or alone.in_flight < limit)
+            return alone if is_free and not (self._leaving or self._giving_way or self._held) else None
         free = [
             replica
             for replica in self.replicas
@@ -333,11 +339,15 @@ class Deployment:
         replica.pace.end()
         replica.in_flight -= 1
         replica.served += was_served
-        had_waiting = bool(self._queue)
-        if had_waiting:
+        if self._queue:
             self._serve()
-        if not replica.in_flight or (had_waiting and not self._queue):
-            self.notify()  # an idle clock or a drain may wait for it
+            if not self._queue:
+                self.notify()
+        if not replica.in_flight:
+            if self._is_running and self.is_leaving(replica):
+                self.notify()  # its drain waits for it
+            else:
+                self._tell_change()  # others may want its room; the idle clock looks by itself
 
     def check_still_wanted(self, stops: int) -> None:
         """Raises ModelStopped or ShuttingDown if it was stopped since there were so many `stops`, or handed over."""
@@ -721,9 +731,11 @@ class Deployment:
         return self.is_resting and replica.placement is None
 
     def _idle_rest_s(self, limit_s: float | None, *states: State) -> float | None:
-        """How long until it has been idle for longer than that in such a state; None if it is not, or may be."""
-        if limit_s is None or self.in_flight or self.waiting or self.state not in states:
+        """How long until it may have been idle for so long in such a state; None if it is in none, or waited for."""
+        if limit_s is None or self.waiting or self.state not in states:
             return None
+        if self.in_flight:
+            return limit_s
         return max(replica.last_used for replica in self.replicas) + limit_s - time.monotonic()
 
     async def _drain(self, replica: Replica) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from gateway.upstream import CannotAsk, Upstream, UpstreamLost
+from gateway.connections import CannotAsk, UpstreamLost
+from gateway.upstream import Upstream
 
 PAUSE_FIRST_S = 0.02
 PAUSE_LIMIT_S = 0.5

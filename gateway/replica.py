@@ -542,13 +542,15 @@ class Replica:
         return rest_s is not None and rest_s <= 0
 
     def rehearse_in_s(self, now: float) -> float | None:
-        """How long it has to be idle yet until that is well; None if there is nothing to be had by it."""
+        """How long it has to be idle yet, at least, until that is well; None if nothing is to be had by it."""
         if self.launch.pinned and self.launch.sleep_after_s is None:
             return None  # it makes no room
         usable = self._usable_tiers()
         has_to = bool(usable) and usable[0].is_first_slow and not self.host_bytes
-        if self.state is not State.READY or self.in_flight or not has_to:
+        if self.state is not State.READY or not has_to:
             return None
+        if self.in_flight:
+            return REHEARSE_AFTER_S
         return self.last_used + REHEARSE_AFTER_S - now
 
     def fall_asleep(self, tier: str, *, is_rehearsal: bool = False) -> None:

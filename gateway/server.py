@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import math
 import signal
@@ -14,16 +15,17 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from engines.base import Endpoint
-from gateway import connections, metrics
+from gateway import metrics, passed_on
 from gateway.addresses import is_any_address
 from gateway.app import create_app
 from gateway.config import NOWHERE, Settings, Source
 from gateway.crowd import Crowd
+from gateway.door.contract import breach
 from gateway.errors import Busy, CannotRestart, SettingsError
 from gateway.fleet import Fleet, open_fleet
 from gateway.handover import HandoverFailed, Predecessor, Successor, adopt_heirs, stand_in
@@ -35,9 +37,13 @@ from gateway.stand_in import holder, pass_all_on, pass_on
 from gateway.upstream import Upstream
 from gateway.watch import Watch
 
+if TYPE_CHECKING:
+    from gateway.door.protocol import Door
+
 logger = logging.getLogger("hostler.server")
 
 BACKLOG = 2048
+GC_THRESHOLD = 50_000  # objects between two collections; requests leave none behind that only it could free
 KEEPALIVE_S = 75  # longer than most clients keep idle connections, so that it is they who close them
 DRAIN_PAUSE_S = 0.05
 SUCCESSOR_PAUSE_S = 1.0  # between two looks at whether it lives
@@ -170,7 +176,7 @@ class Server(uvicorn.Server):
     async def take(self, channel: int) -> None:
         """Go on with the connections that the gateway before us passes on, until it has no more, or we end."""
         with socket.socket(fileno=channel) as self._taken_from:
-            self._taking = asyncio.create_task(connections.take(self._taken_from, self.protocol))
+            self._taking = asyncio.create_task(passed_on.take(self._taken_from, self.protocol))
             await self._taking
 
     async def end_taking(self) -> None:
@@ -185,7 +191,7 @@ class Server(uvicorn.Server):
         """Who waits with the next request is served next door from now on."""
         assert self.successor is not None
         with contextlib.suppress(OSError):  # nobody takes them: who asks by them is answered from here
-            connections.pass_on(self.server_state.connections, self.successor.channel)
+            passed_on.pass_on(self.server_state.connections, self.successor.channel)
 
     def _end_with(self, successor: Successor) -> None:
         """Whoever started us is to learn, by our end, that nobody serves any more."""
@@ -255,7 +261,9 @@ async def _serve(
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     async with open_fleet(settings, before, source) as fleet:
         server = Server(config, fleet, listener, lock)
-        config.app = Crowd(create_app(fleet), server.server_state.connections, open_files)
+        crowd = Crowd(create_app(fleet), server.server_state.connections, open_files)
+        config.app = crowd
+        door = _open_door(config, fleet, crowd)
         fleet.restart = server.restart
         with metrics.watching(fleet.deployments):
             path = str(lock_path(settings.home_path))
@@ -265,16 +273,34 @@ async def _serve(
                 pass_on=partial(pass_on, path, signal.SIGHUP),
             )
             watcher = asyncio.create_task(watch.run())  # first: who reads the greeting may send SIGHUP
+            sweeper = asyncio.create_task(door.sweep(server.server_state.connections)) if door else None
             greeter = asyncio.create_task(_greet(server, greeting, fleet, address, lock, before))
             try:
                 await server.serve(sockets=[listener])
             finally:
                 if server.successor:  # until we stand in for it, a signal must not be the end of us
                     pass_all_on(path)
-                greeter.cancel()
-                watcher.cancel()
-                await asyncio.gather(greeter, watcher, return_exceptions=True)
+                tasks = [task for task in (greeter, watcher, sweeper) if task]
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
     return server.successor
+
+
+def _open_door(config: uvicorn.Config, fleet: Fleet, crowd: Crowd) -> Door | None:
+    """Let easy requests take the short way, where uvicorn is as we know it."""
+    if fleet.settings.door == "plain":
+        return None
+    if (why := breach()) is not None:
+        logger.warning(
+            "All requests take the plain way, which costs more: %s. Install Hostler's own requirements.", why
+        )
+        return None
+    from gateway.door.protocol import Door, protocol_of
+
+    door = Door(fleet, crowd)
+    config.http = protocol_of(door)  # type: ignore[assignment]
+    return door
 
 
 async def _greet(
@@ -282,6 +308,9 @@ async def _greet(
 ) -> None:
     while not server.started:
         await asyncio.sleep(0.01)
+    gc.collect()
+    gc.freeze()  # what is there now stays: no collection need look at it
+    gc.set_threshold(GC_THRESHOLD)
     if before:
         sign(lock)
         fleet.node.leaves_engines = False

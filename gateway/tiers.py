@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import msgspec
 
 from engines.base import RAM, Call, Placement, Tier
-from gateway.upstream import Upstream, UpstreamLost
+from gateway.connections import UpstreamLost
+from gateway.upstream import Upstream
 from gateway.yard import Bed
 
 logger = logging.getLogger("hostler.tiers")

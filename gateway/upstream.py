@@ -16,23 +16,21 @@ from urllib.request import getproxies, proxy_bypass
 import msgspec
 
 from engines.base import Endpoint
+from gateway.connections import (
+    BROKE_OFF,
+    CONNECT_LIMIT_S,
+    DISCONNECTED,
+    KEEPALIVE_S,
+    CannotAsk,
+    Connections,
+    UpstreamLost,
+)
 from gateway.limits import OUT_OF_FILES
 
 if TYPE_CHECKING:
     import aiohttp
 
-# llama-server and uvicorn close idle connections after 5 s: be first, so that a request never meets a dead one.
-KEEPALIVE_S = 4.0
-CONNECT_LIMIT_S = 5.0
 ASK_LIMIT_S = 5.0
-
-
-class UpstreamLost(Exception):
-    """The connection to the replica could not be made, or broke."""
-
-
-class CannotAsk(UpstreamLost):
-    """We could not open a connection, for want of open files; it says nothing of the replica."""
 
 
 class Reply:
@@ -44,7 +42,7 @@ class Reply:
         self.is_sse = response.content_type == "text/event-stream" and "content-encoding" not in response.headers
         self._response = response
         self._upstream = upstream
-        upstream.heard += 1
+        upstream.count_sign()
         upstream.replies.add(self)
 
     async def read(self) -> bytes:
@@ -56,8 +54,8 @@ class Reply:
         try:
             chunk = await self._response.content.readany()
         except _failures() as exc:
-            raise UpstreamLost(str(exc) or type(exc).__name__) from exc
-        self._upstream.heard += 1
+            raise _lost(exc) from exc
+        self._upstream.count_sign()
         return chunk
 
     def close(self) -> None:
@@ -78,16 +76,20 @@ class Upstream:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.replies: set[Reply] = set()  # that nobody has closed yet
-        self.heard = 0  # grows with each sign of life
-        self.asked = 0  # requests whose reply has not begun
-        self.sent = 0  # requests so far
+        self.connections = Connections(endpoint)  # for those who splice
+        self._heard = 0
+        self._asked = 0  # requests whose reply has not begun
+        self._sent = 0
         self.last_loss = ""  # why the last probe got no answer
         self.url_of = endpoint.url_of
         self.is_elsewhere = endpoint.url is not None
+        self._host = "replica" if endpoint.socket else f"{endpoint.host}:{endpoint.port}"
         self._own_headers = [*endpoint.headers.items()]
         if endpoint.api_key:
             self._own_headers.append(("authorization", f"Bearer {endpoint.api_key}"))
         self._own_names = frozenset(name.lower() for name, _ in self._own_headers)
+        self.own_names = frozenset(name.encode("latin-1") for name in self._own_names)
+        self._openings: dict[str, bytes] = {}
         self._endpoint = endpoint
         self._proxy = _proxy_for(endpoint.url)
         self._is_closed = False
@@ -108,8 +110,8 @@ class Upstream:
             CannotAsk: as we could not connect.
         """
         sent = [header for header in headers if header[0] not in self._own_names] + self._own_headers
-        self.asked += 1
-        self.sent += 1
+        self._asked += 1
+        self._sent += 1
         try:
             if self._session is None:
                 self._session = await self._first_session()
@@ -122,7 +124,15 @@ class Upstream:
                 self._fresh = _session(self._endpoint, force_close=True)
             return await self._send(self._fresh, method, path, sent, body)
         finally:
-            self.asked -= 1
+            self._asked -= 1
+
+    def opening(self, path: str) -> bytes:
+        """How the head of a POST to a public path begins that goes out by `connections`, up to the client's headers."""
+        opening = self._openings.get(path)
+        if opening is None:
+            own = "".join(f"{name}: {value}\r\n" for name, value in self._own_headers)
+            opening = self._openings[path] = f"POST {path} HTTP/1.1\r\nhost: {self._host}\r\n{own}".encode("latin-1")
+        return opening
 
     async def _first_session(self) -> aiohttp.ClientSession:
         await asyncio.to_thread(import_module, "aiohttp")  # others are served meanwhile
@@ -133,7 +143,21 @@ class Upstream:
     @property
     def in_flight(self) -> int:
         """Requests that are not at their end."""
-        return self.asked + len(self.replies)
+        return self._asked + len(self.replies) + self.connections.asking
+
+    @property
+    def sent(self) -> int:
+        """Requests so far."""
+        return self._sent + self.connections.sent
+
+    @property
+    def heard(self) -> int:
+        """Grows with each sign of life."""
+        return self._heard + self.connections.heard
+
+    def count_sign(self) -> None:
+        """It lives."""
+        self._heard += 1
 
     async def _send(
         self,
@@ -148,8 +172,7 @@ class Upstream:
                 method, self.url_of(path), headers=headers, data=body, allow_redirects=False, proxy=self._proxy
             )
         except _failures() as exc:
-            is_ours = isinstance(exc, OSError) and exc.errno in OUT_OF_FILES
-            raise (CannotAsk if is_ours else UpstreamLost)(str(exc) or type(exc).__name__) from exc
+            raise _lost(exc) from exc
         return Reply(response, self)
 
     async def probe(self, path: str, limit_s: float) -> int | None:
@@ -188,6 +211,7 @@ class Upstream:
     async def close(self) -> None:
         """Close all connections; whoever waits for one sees UpstreamLost."""
         self._is_closed = True
+        self.connections.close()
         for reply in tuple(self.replies):
             reply.abort()
         for session in filter(None, (self._session, self._fresh)):
@@ -200,6 +224,21 @@ def _failures() -> tuple[type[Exception], ...]:
     from aiohttp import ClientError
 
     return ClientError, OSError, RuntimeError  # RuntimeError: the session was closed
+
+
+def _lost(exc: Exception) -> UpstreamLost:
+    """How it is told, in the words of `connections`."""
+    from aiohttp import ClientPayloadError, ClientResponseError, ServerDisconnectedError
+
+    if isinstance(exc, ClientPayloadError):
+        return UpstreamLost(BROKE_OFF)
+    if isinstance(exc, ServerDisconnectedError):
+        return UpstreamLost(DISCONNECTED)
+    if isinstance(exc, ClientResponseError):
+        reason = exc.message.partition("\n")[0].rstrip(":")
+        return UpstreamLost(f"what it said is no HTTP: {reason}")
+    is_ours = isinstance(exc, OSError) and exc.errno in OUT_OF_FILES
+    return (CannotAsk if is_ours else UpstreamLost)(str(exc) or type(exc).__name__)
 
 
 def _session(endpoint: Endpoint, *, force_close: bool = False) -> aiohttp.ClientSession:

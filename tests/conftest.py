@@ -10,7 +10,7 @@ import hypothesis
 import models
 import pytest
 import tones
-from harness import FAKE_ENGINE, Gateway, StartGateway, fake_model
+from harness import DOOR, FAKE_ENGINE, Gateway, StartGateway, fake_model
 
 # What a busy machine does to an example's time says nothing of the code.
 hypothesis.settings.register_profile("hostler", deadline=None)
@@ -175,8 +175,20 @@ def kokoro() -> Path:
     return models.kokoro()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of the marker `both_doors` run twice: requests take the short way where they can, or never."""
+    if "door" in metafunc.fixturenames and metafunc.definition.get_closest_marker("both_doors"):
+        metafunc.parametrize("door", ("auto", "plain"), indirect=True)
+
+
 @pytest.fixture
-async def start_gateway(tmp_path: Path) -> AsyncIterator[StartGateway]:
+def door(request: pytest.FixtureRequest) -> str:
+    """The setting of that name."""
+    return str(getattr(request, "param", DOOR))
+
+
+@pytest.fixture
+async def start_gateway(tmp_path: Path, door: str) -> AsyncIterator[StartGateway]:
     """Starts gateways; each is ended after the test.
 
     `await start_gateway(fake={...})` serves one model `fake`, whose engine behaves as FAKE_ENGINE says;
@@ -201,7 +213,10 @@ async def start_gateway(tmp_path: Path) -> AsyncIterator[StartGateway]:
             models["fake"] = fake_model(file, fake) | (model or {})
         engines = {"llama.cpp": {"binary": str(FAKE_ENGINE)}}
         gateway = await Gateway.start(
-            home or tmp_path / "home", {"engines": engines, "models": models} | settings, env, limits=limits
+            home or tmp_path / "home",
+            {"engines": engines, "models": models} | settings,
+            {"HOSTLER_DOOR": door} | (env or {}),
+            limits=limits,
         )
         started.append(gateway)
         return gateway

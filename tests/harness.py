@@ -46,6 +46,9 @@ class Answer:
 # Engines end with their gateway, and soon after one that was killed; tests of the opposite say so.
 ENDINGS = {"HOSTLER_ON_EXIT": "stop", "HOSTLER_ORPHAN_TIMEOUT_S": "1"}
 
+# Where a test does not say it: the short way for easy requests. HOSTLER_DOOR=plain has all take the plain one.
+DOOR = os.environ.get("HOSTLER_DOOR", "auto")
+
 
 class Gateway:
     """`hostler serve` as a process of its own, on a free port."""
@@ -80,7 +83,7 @@ class Gateway:
                 stdin=asyncio.subprocess.DEVNULL if stdin is None else stdin,
                 stdout=output,
                 stderr=output,
-                env=clean | ENDINGS | {"PATH": path} | (env or {}),
+                env=clean | ENDINGS | {"PATH": path, "HOSTLER_DOOR": DOOR} | (env or {}),
                 preexec_fn=lambda: [resource.setrlimit(kind, (value, value)) for kind, value in (limits or {}).items()],
             )
         gateway = cls(process, home, log)

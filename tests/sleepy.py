@@ -19,6 +19,7 @@ class Sleepy(Engine, frozen=True, kw_only=True):
 
     name = "sleepy"
     model_types = ("LLM",)
+    asks_for_usage = True
     is_asleep = Call(method="GET", path="/is_sleeping", limit_s=5.0)
     context_from = ("/v1/models", ("data", 0, "max_model_len"))
 

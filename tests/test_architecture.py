@@ -36,8 +36,9 @@ PACKAGE_MAY_IMPORT = {
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
     ("amounts", "sentences", "limits", "keeper", "pace", "question", "stand_in", "yaml_text"),
+    ("connections", "passed_on"),
     ("addresses", "errors", "events", "files", "gpus", "metrics", "queue", "upstream", "launch"),
-    ("calls", "causes", "connections", "crowd", "handover", "watchdog"),
+    ("calls", "causes", "crowd", "handover", "watchdog"),
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),
     ("history", "lives"),
     ("config", "sdk", "kept", "home"),
@@ -62,6 +63,7 @@ GATEWAY_LAYERS = (
     ("check",),
     ("api",),
     ("app",),
+    ("door",),
     ("server",),
     ("cli",),
 )

@@ -28,6 +28,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: Raw | UnsetType = UNSET
     enable_thinking: bool | None = None
     lora_name: str | None = None
+    stream_options: Raw | UnsetType = UNSET
 
 
 class ChatHead(Head, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 if TYPE_CHECKING:
-    from gateway.api.inference import Exchange
+    from gateway.api.exchange import Exchange
 
 
 def with_urls(reply: bytes, exchange: Exchange) -> bytes:

@@ -9,10 +9,11 @@ import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.body import read_body
+from gateway.connections import UpstreamLost
 from gateway.errors import HostlerError, ModelFailed, ShuttingDown, answer
 from gateway.fleet import Fleet
 from gateway.replica import State
-from gateway.upstream import Upstream, UpstreamLost
+from gateway.upstream import Upstream
 
 # What belongs to one connection; the name by which the client calls and its key belong to the request.
 OF_THE_CONNECTION = frozenset(

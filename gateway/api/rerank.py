@@ -12,7 +12,7 @@ from gateway.api.heads import RerankHead
 from gateway.errors import BadRequest
 
 if TYPE_CHECKING:
-    from gateway.api.inference import Exchange
+    from gateway.api.exchange import Exchange
 
 OURS = frozenset({"kwargs", "top_n", "return_documents", "return_len", "max_chunks_per_doc"})
 

@@ -17,7 +17,7 @@ from gateway.api.heads import ChatHead, Head, InputHead, PromptHead, RerankHead,
 from gateway.errors import BadRequest
 
 if TYPE_CHECKING:
-    from gateway.api.inference import Exchange
+    from gateway.api.exchange import Exchange
 
 JOINED = ("stop", "stop_token_ids")  # the defaults' are added to a request's own
 DONE = b"data: [DONE]\n\n"
@@ -33,10 +33,11 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
     """One public path.
 
     `upstream` is the engine's path if it differs for all engines. `adapt` makes the body that the engine gets of the
-    client's; `opening` gives what goes behind the first brace of a reply's JSON; `rewrite` makes the client's reply
-    out of the engine's whole one, in a thread; `chunk` changes what is streamed, `events` the whole events of a stream
-    that may be large, in a thread. `abilities` choose a model for a request that names none. `is_chat` says that the
-    reply holds messages, whose words engines differ in.
+    client's; `opening` gives what goes behind the first brace of a reply's JSON; `rewrite` makes the client's reply out
+    of the engine's whole one, in a thread; `chunk` changes what is streamed, `events` the whole events of a stream that
+    may be large, in a thread. `token_mark` stands once before each token of a stream, and `tells_usage` says that the
+    end of one tells their number if `stream_options` ask for it. `abilities` choose a model for a request that names
+    none. `is_chat` says that the reply holds messages, whose words engines differ in.
     """
 
     path: str
@@ -51,6 +52,8 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
     rewrite: Callable[[bytes, Exchange], bytes] | None = None
     chunk: Callable[[bytes], bytes] | None = None
     events: Callable[[bytes, Exchange], bytes] | None = None
+    token_mark: bytes = b""
+    tells_usage: bool = False
     abilities: tuple[str, ...] = ()
     is_chat: bool = False
     error_event: bytes = b""
@@ -153,19 +156,31 @@ WAYS: tuple[Way, ...] = (
         head=ChatHead,
         adapt=with_defaults,
         chunk=with_content_in_deltas,
+        token_mark=b'content":"',
+        tells_usage=True,
         is_chat=True,
     ),
-    Way(path="/v1/completions", model_types=LLM, head=PromptHead, adapt=with_defaults),
-    Way(path="/v1/responses", model_types=LLM, head=InputHead),
-    Way(path="/v1/messages", model_types=LLM, head=ChatHead, error_event=b"event: error\n", done=b""),
     Way(
-        path="/anthropic/v1/messages",
-        upstream="/v1/messages",
+        path="/v1/completions",
         model_types=LLM,
-        head=ChatHead,
-        error_event=b"event: error\n",
-        done=b"",
+        head=PromptHead,
+        adapt=with_defaults,
+        token_mark=b'"text":"',
+        tells_usage=True,
     ),
+    Way(path="/v1/responses", model_types=LLM, head=InputHead, token_mark=b'"delta":"'),
+    *[
+        Way(
+            path=path,
+            upstream="/v1/messages",
+            model_types=LLM,
+            head=ChatHead,
+            error_event=b"event: error\n",
+            done=b"",
+            token_mark=b'"text":"',
+        )
+        for path in ("/v1/messages", "/anthropic/v1/messages")
+    ],
     Way(path="/v1/messages/count_tokens", model_types=LLM, head=ChatHead),
     Way(
         path="/anthropic/v1/messages/count_tokens",

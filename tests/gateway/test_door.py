@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from harness import StartGateway, events_in, fake_model, until
 
+pytestmark = pytest.mark.both_doors
+
 
 async def test_probes_and_lists_answer(start_gateway: StartGateway) -> None:
     gateway = await start_gateway(fake={})

@@ -23,7 +23,7 @@ from harness import Gateway, is_running, until
 from openai import AsyncOpenAI
 from xinference_client import RESTfulClient
 
-from gateway.api.inference import EVENT_LIMIT_BYTES
+from gateway.api.exchange import EVENT_LIMIT_BYTES
 from gateway.files import KEPT_S
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]

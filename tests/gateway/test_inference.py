@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.api.inference import EVENT_LIMIT_BYTES, Events, _engine_error
+from gateway.api.exchange import EVENT_LIMIT_BYTES, Events, _engine_error
 
 STREAMS = (b"data: 1\n\ndata: 2\n\n: note\n\n", b"data: 1\r\n\r\ndata: 2\r\n\r\n", b"event: x\ndata: a\ndata: b\n\n")
 

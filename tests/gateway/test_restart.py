@@ -73,6 +73,7 @@ async def ask_on(gateway: Gateway, answers: list[int], until_set: asyncio.Event)
                 answers.append(response.status)
 
 
+@pytest.mark.both_doors
 async def test_no_request_is_lost_over_three_restarts_under_load(start_gateway: StartGateway) -> None:
     gateway = await start_gateway(fake={"tokens": 4, "token_delay_s": 0.01}, model={"preload": True}, drain_timeout_s=3)
     engine = await engine_of(gateway)
@@ -143,6 +144,7 @@ def request(body: bytes) -> bytes:
 A_REQUEST = request(BODY)
 
 
+@pytest.mark.both_doors
 async def test_clients_between_two_requests_keep_their_connections_and_the_old_process_is_done_at_once(
     start_gateway: StartGateway,
 ) -> None:
@@ -165,6 +167,7 @@ async def test_clients_between_two_requests_keep_their_connections_and_the_old_p
         wire.close()
 
 
+@pytest.mark.both_doors
 async def test_no_request_on_a_kept_connection_is_lost_whenever_it_comes(start_gateway: StartGateway) -> None:
     gateway = await start_gateway(fake={"tokens": 1}, model={"preload": True})
     over = asyncio.Event()

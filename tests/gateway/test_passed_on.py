@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import uvicorn
 
-from gateway import connections
+from gateway import passed_on
 from gateway.server import Server
 
 
@@ -52,7 +52,7 @@ async def test_who_has_too_many_files_open_tells_what_is_lost_and_takes_what_com
             served.set_result(transport)
 
     with ours, theirs, one, _one, two, _two:
-        taking = asyncio.create_task(connections.take(theirs, Protocol))
+        taking = asyncio.create_task(passed_on.take(theirs, Protocol))
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         os.close(free := os.dup(ours.fileno()))
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))

@@ -1,0 +1,352 @@
+"""A client's connection: uvicorn's own, but that easy requests take the short way.
+
+A request is easy if nothing of it needs more than a look: it is for a model that is there, may be asked now, and is
+asked as others are. What is not easy is told to uvicorn as if we had not been there, and the plain route answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection
+from typing import Any, cast
+
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from gateway.api.auth import Guard
+from gateway.api.exchange import Headers, Lost
+from gateway.api.inference import Inference
+from gateway.api.trace import id_of, new_id, write_line
+from gateway.api.ways import WAYS, Way
+from gateway.crowd import Crowd
+from gateway.door.splice import Splice
+from gateway.errors import HostlerError, RequestRefused
+from gateway.fleet import Fleet
+
+logger = logging.getLogger("hostler.door")
+
+SWEEP_S = 1.0
+STALL_LIMIT_S = 60.0  # of a request that has begun to come
+
+# Headers that are looked at. What to do about some of them, or about one that stands twice, the plain route knows.
+TELLING = frozenset(
+    b"authorization content-encoding content-length expect host origin upgrade x-api-key x-request-id".split()
+)
+
+
+class Door:
+    """What all connections share."""
+
+    def __init__(self, fleet: Fleet, crowd: Crowd) -> None:
+        self.fleet = fleet
+        self.crowd = crowd
+        self.guard = Guard(_nowhere, fleet.in_effect)
+        self.inferences = {way.path.encode(): Inference(fleet, way) for way in WAYS if is_easy(way)}
+        self._default_headers: list[tuple[bytes, bytes]] = []
+        self._default_head = b""
+
+    async def sweep(self, clients: Collection[asyncio.Protocol]) -> None:
+        """Once a second, for all timers that connections would else have: end those that are quiet for too long."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = time.monotonic()
+            for client in [client for client in clients if isinstance(client, DoorProtocol)]:
+                client.end_if_quiet(now)
+            for deployment in self.fleet.deployments():
+                for replica in deployment.replicas:
+                    if replica.upstream is not None:
+                        replica.upstream.connections.close_idle()
+
+    def default_head(self, headers: list[tuple[bytes, bytes]]) -> bytes:
+        """Those lines, which change once a second."""
+        if headers is not self._default_headers:
+            self._default_headers = headers
+            self._default_head = b"".join(b"%b: %b\r\n" % header for header in headers)
+        return self._default_head
+
+
+def is_easy(way: Way) -> bool:
+    """Whether requests for it may be: replies that are made anew in a thread are not."""
+    return way.method == "POST" and way.rewrite is None and way.events is None
+
+
+class DoorProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    def __init__(self, door: Door, **of_uvicorn: Any) -> None:
+        super().__init__(**of_uvicorn)
+        self._idle_since: float | None = time.monotonic()  # no request has come since; None where uvicorn has the clock
+        self._last_look: tuple[float, Headers, int] | None = None  # when we first saw what has not changed since
+        self._door = door
+        self._splice: Splice | None = None  # what is being answered
+        self._again: Any = None  # the cycle of a splice that was replayed
+        self._inference: Inference | None = None  # of the request that comes in, as long as it is easy
+        self._is_coming = False  # a request has begun, and not all of it is there
+        self._has_head = False
+        self._keeps_alive = True
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._request_id = b""
+
+    # --- what the loop tells
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        splice, self._splice = self._splice, None
+        if splice is not None:
+            splice.client_left()
+        if (again := self._again) is not None and not again.response_complete:
+            again.disconnected = True
+            again.message_event.set()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._splice is not None:
+            self._splice.client_paused(is_paused=True)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._splice is not None:
+            self._splice.client_paused(is_paused=False)
+
+    def end_if_quiet(self, now: float) -> None:
+        """Close the connection if it is kept for nothing, or if its request does not come on."""
+        if self._idle_since is not None:
+            if now - self._idle_since > self.timeout_keep_alive:
+                self.transport.close()
+            return
+        is_answered = self.cycle is not None and not self.cycle.response_complete
+        if is_answered or (self._has_head and self._inference is None):
+            self._last_look = None
+            return
+        look = self._last_look
+        if look is None or look[1] is not self.headers or look[2] != self._progress:
+            self._last_look = now, self.headers, self._progress
+        elif now - look[0] > STALL_LIMIT_S:
+            logger.info("A client sent nothing more of its request for %g s; its connection is closed.", STALL_LIMIT_S)
+            self.transport.close()
+
+    def is_between_requests(self) -> bool:
+        """Whether nothing of a request was read, and all are answered."""
+        cycle = self.cycle
+        is_answered = cycle is None or (cycle.response_complete and not cycle.more_body)
+        return is_answered and not self._is_coming and not self.pipeline
+
+    @property
+    def _progress(self) -> int:
+        return len(self.headers) + self._size
+
+    # --- what the parser tells
+
+    def on_message_begin(self) -> None:
+        self.url = b""
+        self.headers = []
+        self._idle_since = None
+        self._inference = None
+        self._is_coming = True
+        self._has_head = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._has_head:  # else it stands behind the body, where nobody looks for it
+            self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self._has_head = True
+        inference = self._door.inferences.get(self.url)
+        if inference is not None and self._is_easy(inference):
+            self._inference = inference
+            self._keeps_alive = self.parser.should_keep_alive()
+            self._parts = []
+            self._size = 0
+        else:
+            self._pass_on(self.url, self.headers)
+
+    def on_body(self, body: bytes) -> None:
+        if self._inference is None:
+            super().on_body(body)
+            return
+        self._parts.append(body)
+        self._size += len(body)
+        if self._size > self._door.fleet.settings.max_body_bytes:
+            self._inference = None
+            self._replay(self.url, self.headers, self._parts, is_whole=False, keeps_alive=self._keeps_alive)
+
+    def on_message_complete(self) -> None:
+        self._is_coming = False
+        inference = self._inference
+        if inference is None:
+            super().on_message_complete()
+            return
+        self._inference = None
+        parts, self._parts = self._parts, []
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        if not self._splices(inference, body):
+            self._replay(self.url, self.headers, [body], is_whole=True, keeps_alive=self._keeps_alive)
+
+    # --- what is easy
+
+    def _is_easy(self, inference: Inference) -> bool:
+        """Whether the head leaves it so, and no other request is before it."""
+        door, parser = self._door, self.parser
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False
+        if not door.crowd.is_open():
+            return False
+        if parser.get_method() != b"POST" or parser.get_http_version() != "1.1" or parser.should_upgrade():
+            return False
+        host = authorization = b""
+        self._request_id, has_other_key = b"", False
+        for name, value in self.headers:
+            if name not in TELLING:
+                continue
+            if name == b"content-length":
+                if int(value) > door.fleet.settings.max_body_bytes:
+                    return False
+            elif name == b"host" and not host:
+                host = value
+            elif name == b"authorization" and not authorization:
+                authorization = value
+            elif name == b"x-request-id":
+                self._request_id = id_of(self.headers)
+            elif name == b"x-api-key":
+                has_other_key = True
+            else:
+                return False
+        if not has_other_key and door.guard.knows(host, authorization):
+            return True
+        return self._may_pass(inference)
+
+    def _may_pass(self, inference: Inference) -> bool:
+        try:
+            self._door.guard.check(inference.way.path, self.headers)
+        except RequestRefused:
+            return False
+        return True
+
+    def _splices(self, inference: Inference, body: bytes) -> bool:
+        """Whether a replica has got the request."""
+        door = self._door
+        if door.fleet.next_door is not None:
+            return False
+        try:
+            asked = inference.asked(self.headers, body)
+            splice = Splice(door.fleet, inference.way, asked, self.headers, self._request_id or new_id(), self, body)
+            deployment = asked.terms.deployment
+            replica = deployment.at_hand(None, splice.key())
+            if replica is None or replica.upstream is None or replica.upstream.is_elsewhere:
+                return False
+        except HostlerError:
+            return False
+        except Exception:
+            logger.exception("A fault of the gateway: %s is left to the plain route", inference.way.path)
+            return False
+        splice.keep_alive = self._keeps_alive
+        self._splice = splice
+        self.cycle = cast(Any, splice)
+        splice.begin(deployment.take(replica), replica.upstream)
+        return True
+
+    # --- what a splice tells
+
+    def default_head(self) -> bytes:
+        """What every reply's head begins with, below its status."""
+        return self._door.default_head(self.server_state.default_headers)
+
+    def spliced(self, splice: Splice, outcome: int, seconds: float) -> None:
+        """It is over: the next request may be answered."""
+        self._splice = None
+        if self.cycle is cast(Any, splice):
+            self.cycle = None  # type: ignore[assignment]
+        if self._door.fleet.settings.access_log:
+            write_line("POST", splice.way.path, splice.replica, outcome, seconds, splice.request_id)
+        if outcome == 499:
+            return
+        if not splice.keep_alive:
+            self.transport.close()
+        if self.pipeline or self.flow.read_paused:
+            super().on_response_complete()
+            return
+        self.server_state.total_requests += 1
+        self._idle_since = time.monotonic()
+
+    def replay(self, splice: Splice, lost: Lost | None) -> None:
+        """Have the plain route answer after all."""
+        self._splice = None
+        self._replay(
+            splice.way.path.encode(),
+            splice.headers,
+            [splice.sent],
+            is_whole=True,
+            keeps_alive=splice.keep_alive,
+            lost=lost,
+        )
+
+    # --- how uvicorn learns of what is not easy
+
+    def _pass_on(self, url: bytes, headers: Headers, lost: Lost | None = None) -> None:
+        super().on_message_begin()
+        self.url = url
+        self.headers += headers
+        self.expect_100_continue = any(
+            name == b"expect" and value.lower() == b"100-continue" for name, value in headers
+        )
+        if lost is not None:
+            self.scope["lost"] = lost  # type: ignore[typeddict-unknown-key]
+        super().on_headers_complete()
+
+    def _replay(
+        self,
+        url: bytes,
+        headers: Headers,
+        parts: list[bytes],
+        *,
+        is_whole: bool,
+        keeps_alive: bool,
+        lost: Lost | None = None,
+    ) -> None:
+        """Tell uvicorn of a request that was held back; another may have begun behind it since."""
+        now = self.url, self.headers, self.scope, self.expect_100_continue, self.parser, self.cycle
+        self.parser, self.cycle = cast(Any, _Said(keeps_alive)), None  # type: ignore[assignment]
+        self._pass_on(url, headers, lost)
+        for part in parts:
+            super().on_body(part)
+        if is_whole:
+            super().on_message_complete()
+        self._again = self.cycle
+        self.url, self.headers, self.scope, self.expect_100_continue, self.parser, cycle = now
+        if cycle is not None and not cycle.response_complete:
+            self.cycle = cycle
+
+
+class _Said:
+    """What the parser has said of a head, for uvicorn to ask it later."""
+
+    def __init__(self, keeps_alive: bool) -> None:
+        self._keeps_alive = keeps_alive
+
+    def get_http_version(self) -> str:
+        return "1.1"
+
+    def get_method(self) -> bytes:
+        return b"POST"
+
+    def should_keep_alive(self) -> bool:
+        return self._keeps_alive
+
+    def should_upgrade(self) -> bool:
+        return False
+
+
+def protocol_of(door: Door) -> Callable[..., DoorProtocol]:
+    """What uvicorn makes of each connection."""
+
+    def make(**of_uvicorn: Any) -> DoorProtocol:
+        return DoorProtocol(door, **of_uvicorn)
+
+    return make
+
+
+async def _nowhere(scope: Scope, receive: Receive, send: Send) -> None:
+    """Where a Guard leads that is only asked."""

@@ -1,0 +1,326 @@
+"""One easy request and its reply, from socket to socket. Decides nothing: `Exchange` does.
+
+As long as no byte has gone to the client, whatever goes wrong is told to the plain route, which goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from gateway.api.exchange import (
+    BODILESS,
+    ENGINE_ERROR_LIMIT_BYTES,
+    NOT_FORWARDED,
+    RESTARTED_MIDWAY,
+    SSE,
+    Asked,
+    Exchange,
+    Headers,
+    Lost,
+    with_length,
+)
+from gateway.api.ways import Way
+from gateway.connections import JOINED_BYTES, CannotAsk, Connection, UpstreamLost
+from gateway.errors import HandedOver, HostlerError, ShuttingDown, body_of, envelope
+from gateway.fleet import Fleet
+from gateway.replica import Replica
+from gateway.upstream import Upstream
+
+logger = logging.getLogger("hostler.inference")
+
+CLOSE = b"connection: close\r\n"
+CHUNKED = b"transfer-encoding: chunked\r\n"
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+class Client(Protocol):
+    """The client's connection, as its splice sees it."""
+
+    transport: asyncio.Transport
+    tasks: set[asyncio.Task[None]]
+    loop: asyncio.AbstractEventLoop
+    flow: FlowControl
+
+    def default_head(self) -> bytes:
+        """What every reply's head begins with, below its status."""
+
+    def replay(self, splice: Splice, lost: Lost | None) -> None:
+        """Have the plain route answer; no byte has gone to the client."""
+
+    def spliced(self, splice: Splice, outcome: int, seconds: float) -> None:
+        """It is over."""
+
+
+class _Nobody:
+    """Who waits for a message in uvicorn's cycles; here nobody does."""
+
+    def set(self) -> None:
+        """Nothing happens."""
+
+
+class Splice(Exchange):
+    """One request and its reply. For uvicorn it poses as the cycle that the connection is in."""
+
+    message_event = _Nobody()
+    disconnected = more_body = False
+
+    def __init__(
+        self, fleet: Fleet, way: Way, asked: Asked, headers: Headers, request_id: bytes, client: Client, sent: bytes
+    ) -> None:
+        """`sent` is the body as the client sent it."""
+        super().__init__(fleet, way, asked, headers, request_id)
+        self.sent = sent
+        self._client = client
+
+    keep_alive = True
+    response_complete = False
+    _replica: Replica  # once it begins
+    _upstream: Upstream
+    _life = 0
+    _connection: Connection | None = None
+    _task: asyncio.Task[None] | None = None
+    _is_second = False  # the request has been sent once before
+    _has_begun = False  # the reply's first bytes have come
+    _parts: list[bytes] | None = None  # of a reply that is needed as a whole
+    _size = 0
+    _top = b""  # the head that goes out with the next bytes
+    _is_chunked = False
+
+    def begin(self, replica: Replica, upstream: Upstream) -> None:
+        """Ask the replica, which is counted as in use."""
+        self.phase = "waiting"
+        self._replica, self._upstream, self._life = replica, upstream, replica.starts
+        self.replica_name = replica.name
+        connection = upstream.connections.take()
+        if connection is None:
+            self._connect()
+        else:
+            self._ask(connection)
+
+    @property
+    def replica(self) -> Replica:
+        """Which answers."""
+        return self._replica
+
+    # --- to the engine
+
+    def _ask(self, connection: Connection) -> None:
+        self._connection = connection
+        if self._client.flow.write_paused:
+            connection.pause(is_paused=True)
+        upstream = self._upstream
+        own = upstream.own_names
+        lines = [upstream.opening(self.terms.upstream_path)]
+        for name, value in self.headers:
+            if name not in NOT_FORWARDED and name not in own:
+                lines += (name, b": ", value, b"\r\n")
+        lines += (b"x-request-id: ", self.request_id, b"\r\ncontent-length: %d\r\n\r\n" % len(self.body))
+        connection.ask(self, b"".join(lines), self.body)
+
+    def _connect(self) -> None:
+        self._task = self._client.loop.create_task(self._ask_anew())
+        self._own(self._task)
+
+    def _own(self, task: asyncio.Task[None]) -> None:
+        self._client.tasks.add(task)
+        task.add_done_callback(self._client.tasks.discard)
+
+    async def _ask_anew(self) -> None:
+        try:
+            connection = await self._upstream.connections.connect()
+        except UpstreamLost as exc:
+            self._task = None
+            self.lost(exc)
+        else:
+            self._task = None
+            self._ask(connection)
+
+    def write_paused(self, *, is_paused: bool) -> None:
+        """The engine takes the request's body slower than it was sent; it is all on its way already."""
+
+    # --- from the engine
+
+    def took(self, connection: Connection, parts: list[bytes], *, is_whole: bool) -> None:
+        """The next bytes of the reply."""
+        if is_whole:
+            self._connection = None
+        if not self._has_begun:
+            self._has_begun = True
+            self.begins()
+            if connection.status not in STATUS_LINE:
+                self._drop()
+                self._give_up(None)
+                return
+            self._begin_reply(connection, parts)
+        if self._parts is not None:
+            self._collect(connection, parts, is_whole=is_whole)
+            return
+        if self.is_sse:
+            chunk = self.streamed(parts[0] if len(parts) == 1 else b"".join(parts))
+            if is_whole:
+                chunk += self.held
+            parts = [chunk] if chunk else []
+        else:
+            for part in parts:
+                self.heard(part)
+        self._write(parts, is_last=is_whole)
+        if is_whole:
+            self._end(self.status, was_served=True)
+
+    def _begin_reply(self, connection: Connection, parts: list[bytes]) -> None:
+        if connection.status >= 400:
+            self._parts = []
+            return
+        self.is_sse = _is_sse(connection.headers)
+        headers = self.returned(connection.status, connection.headers, self._replica)
+        if not self.is_sse and self.changes_json(headers):
+            if self.terms.is_read_whole:
+                self._parts = []
+                return
+            parts[:1] = [self.opened(part, headers) for part in parts[:1]]
+        self._start(connection.status, headers)
+
+    def _collect(self, connection: Connection, parts: list[bytes], *, is_whole: bool) -> None:
+        """A reply that is changed as a whole; of an error so much as is read of it."""
+        assert self._parts is not None
+        self._parts += parts
+        status = connection.status
+        if status >= 400:
+            self._size += sum(map(len, parts))
+            if not is_whole and self._size < ENGINE_ERROR_LIMIT_BYTES:
+                return
+            self._drop()
+            told, headers, payload = self.refusal(status, connection.headers, b"".join(self._parts))
+        elif is_whole:
+            payload = self.renamed(b"".join(self._parts))
+            told, headers = status, self.returned(status, connection.headers, self._replica)
+            with_length(headers, len(payload))
+            payload = self.opened(payload, headers)
+            self.heard(payload)
+        else:
+            return
+        self._start(told, headers)
+        self._write([payload], is_last=True)
+        self._end(self.status, was_served=status < 500)
+
+    def lost(self, why: UpstreamLost) -> None:
+        """The engine's connection is gone before the end of the reply."""
+        connection, self._connection = self._connection, None
+        if self.status:
+            self._task = self._client.loop.create_task(self._mourn(why))
+            self._own(self._task)
+        elif (
+            self._is_second
+            or self._upstream.connections.is_closed
+            or isinstance(why, CannotAsk)
+            or isinstance(why.__cause__, TimeoutError)
+            or (connection is not None and connection.has_head)
+        ):
+            self._give_up(why)
+        else:
+            self._is_second = True
+            self._connect()
+
+    def _give_up(self, why: UpstreamLost | None) -> None:
+        """What becomes of the request now is for the plain route to say."""
+        self.response_complete = True
+        self.deployment.release(self._replica, was_served=False)
+        lost = None
+        if why is not None:
+            lost = Lost(self.deployment, self._replica, self._life, why, self.started)
+        self._client.replay(self, lost)
+
+    async def _mourn(self, why: UpstreamLost) -> None:
+        """Tell the client that there is no more, and why."""
+        reason: HostlerError
+        try:
+            await self.raise_loss(self._replica, self._life, why, is_last=True)
+            return
+        except HandedOver:
+            reason = ShuttingDown(RESTARTED_MIDWAY)
+        except HostlerError as exc:
+            reason = exc
+        self.status = reason.status
+        if self.is_sse:
+            self._write([self.as_event(envelope(body_of(reason)))], is_last=True)
+        else:
+            logger.warning("%s: the reply broke off: %s", self.uid, reason)
+            self._client.transport.close()
+        self._task = None
+        self._end(self.status, was_served=False)
+
+    # --- to the client
+
+    def _start(self, status: int, headers: Headers) -> None:
+        self.status, self.phase = status, "answering"
+        lines = [STATUS_LINE[status], self._client.default_head()]
+        is_measured = status in BODILESS
+        for name, value in headers:
+            if name == b"content-length":
+                is_measured = True
+            lines += (name, b": ", value, b"\r\n")
+        lines += (b"x-request-id: ", self.request_id, b"\r\n")
+        if not self.keep_alive:
+            lines.append(CLOSE)
+        if not is_measured:
+            self._is_chunked = True
+            lines.append(CHUNKED)
+        lines.append(b"\r\n")
+        self._top = b"".join(lines)
+
+    def _write(self, parts: list[bytes], *, is_last: bool) -> None:
+        """Send some of the body, with the head if it has not gone yet."""
+        size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
+        if self._is_chunked:
+            if size:
+                parts = [b"%x\r\n" % size, *parts, b"\r\n"]
+            if is_last:
+                parts.append(LAST_CHUNK)
+        if self._top:
+            parts.insert(0, self._top)
+            self._top = b""
+        if len(parts) == 1:
+            self._client.transport.write(parts[0])
+        elif size > JOINED_BYTES:
+            self._client.transport.writelines(parts)
+        elif parts:
+            self._client.transport.write(b"".join(parts))
+
+    def client_paused(self, *, is_paused: bool) -> None:
+        """The client reads slower than the engine writes, or no longer so."""
+        if self._connection is not None:
+            self._connection.pause(is_paused=is_paused)
+
+    def client_left(self) -> None:
+        """Nobody waits for the answer any more: the engine is to stop at once."""
+        if self.response_complete:
+            return
+        self._drop()
+        if self._task is not None:
+            self._task.cancel()
+        self._end(499, was_served=False)
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abandon()
+
+    def _end(self, outcome: int, *, was_served: bool) -> None:
+        self.response_complete = True
+        self.deployment.release(self._replica, was_served=was_served)
+        self._client.spliced(self, outcome, self.count(outcome))
+
+
+def _is_sse(headers: Headers) -> bool:
+    kind = None
+    for name, value in headers:
+        if name == b"content-encoding":
+            return False
+        if name == b"content-type" and kind is None:
+            kind = value.partition(b";")[0].strip().lower()
+    return kind == SSE

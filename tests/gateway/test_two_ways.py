@@ -1,0 +1,571 @@
+"""The short way in and the plain one, by the same requests: the same answers, the same for the engine, the same counts.
+
+Requests, engines and connections are made up at random, misbehaviour included. More cases than in every run:
+
+    HOSTLER_FUZZ_CASES=5000 HOSTLER_FUZZ_SEED=7 python -m pytest tests/gateway/test_two_ways.py -k random
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from socket import SO_LINGER, SOL_SOCKET
+from typing import Any, NamedTuple
+
+import httptools
+from harness import Gateway, StartGateway
+
+ENGINE = Path(__file__).parents[1] / "scripted_engine.py"
+CASES = int(os.environ.get("HOSTLER_FUZZ_CASES", "100"))
+SEED = int(os.environ.get("HOSTLER_FUZZ_SEED", "1"))
+KEY = "a-key"
+LIMIT_BYTES = 400_000
+QUIET_S = 8.0  # a connection that says nothing for so long is a fault
+# Each in the same engine; what the second one says by its own name is read as a whole, as clients are told ours.
+MODELS = {"fake": "fake", "named": "theirs"}
+OF_THE_MOMENT = {"date", "x-request-id", "x-hostler-queue-ms"}
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/messages", "/v1/responses", "/tokenize")
+COUNTED = re.compile(
+    r"^hostler_(requests_total|requests_cancelled_total|request_retries_total|finish_reasons_total|.*_tokens_total"
+    r"|.*_seconds_count)\b"
+)
+OF_TOKENS = re.compile("token|finish")
+
+
+class Case(NamedTuple):
+    """What a client does on one connection."""
+
+    sent: tuple[bytes | float, ...]  # what it sends, and pauses
+    leaves: str | None  # "close" or "reset", once `reads` replies have begun
+    reads: int
+    asked: int  # how many replies there should be at most
+    scripts: tuple[Any, ...]
+
+
+# --- what engines say
+
+
+def reply(rng: random.Random, path: str, *, is_last: bool = False) -> list[Any]:
+    """A script."""
+    made = rng.choices(REPLIES, [weight for _, weight in WEIGHED])[0]
+    if made is talkative and not is_last:  # what it says too much, the next request may take for its reply, or not
+        made = whole
+    return made(rng, path)
+
+
+def head(rng: random.Random, status: int, *lines: str, version: str = "HTTP/1.1") -> str:
+    more = [
+        "Server: odd",
+        "Date: Thu, 01 Jan 1970 00:00:00 GMT",
+        "Set-Cookie: a=b",
+        "X-One: 1",
+        "x-one: 2",
+        "X-Text: caf\xe9 \t x",
+        "x-empty:",
+        "Keep-Alive: timeout=5",
+        "x-request-id: theirs",
+        "access-control-allow-origin: *",
+        "Cache-Control: max-age=1",
+        "Retry-After: 7",
+        "Trailer: x",
+    ]
+    chosen = [*lines, *rng.sample(more, rng.choice((0, 0, 1, 3)))]
+    rng.shuffle(chosen)
+    return (
+        f"{version} {status} {rng.choice(('OK', 'Whatever it is', ''))}\r\n"
+        + "".join(f"{one}\r\n" for one in chosen)
+        + "\r\n"
+    )
+
+
+def cut(rng: random.Random, data: str, most: int = 4) -> list[Any]:
+    """In parts, with pauses here and there."""
+    if not rng.randrange(3):
+        return [data]
+    places = sorted({0, len(data), *(rng.randrange(len(data) + 1) for _ in range(rng.randrange(most)))})
+    steps: list[Any] = []
+    for begin, end in itertools.pairwise(places):
+        steps += [data[begin:end], rng.choice((0, 0.001, 0.004))]
+    return steps
+
+
+def text_of(rng: random.Random, path: str) -> str:
+    said: Any = {
+        "id": "x",
+        "model": rng.choice((*MODELS.values(), "fake")),
+        "choices": [{"delta": {}}],
+        "text": "caf\u00e9" * rng.choice((1, 9, 9000)),
+    }
+    if rng.randrange(2):
+        said |= {"finish_reason": rng.choice(("stop", "odd")), "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
+    data = json.dumps(said, separators=rng.choice(((",", ":"), (", ", ": "))))
+    return rng.choice((data, data, data, data, "{}", "{", "", "[1]", " " + data, "no json"))
+
+
+def chunks(rng: random.Random, text: str, *, is_ended: bool = True) -> str:
+    places = sorted({0, len(text), *(rng.randrange(len(text) + 1) for _ in range(rng.randrange(5)))})
+    parts = [text[begin:end] for begin, end in itertools.pairwise(places)]
+    mark = rng.choice(("", "", ";a=b"))
+    return "".join(f"{len(part):x}{mark}\r\n{part}\r\n" for part in parts) + ("0\r\n\r\n" if is_ended else "")
+
+
+JSON = ("Content-Type: application/json", "content-type: application/json; charset=utf-8", "Content-Type: text/plain")
+
+
+def whole(rng: random.Random, path: str) -> list[Any]:
+    text = text_of(rng, path)
+    more = rng.choice(((), (), (), ("Connection: close",), ("Connection: keep-alive",), ("content-encoding: gzip",)))
+    script = cut(rng, head(rng, 200, rng.choice(JSON), f"Content-Length: {len(text)}", *more) + text)
+    return [*script, *(["close"] if more == ("Connection: close",) else [])]
+
+
+def chunked(rng: random.Random, path: str) -> list[Any]:
+    return cut(rng, head(rng, 200, rng.choice(JSON), "Transfer-Encoding: chunked") + chunks(rng, text_of(rng, path)))
+
+
+def until_close(rng: random.Random, path: str) -> list[Any]:
+    version = rng.choice(("HTTP/1.0", "HTTP/1.1"))
+    more = rng.choice(((), ("Connection: close",)))
+    return [*cut(rng, head(rng, 200, rng.choice(JSON), *more, version=version) + text_of(rng, path)), "close"]
+
+
+def old(rng: random.Random, path: str) -> list[Any]:
+    text = text_of(rng, path)
+    return [
+        *cut(rng, head(rng, 200, rng.choice(JSON), f"Content-Length: {len(text)}", version="HTTP/1.0") + text),
+        "close",
+    ]
+
+
+def events(rng: random.Random) -> str:
+    end = rng.choice(("\n\n", "\n\n", "\r\n\r\n"))
+    named = '{"model": "theirs","choices":[{"delta":{"content":"t"}}]}'
+    one = named, named.replace("theirs", "fake"), '{"choices":[{"delta":{}}]}', "x" * 5000
+    said = [f"data: {rng.choice(one)}{end}" for _ in range(rng.randrange(12))]
+    if not rng.randrange(3):
+        usage = '{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}'
+        said.append(f"data: {usage}{end}")
+    return "".join([*said, rng.choice((f"data: [DONE]{end}", "", "data: half"))])
+
+
+SSE = (
+    "Content-Type: text/event-stream",
+    "content-type: text/event-stream; charset=utf-8",
+    "Content-Type: Text/Event-Stream",
+)
+
+
+def stream(rng: random.Random, path: str) -> list[Any]:
+    return cut(rng, head(rng, 200, rng.choice(SSE), "Transfer-Encoding: chunked") + chunks(rng, events(rng)), 12)
+
+
+def measured_stream(rng: random.Random, path: str) -> list[Any]:
+    text = events(rng)
+    return cut(rng, head(rng, 200, rng.choice(SSE), f"Content-Length: {len(text)}") + text, 12)
+
+
+def stream_until_close(rng: random.Random, path: str) -> list[Any]:
+    return [*cut(rng, head(rng, 200, rng.choice(SSE), "Connection: close") + events(rng), 12), "close"]
+
+
+def broken_stream(rng: random.Random, path: str) -> list[Any]:
+    text = chunks(rng, events(rng) + "data: {}\n\n", is_ended=False)
+    if rng.randrange(2):
+        text = text[: rng.randrange(len(text))] or text
+    text = head(rng, 200, rng.choice(SSE), "Transfer-Encoding: chunked") + text
+    return [*cut(rng, text, 8), 0.02, rng.choice(("close", "reset"))]
+
+
+def broken_whole(rng: random.Random, path: str) -> list[Any]:
+    text = text_of(rng, path) + "x" * 50
+    text = head(rng, 200, rng.choice(JSON), f"Content-Length: {len(text)}") + text[: rng.randrange(1, len(text))]
+    return [*cut(rng, text), 0.02, rng.choice(("close", "reset"))]
+
+
+def broken_head(rng: random.Random, path: str) -> list[Any]:
+    text = head(rng, 200, rng.choice(JSON), "Content-Length: 9")
+    return [text[: rng.randrange(len(text) + 1)], 0.02, rng.choice(("close", "reset"))]
+
+
+def dropped(rng: random.Random, path: str) -> list[Any]:
+    return [rng.choice((0, 0.01)), rng.choice(("close", "reset"))]
+
+
+def bodiless(rng: random.Random, path: str) -> list[Any]:
+    status = rng.choice((204, 204, 304, 200, 205))
+    more = ["Content-Length: 0"] if status in (200, 205) else rng.choice(([], ["Content-Length: 5"]))
+    return [head(rng, status, *more)]
+
+
+def interim(rng: random.Random, path: str) -> list[Any]:
+    before = [f"HTTP/1.1 {rng.choice((100, 102, 103))} Wait\r\nlink: </x>\r\n\r\n" for _ in range(rng.randrange(1, 3))]
+    return [*before, rng.choice((0, 0.01)), *reply(rng, path)]
+
+
+def refused(rng: random.Random, path: str) -> list[Any]:
+    status = rng.choice((400, 401, 404, 405, 413, 422, 429, 500, 502, 503, 599))
+    said = rng.choice(
+        (
+            json.dumps({"error": {"message": "no", "type": "t", "code": 400, "param": "p"}}),
+            json.dumps({"detail": "Not Found"}),
+            "404 page not found",
+            "",
+            "e" * 70_000,
+            "e" * 300_000,
+        )
+    )
+    if rng.randrange(4):
+        return cut(rng, head(rng, status, rng.choice(JSON), f"Content-Length: {len(said)}") + said)
+    if rng.randrange(2):
+        return cut(rng, head(rng, status, "Transfer-Encoding: chunked") + chunks(rng, said))
+    text = head(rng, status, f"Content-Length: {len(said) + 9}") + said
+    return [*cut(rng, text), 0.02, "close"]
+
+
+def garbage(rng: random.Random, path: str) -> list[Any]:
+    said = ("no HTTP at all\r\n\r\n", "HTTP/1.1 abc\r\n\r\n", "\x16\x03\x01", "HTTP/1.1 200 OK\r\nno colon\r\n\r\n")
+    return [rng.choice(said), 0.02, "close"]
+
+
+def doubtful(rng: random.Random, path: str) -> list[Any]:
+    lengths = ("Content-Length: abc",), ("Content-Length: 3", "Content-Length: 4"), ("Content-Length: -1",)
+    return [head(rng, 200, rng.choice(JSON), *rng.choice(lengths)) + "abcd", 0.02, "close"]
+
+
+def talkative(rng: random.Random, path: str) -> list[Any]:
+    """It says more than its reply. No second reply: the plain way's client would wait for the end of that one."""
+    top = head(rng, 200, rng.choice(JSON), "Content-Length: 2")
+    return [top + "{}", 0.3, rng.choice(("x", "xyz\r\n\r\n"))]  # later, also for who is slow
+
+
+def late(rng: random.Random, path: str) -> list[Any]:
+    text = events(rng) + "data: {}\n\n"
+    begun = head(rng, 200, rng.choice(SSE), "Transfer-Encoding: chunked") + chunks(rng, text, is_ended=False)
+    return [*([begun] if rng.randrange(2) else []), 30]
+
+
+def large(rng: random.Random, path: str) -> list[Any]:
+    text = '{"a":"' + "y" * 1_500_000 + '"}'
+    return [head(rng, 200, JSON[0], f"Content-Length: {len(text)}") + text]
+
+
+WEIGHED: tuple[tuple[Callable[[random.Random, str], list[Any]], int], ...] = (
+    (whole, 8),
+    (chunked, 4),
+    (stream, 8),
+    (measured_stream, 1),
+    (until_close, 2),
+    (old, 1),
+    (stream_until_close, 1),
+    (broken_stream, 4),
+    (broken_whole, 2),
+    (broken_head, 1),
+    (dropped, 2),
+    (bodiless, 1),
+    (interim, 1),
+    (refused, 3),
+    (garbage, 1),
+    (doubtful, 1),
+    (talkative, 1),
+    (large, 1),
+)
+REPLIES = [one for one, _ in WEIGHED]
+
+
+# --- what clients say
+
+
+def request(rng: random.Random, script: list[Any], path: str, *, is_last: bool) -> bytes:
+    fields: dict[str, Any] = {
+        "model": rng.choice((*MODELS, "fake")),
+        "prompt": "x",
+        "messages": [{"role": "user", "content": "x"}],
+        "input": "x",
+        "script": script,
+    }
+    method, version, more = "POST", "HTTP/1.1", [f"Authorization: Bearer {KEY}"]
+    body = json.dumps(fields)
+    odd = rng.randrange(40)
+    if odd in (2, 3, 17) and not is_last:  # what follows would meet a connection that is being closed
+        odd = 99
+    match odd:
+        case 0:
+            path += "?a=b"
+        case 1:
+            method = rng.choice(("GET", "PUT", "OPTIONS"))
+        case 2:
+            version = "HTTP/1.0"
+        case 3:
+            more.append("Connection: close")
+        case 4:
+            more.append("Expect: 100-continue")
+        case 5:
+            more.append(rng.choice(("Origin: http://localhost:3000", "Origin: http://evil.example")))
+        case 6:
+            more.append(rng.choice(("x-request-id: mine-7", "X-Request-Id: with blank", "x-session-id: s")))
+        case 7:
+            more[0] = rng.choice(("Authorization: Bearer wrong", "Authorization: Basic x", "x-api-key: wrong", "a: b"))
+        case 8:
+            more[0] = f"x-api-key: {KEY}"
+        case 9:
+            more.append(rng.choice(("content-encoding: gzip", "Content-Encoding: identity")))
+        case 10:
+            body = json.dumps(fields | {"model": rng.choice(("fakee", "", 5, "m" * 300))})
+        case 11:
+            body = rng.choice(("", "{", "[]", "null", '{"model":"fake"}', "\xff\xfe", '{"model":"fake","stream":0}'))
+        case 12:
+            body = json.dumps(fields | {"enable_thinking": True, "pad": "p" * rng.choice((10, 70_000))})
+        case 13:
+            body = json.dumps(fields | {"pad": "p" * (LIMIT_BYTES + 10)})
+        case 14:
+            body = json.dumps(fields | {"lora_name": "none"})
+        case 15:
+            more += [
+                "X-Many: 1",
+                "x-many: 2",
+                "Cookie: a=b",
+                "Accept-Encoding: gzip",
+                "TE: trailers",
+            ]
+        case 16:
+            path = rng.choice(("/v1/%63ompletions", "/v1/completions/", "//v1/completions", "http://h/rerank"))
+        case 17:
+            more.append("Upgrade: h2c")
+        case 18:
+            body = json.dumps(fields | {"stream": True})
+        case 19:
+            more.append("Host: second.example")
+    data = body.encode("latin-1", "replace")
+    lines = [f"{method} {path} {version}", "Host: localhost", "Content-Type: application/json", *more]
+    rng.shuffle(lines[1:])
+    top = "\r\n".join(lines).encode("latin-1")
+    if rng.randrange(6) or version == "HTTP/1.0":
+        return top + b"\r\nContent-Length: %d\r\n\r\n" % len(data) + data
+    places = sorted({0, len(data), *(rng.randrange(len(data) + 1) for _ in range(rng.randrange(4)))})
+    parts = [data[begin:end] for begin, end in itertools.pairwise(places)]
+    sent = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+    trailer = rng.choice((b"", b"", b"x-trailer: 1\r\n"))
+    return top + b"\r\nTransfer-Encoding: chunked\r\n\r\n" + sent + b"0\r\n" + trailer + b"\r\n"
+
+
+def case_of(rng: random.Random) -> Case:
+    count = rng.choice((1, 1, 1, 2, 3))
+    paths = [rng.choice(PATHS) for _ in range(count)]
+    leaves = rng.choice((None, None, None, None, "close", "reset"))
+    scripts = [reply(rng, path, is_last=number == count) for number, path in enumerate(paths, 1)]
+    reads = 0
+    if leaves:  # at a moment that both ways know: the engine says nothing, or has said no end
+        count, paths, scripts = 1, paths[:1], [late(rng, paths[0])]
+        reads = rng.choice((0, 1)) if len(scripts[0]) > 1 else 0
+    ends = [False] * (count - 1) + [True]
+    data = [request(rng, *one, is_last=is_last) for *one, is_last in zip(scripts, paths, ends, strict=True)]
+    if leaves and not rng.randrange(4):  # in the middle of its own request
+        data, reads = [data[0][: rng.randrange(len(data[0]))]], 0
+    sent: list[bytes | float] = []
+    if rng.randrange(3):
+        stream = b"".join(data)
+        places = sorted({0, len(stream), *(rng.randrange(len(stream) + 1) for _ in range(rng.randrange(4)))})
+        for begin, end in itertools.pairwise(places):
+            sent += [stream[begin:end], rng.choice((0, 0.001, 0.005))]
+    else:
+        for one in data:
+            sent += [one, rng.choice((0.0, 0.02))]
+    return Case(tuple(sent), leaves, reads, count, tuple(scripts))
+
+
+# --- what comes of it
+
+
+class Replies:
+    """What a client is told, connection and all."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, Any]] = []
+        self.is_whole = True
+        self._parser = httptools.HttpResponseParser(self)
+
+    def feed(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_message_begin(self) -> None:
+        self.is_whole = False
+        self.found.append({"headers": [], "body": b"", "whole": False})
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        text = name.decode().lower()
+        if text not in OF_THE_MOMENT:
+            self.found[-1]["headers"].append((text, value.decode("latin-1")))
+
+    def on_headers_complete(self) -> None:
+        self.found[-1]["status"] = self._parser.get_status_code()
+
+    def on_body(self, body: bytes) -> None:
+        self.found[-1]["body"] += body
+
+    def on_message_complete(self) -> None:
+        self.is_whole = self.found[-1]["whole"] = True
+
+    def told(self) -> list[dict[str, Any]]:
+        for one in self.found:
+            one["headers"].sort()
+            if b"is no HTTP" in one["body"]:  # how so is told in the words of two parsers
+                one["body"] = re.sub(rb"is no HTTP[^\"]*", b"", one["body"])
+                one["headers"] = [header for header in one["headers"] if header[0] != "content-length"]
+        return [one for one in self.found if one.get("status", 200) >= 200]
+
+
+async def play(gateway: Gateway, case: Case) -> dict[str, Any]:
+    """Be the client; what it is told."""
+    port = int(gateway.address.rpartition(":")[2])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
+    replies, is_open, read = Replies(), True, 0
+    sending = asyncio.ensure_future(_send(writer, case.sent))
+    try:
+        if case.leaves and not case.reads:
+            await sending
+            await asyncio.sleep(0.4)  # until the engine has it, on a busy machine too
+        while not (case.leaves and read >= case.reads):
+            if replies.is_whole and len(replies.told()) >= case.asked:
+                await sending
+                break
+            try:
+                data = await asyncio.wait_for(reader.read(2**16), QUIET_S)
+            except ConnectionError:
+                data = b""
+            except TimeoutError:
+                return {"replies": replies.told(), "is_open": "it says nothing"}
+            if not data:
+                is_open = False
+                break
+            replies.feed(data)
+            read = len(replies.told())  # a reply, not the word to go on
+        if case.leaves == "reset":
+            writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+    finally:
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        writer.close()
+    if case.leaves:
+        return {}
+    return {"replies": replies.told(), "is_open": is_open}
+
+
+async def _send(writer: asyncio.StreamWriter, sent: tuple[bytes | float, ...]) -> None:
+    with suppress(ConnectionError):  # who has refused the request need not take all of it
+        for step in sent:
+            if isinstance(step, bytes):
+                writer.write(step)
+                await writer.drain()
+            else:
+                await asyncio.sleep(step)
+
+
+async def look(gateway: Gateway) -> dict[str, Any]:
+    """What is counted, and what the engine has seen since, once all is quiet."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    seen: list[dict[str, Any]] = []
+    gone = 0
+    async with asyncio.timeout(10):
+        while True:
+            replicas = (await gateway.get("/v1/replicas", headers=headers)).json
+            if not any(replica["in_flight"] for replica in replicas):
+                break
+            await asyncio.sleep(0.01)
+    async with asyncio.timeout(10):
+        for replica in replicas:
+            is_at_work = True
+            while is_at_work:
+                engine = await ask_engine(replica["address"])
+                seen += engine["seen"]
+                gone += engine["gone"]
+                if is_at_work := engine["at_work"]:
+                    await asyncio.sleep(0.01)
+    text = (await gateway.get("/metrics", headers=headers)).body.decode()
+    lines = [line.rpartition(" ") for line in text.splitlines() if COUNTED.match(line)]
+    counts = Counter({name: float(count) for name, _, count in lines})
+    return {"counts": counts, "seen": seen, "gone": gone, "starts": [replica["starts"] for replica in replicas]}
+
+
+async def ask_engine(address: str) -> dict[str, Any]:
+    reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"), limit=2**26)
+    writer.write(b"GET /seen HTTP/1.1\r\nhost: x\r\n\r\n")
+    top = await reader.readuntil(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", top)
+    assert length
+    said: dict[str, Any] = json.loads(await reader.readexactly(int(length[1])))
+    writer.close()
+    return said
+
+
+async def both(tmp_path: Path, start_gateway: StartGateway) -> tuple[Gateway, Gateway]:
+    """Two gateways that differ in nothing but the way."""
+    gateways = []
+    headers = {"authorization": f"Bearer {KEY}"}
+    options = {"command": f"{ENGINE} --host {{socket}}", "served_name": MODELS["named"]}
+    named = {"model_engine": "command", "options": options, "model_path": str(tmp_path)}
+    for door in ("auto", "plain"):
+        gateway = await start_gateway(
+            fake={},
+            home=tmp_path / door,
+            env={"HOSTLER_DOOR": door},
+            engines={"llama.cpp": {"binary": str(ENGINE)}},
+            models={"named": named},
+            api_keys=[KEY],
+            max_body_bytes=LIMIT_BYTES,
+            log_level="error",
+        )
+        for model in MODELS:
+            await gateway.post(f"/v1/models/{model}/start", headers=headers)
+        async with asyncio.timeout(30):
+            while True:
+                replicas = (await gateway.get("/v1/replicas", headers=headers)).json
+                if all(replica["state"] == "ready" for replica in replicas):
+                    break
+                await asyncio.sleep(0.02)
+        gateways.append(gateway)
+    return gateways[0], gateways[1]
+
+
+async def differences(gateways: tuple[Gateway, Gateway], case: Case) -> dict[str, Any]:
+    """What the case shows of one and not of the other."""
+    before = [await look(gateway) for gateway in gateways]
+    told = await asyncio.gather(*(play(gateway, case) for gateway in gateways))
+    found = []
+    for gateway, was, one in zip(gateways, before, told, strict=True):
+        now = await look(gateway)
+        for name, count in was["counts"].items():
+            now["counts"][name] -= count
+        if case.leaves:  # how much of what came had been read by then is not told
+            now["counts"] = Counter({name: one for name, one in now["counts"].items() if not OF_TOKENS.search(name)})
+        if not case.leaves:
+            del now["gone"]  # it says who was the first to leave
+        found.append(one | now)
+    return {name: (found[0][name], found[1][name]) for name in found[0] if found[0][name] != found[1][name]}
+
+
+async def test_random_requests_and_engines_see_no_difference(tmp_path: Path, start_gateway: StartGateway) -> None:
+    gateways = await both(tmp_path, start_gateway)
+    wrong = []
+    for number in range(CASES):
+        case = case_of(random.Random(f"{SEED}-{number}"))
+        if found := await differences(gateways, case):
+            wrong.append((number, case, found))
+            if len(wrong) >= 5:
+                break
+            await asyncio.gather(*(look(gateway) for gateway in gateways))
+    assert not wrong, "\n\n".join(f"case {number}: {short(case)}\n{short(found)}" for number, case, found in wrong)
+
+
+def short(value: object) -> str:
+    """Without long runs of the same."""
+    return re.sub(r"(.{1,60}?)\1{20,}", r"\1...", str(value))[:4000]
