@@ -10,8 +10,6 @@ import inspect
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from packaging.version import Version
-
 FIRST, BEFORE = "0.40", "1"  # as in pyproject.toml
 PROTOCOL = "uvicorn.protocols.http.httptools_impl"
 
@@ -65,6 +63,8 @@ def breach() -> str | None:
 
 
 def _breaches() -> Iterator[str]:
+    from packaging.version import Version  # late: a plain door needs none of it
+
     try:
         found = Version(version("uvicorn"))
         module = importlib.import_module(PROTOCOL)
