@@ -182,7 +182,7 @@ def instance_card(deployment: Deployment) -> dict[str, Any]:
         "model_version": version_of(artifact.family, artifact.spec),
         "model_ability": list(artifact.family.abilities),
         "replica": launch.replica,
-        "status": instance_status(deployment.state),
+        "status": instance_status(deployment.state, is_wished=deployment.is_wished),
         "instance_created_ts": int(deployment.launched_at),
         "n_worker": 1,
         "replica_statuses": [instance_replica(replica) for replica in deployment.replicas],
@@ -209,9 +209,13 @@ def instance_replica(replica: Replica) -> dict[str, Any]:
     }
 
 
-def instance_status(state: State) -> str:
-    """Our states in Xinference's words; a model that waits for its next request counts as ready."""
-    if state is State.STOPPED or state in RESTING:
+def instance_status(state: State, *, is_wished: bool = False) -> str:
+    """Our states in Xinference's words; a model that waits for its next request counts as ready.
+
+    Args:
+        is_wished: it is to be loaded, even if nothing has begun.
+    """
+    if (state is State.STOPPED and not is_wished) or state in RESTING:
         return "READY"
     return {State.READY: "READY", State.FAILED: "ERROR", State.STOPPING: "TERMINATING"}.get(state, "CREATING")
 
