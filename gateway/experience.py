@@ -175,6 +175,8 @@ class Experience:
                         await self._sample(await asyncio.to_thread(look, set(self._lives)))
                     if content := self._changes():
                         await asyncio.to_thread(self._write, content)
+                except OSError as exc:
+                    logger.warning("What engines take could not be seen: %s", exc)
                 except Exception:  # nobody's service hangs on it
                     logger.exception("What engines take could not be seen")
                 await asyncio.sleep(min(PAUSE_S, sample_s))  # many that become ready at once are seen at once

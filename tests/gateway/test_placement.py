@@ -93,7 +93,7 @@ def test_a_shorter_context_goes_before_the_cpu_and_a_refusal_is_about_the_shorte
     refusal = place(a_long_one(lighter={"1B": 5 * GB}), devices, full)
     assert isinstance(refusal, NoRoom)
     assert refusal.text.startswith("with a context of only 16,000 tokens it needs about 18,000 MB")
-    assert "Another spec of the family: 1B." in refusal.text
+    assert "Take another spec of the family: 1B." in refusal.text
     assert not refusal.for_ever
 
 

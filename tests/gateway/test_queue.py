@@ -41,6 +41,7 @@ class Copy:
     waits_for: str | None = None
     placement = None
     is_wanted = True
+    dozes = False
 
     def __init__(self, launch: Launch, index: int, changed: Callable[[], None]) -> None:
         self.launch = launch
