@@ -72,7 +72,7 @@ PARTS: dict[str, Part] = {
     "diffusers": Part(libraries.diffusers, 25, 150, ("torch", "diffusers")),
     "kill-worker": Part(killing.worker, 40, 100, ("torch", "transformers")),
     "start": Part(tokens.start, 60, 200, ("vllm",)),
-    "latency": Part(tokens.latency, 30, 170, ("vllm",)),
+    "latency": Part(tokens.latency, 30, 230, ("vllm",)),
     "kill-vllm": Part(killing.vllm, 60, 150, ("vllm",)),
     "kill-group": Part(killing.vllm_group, 10, 150, ("vllm",)),
     "sleep-1b": Part(swapping.small, 15, 40, ("vllm",)),

@@ -29,7 +29,7 @@ TOOLS = [
     }
 ]
 LEVELS = (1, 16, 64, 256)
-REPETITIONS = 4
+REPETITIONS = 3
 WINDOW_S = 2.5
 PARTS = ("first_ms", "gaps_ms")
 
@@ -131,19 +131,38 @@ async def latency(bench: Bench) -> None:
     """The same engine directly and through the gateway, by turns: first token, gaps, throughput, processor time."""
     door, notes = await bench.door(), bench.notes
     uid = "m1b"
-    engine = door.running(uid)
-    ways = {"direct": _way(engine), "gateway": Way("gateway", port=door.port)}
-    await measure(ways["gateway"], uid, 64, 1.0)  # what is compiled at the first time is not counted
     pooled: dict[tuple[int, str], dict[str, Any]] = {}
-    ratios: dict[int, list[dict[str, float]]] = {streams: [] for streams in LEVELS}
+    ratios: dict[tuple[int, str], list[dict[str, float]]] = {}
+    for kind in ("plain", "auto"):
+        await _with_door(door, kind, uid)
+        await _by_turns(bench, door, uid, kind, pooled, ratios)
+        notes.keep("ratios of each repetition", [[*key, found] for key, found in ratios.items()])
+        _latency_table(bench, pooled, ratios, is_last=kind == "auto")
+
+
+async def _with_door(door: Door, kind: str, uid: str) -> None:
+    """The engine stays: the gateway is killed, and the next one adopts it."""
+    if door.settings.get("door", "plain") == kind:
+        return
+    door.settings["door"] = kind
+    await door.kill()
+    await door.start()
+    await door.until_state(uid, "ready", limit_s=30)
+
+
+async def _by_turns(bench: Bench, door: Door, uid: str, kind: str, pooled: Any, ratios: Any) -> None:
+    notes = bench.notes
+    ways = {"direct": _way(door.running(uid)), f"door {kind}": Way(f"door {kind}", port=door.port)}
+    gateway = ways[f"door {kind}"]
+    await measure(gateway, uid, 64, 1.0)  # what is compiled at the first time is not counted
     for _ in range(REPETITIONS):
         for streams in LEVELS:
             if notes.left_s < 20:
                 notes.say("no time for more of the latency")
-                break
+                return
             pair = {}
             for role in random.sample(tuple(ways), 2):
-                pid = door.pid if role == "gateway" else None
+                pid = door.pid if role != "direct" else None
                 one = pair[role] = await measure(ways[role], uid, streams, WINDOW_S, pid=pid)
                 all_of = pooled.setdefault(
                     (streams, role), {"first_ms": [], "gaps_ms": [], "tokens_per_s": [], "cpu": []}
@@ -152,18 +171,15 @@ async def latency(bench: Bench) -> None:
                     all_of[part] += one[part]
                 all_of["tokens_per_s"].append(one["tokens_per_s"])
                 all_of["cpu"].append(one["cpu_us_per_token"])
-            ratios[streams].append(
+            ours = pair[gateway.name]
+            ratios.setdefault((streams, gateway.name), []).append(
                 {
-                    f"{part[:-3]} p{share * 100:.0f}": _q(pair["gateway"], part, share)
-                    / _q(pair["direct"], part, share)
+                    f"{part[:-3]} p{share * 100:.0f}": _q(ours, part, share) / _q(pair["direct"], part, share)
                     for part in PARTS
                     for share in (0.5, 0.99)
                 }
-                | {"throughput": pair["gateway"]["tokens_per_s"] / pair["direct"]["tokens_per_s"]}
+                | {"throughput": ours["tokens_per_s"] / pair["direct"]["tokens_per_s"]}
             )
-            notes.keep("ratios of each repetition", ratios)
-            _latency_table(bench, pooled, ratios, is_last=False)
-    _latency_table(bench, pooled, ratios, is_last=True)
 
 
 def _q(one: dict[str, Any], part: str, share: float) -> float:
@@ -180,7 +196,7 @@ def _latency_table(bench: Bench, pooled: Any, ratios: Any, *, is_last: bool) -> 
                 *(streams, role),
                 *(_q(one, part, share) for part in PARTS for share in (0.5, 0.99)),
                 statistics.median(one["tokens_per_s"]),
-                statistics.median(cpu) if cpu and role == "gateway" else None,
+                statistics.median(cpu) if cpu and role != "direct" else None,
                 len(one["first_ms"]),
             ]
         )
@@ -203,10 +219,10 @@ def _latency_table(bench: Bench, pooled: Any, ratios: Any, *, is_last: bool) -> 
     names = ["first p50", "first p99", "gaps p50", "gaps p99", "throughput"]
     bench.notes.table(
         "gateway / direct, median of the repetitions",
-        ["streams", *names],
+        ["streams", "way", *names],
         [
-            [streams, *(statistics.median(one[name] for one in found) for name in names)]
-            for streams, found in ratios.items()
+            [streams, way, *(statistics.median(one[name] for one in found) for name in names)]
+            for (streams, way), found in sorted(ratios.items())
             if found
         ],
     )
