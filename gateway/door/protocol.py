@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection
 from typing import Any, cast
 
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.api.auth import Guard
 from gateway.api.exchange import Headers, Lost
@@ -21,6 +20,7 @@ from gateway.api.inference import Inference
 from gateway.api.trace import id_of, new_id, write_line
 from gateway.api.ways import WAYS, Way
 from gateway.crowd import Crowd
+from gateway.door.leaving import WatchedProtocol
 from gateway.door.splice import Splice
 from gateway.errors import HostlerError, RequestRefused
 from gateway.fleet import Fleet
@@ -72,7 +72,7 @@ def is_easy(way: Way) -> bool:
     return way.method == "POST" and way.rewrite is None and way.events is None
 
 
-class DoorProtocol(HttpToolsProtocol):
+class DoorProtocol(WatchedProtocol):
     """One connection."""
 
     def __init__(self, door: Door, **of_uvicorn: Any) -> None:
@@ -81,7 +81,6 @@ class DoorProtocol(HttpToolsProtocol):
         self._last_look: tuple[float, Headers, int] | None = None  # when we first saw what has not changed since
         self._door = door
         self._splice: Splice | None = None  # what is being answered
-        self._again: Any = None  # the cycle of a splice that was replayed
         self._inference: Inference | None = None  # of the request that comes in, as long as it is easy
         self._is_coming = False  # a request has begun, and not all of it is there
         self._has_head = False
@@ -96,9 +95,6 @@ class DoorProtocol(HttpToolsProtocol):
         splice, self._splice = self._splice, None
         if splice is not None:
             splice.client_left()
-        if (again := self._again) is not None and not again.response_complete:
-            again.disconnected = True
-            again.message_event.set()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -314,7 +310,6 @@ class DoorProtocol(HttpToolsProtocol):
             super().on_body(part)
         if is_whole:
             super().on_message_complete()
-        self._again = self.cycle
         self.url, self.headers, self.scope, self.expect_100_continue, self.parser, cycle = now
         if cycle is not None and not cycle.response_complete:
             self.cycle = cycle
