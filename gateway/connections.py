@@ -30,6 +30,10 @@ class CannotAsk(UpstreamLost):
     """We could not open a connection, for want of open files; it says nothing of the replica."""
 
 
+class NoHttp(UpstreamLost):
+    """What the replica said is no HTTP. It has the request, which is not sent again."""
+
+
 class Taker(Protocol):
     """Whose request is on a connection."""
 
@@ -116,7 +120,7 @@ class Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             self._is_odd = True
             if not self._is_whole:
-                self._lose(UpstreamLost(f"what it said is no HTTP: {exc or type(exc).__name__}"))
+                self._lose(NoHttp(f"what it said is no HTTP: {exc or type(exc).__name__}"))
                 self._transport.abort()
                 return
         if self._has_head:

@@ -29,6 +29,7 @@ from gateway.connections import (
     KEEPALIVE_S,
     CannotAsk,
     Connections,
+    NoHttp,
     UpstreamLost,
 )
 from gateway.limits import OUT_OF_FILES
@@ -118,7 +119,11 @@ class Upstream:
             try:
                 return await self._send(self._session, method, path, sent, body)
             except UpstreamLost as exc:
-                if self._session.closed or isinstance(exc, CannotAsk) or isinstance(exc.__cause__, TimeoutError):
+                if (
+                    self._session.closed
+                    or isinstance(exc, CannotAsk | NoHttp)
+                    or isinstance(exc.__cause__, TimeoutError)
+                ):
                     raise
             if self._fresh is None:
                 self._fresh = _session(self._endpoint, force_close=True)
@@ -169,7 +174,7 @@ class Upstream:
             raise UpstreamLost(DISCONNECTED) from exc
         except ClientResponseError as exc:
             reason = exc.message.partition("\n")[0].rstrip(":")
-            raise UpstreamLost(f"what it said is no HTTP: {reason}") from exc
+            raise NoHttp(f"what it said is no HTTP: {reason}") from exc
         except (ClientError, OSError, RuntimeError) as exc:  # RuntimeError: the session was closed
             is_ours = isinstance(exc, OSError) and exc.errno in OUT_OF_FILES
             raise (CannotAsk if is_ours else UpstreamLost)(str(exc) or type(exc).__name__) from exc

@@ -25,7 +25,7 @@ from gateway.api.exchange import (
     with_length,
 )
 from gateway.api.ways import Way
-from gateway.connections import JOINED_BYTES, CannotAsk, Connection, UpstreamLost
+from gateway.connections import JOINED_BYTES, CannotAsk, Connection, NoHttp, UpstreamLost
 from gateway.errors import HandedOver, HostlerError, ShuttingDown, body_of, envelope
 from gateway.fleet import Fleet
 from gateway.replica import Replica
@@ -217,7 +217,7 @@ class Splice(Exchange):
         elif (
             self._is_second
             or self._upstream.connections.is_closed
-            or isinstance(why, CannotAsk)
+            or isinstance(why, CannotAsk | NoHttp)
             or isinstance(why.__cause__, TimeoutError)
             or (connection is not None and connection.has_head)
         ):

@@ -566,6 +566,22 @@ async def test_random_requests_and_engines_see_no_difference(tmp_path: Path, sta
     assert not wrong, "\n\n".join(f"case {number}: {short(case)}\n{short(found)}" for number, case, found in wrong)
 
 
+async def test_no_request_is_sent_twice_as_the_engine_says_more_than_its_reply(
+    tmp_path: Path, start_gateway: StartGateway
+) -> None:
+    said = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+    told = []
+    for gateway in await both(tmp_path, start_gateway):
+        await look(gateway)
+        for script in ([said + "no HTTP\r\n\r\n"], ["no HTTP\r\n\r\n"]):
+            body = {"model": "fake", "prompt": "x", "script": script}
+            answer = await gateway.post("/v1/completions", body, headers={"authorization": f"Bearer {KEY}"})
+            told.append(answer.status)
+            assert answer.status == 200 or "is no HTTP" in answer.error["message"]
+            assert len((await look(gateway))["seen"]) == 1
+    assert told == [200, 502, 502, 502]  # aiohttp gives nothing of a reply with more behind it
+
+
 def short(value: object) -> str:
     """Without long runs of the same."""
     return re.sub(r"(.{1,60}?)\1{20,}", r"\1...", str(value))[:4000]
