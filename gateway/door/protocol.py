@@ -185,6 +185,13 @@ class DoorProtocol(WatchedProtocol):
 
     def _is_easy(self, inference: Inference) -> bool:
         """Whether the head leaves it so, and no other request is before it."""
+        try:
+            return self._is_head_easy(inference)
+        except Exception:
+            logger.exception("A fault of the gateway: %s is left to the plain route", inference.way.path)
+            return False
+
+    def _is_head_easy(self, inference: Inference) -> bool:
         door, parser = self._door, self.parser
         if self.cycle is not None and not self.cycle.response_complete:
             return False
@@ -233,6 +240,7 @@ class DoorProtocol(WatchedProtocol):
             replica = deployment.at_hand(None, splice.key())
             if replica is None or replica.upstream is None or replica.upstream.is_elsewhere:
                 return False
+            upstream, replica = replica.upstream, deployment.take(replica)
         except HostlerError:
             return False
         except Exception:
@@ -241,7 +249,7 @@ class DoorProtocol(WatchedProtocol):
         splice.keep_alive = self._keeps_alive
         self._splice = splice
         self.cycle = cast(Any, splice)
-        splice.begin(deployment.take(replica), replica.upstream)
+        splice.begin(replica, upstream)
         return True
 
     # --- what a splice tells

@@ -96,11 +96,14 @@ class Splice(Exchange):
         self.phase = "waiting"
         self._replica, self._upstream, self._life = replica, upstream, replica.starts
         self.replica_name = replica.name
-        connection = upstream.connections.take()
-        if connection is None:
-            self._connect()
-        else:
-            self._ask(connection)
+        try:
+            connection = upstream.connections.take()
+            if connection is None:
+                self._connect()
+            else:
+                self._ask(connection)
+        except Exception:
+            self.fail()
 
     @property
     def replica(self) -> Replica:
@@ -132,13 +135,15 @@ class Splice(Exchange):
 
     async def _ask_anew(self) -> None:
         try:
-            connection = await self._upstream.connections.connect()
-        except UpstreamLost as exc:
-            self._task = None
-            self.lost(exc)
-        else:
-            self._task = None
+            try:
+                connection = await self._upstream.connections.connect()
+            finally:
+                self._task = None
             self._ask(connection)
+        except UpstreamLost as exc:
+            self.lost(exc)
+        except Exception:
+            self.fail()
 
     def write_paused(self, *, is_paused: bool) -> None:
         """The engine takes the request's body slower than it was sent; it is all on its way already."""
@@ -147,6 +152,12 @@ class Splice(Exchange):
 
     def took(self, connection: Connection, parts: list[bytes], *, is_whole: bool) -> None:
         """The next bytes of the reply."""
+        try:
+            self._take(connection, parts, is_whole=is_whole)
+        except Exception:
+            self.fail()
+
+    def _take(self, connection: Connection, parts: list[bytes], *, is_whole: bool) -> None:
         if is_whole:
             self._connection = None
         if not self._has_begun:
@@ -210,6 +221,12 @@ class Splice(Exchange):
 
     def lost(self, why: UpstreamLost) -> None:
         """The engine's connection is gone before the end of the reply."""
+        try:
+            self._lose(why)
+        except Exception:
+            self.fail()
+
+    def _lose(self, why: UpstreamLost) -> None:
         connection, self._connection = self._connection, None
         if self.status:
             self._task = self._client.loop.create_task(self._mourn(why))
@@ -235,7 +252,35 @@ class Splice(Exchange):
             lost = Lost(self.deployment, self._replica, self._life, why, self.started)
         self._client.replay(self, lost)
 
+    def fail(self) -> None:
+        """A fault of the gateway is being handled: nothing may be left open, or counted as in use.
+
+        The plain route answers if no byte has gone to the client; else the connection ends.
+        """
+        logger.exception("A fault of the gateway at %s, on the short way", self.way.path)
+        self._drop()
+        if self._task is not None:
+            self._task.cancel()
+        try:
+            if self.response_complete:
+                self._client.transport.close()
+            elif self._top or not self.status:
+                self.status, self._top = 0, b""
+                self._give_up(None)
+            else:
+                self.keep_alive = False
+                self._end(500, was_served=False)
+        except Exception:
+            logger.exception("Another one; the client's connection is closed")
+            self._client.transport.close()
+
     async def _mourn(self, why: UpstreamLost) -> None:
+        try:
+            await self._tell_loss(why)
+        except Exception:
+            self.fail()
+
+    async def _tell_loss(self, why: UpstreamLost) -> None:
         """Tell the client that there is no more, and why."""
         reason: HostlerError
         try:
@@ -303,7 +348,10 @@ class Splice(Exchange):
         self._drop()
         if self._task is not None:
             self._task.cancel()
-        self._end(499, was_served=False)
+        try:
+            self._end(499, was_served=False)
+        except Exception:
+            self.fail()
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

@@ -256,6 +256,80 @@ async def test_tokens_are_counted_whatever_pieces_a_reply_comes_in(
     assert (tally.completion_tokens, tally.reasons.get("length", 0)) == (before[0] + 2, before[1] + 1)
 
 
+# Where a fault of ours may be, and the reply that it meets.
+FAULTS = [
+    ("gateway.door.protocol.DoorProtocol._is_head_easy", WHOLE),
+    ("gateway.door.protocol.Splice", WHOLE),
+    ("gateway.deployment.Deployment.take", WHOLE),
+    ("gateway.connections.Connections.take", WHOLE),
+    ("gateway.connections.Connection.ask", WHOLE),
+    ("gateway.door.splice.Splice.begins", WHOLE),
+    ("gateway.door.splice.Splice.returned", WHOLE),
+    ("gateway.door.splice.Splice._start", WHOLE),
+    ("gateway.door.splice.Splice.heard", WHOLE),
+    ("gateway.door.splice.Splice.streamed", STREAM),
+    ("gateway.door.splice.Splice.refusal", b"HTTP/1.1 400 No\r\ncontent-length: 2\r\n\r\n{}"),
+    ("gateway.door.splice.Splice._lose", b"no HTTP"),
+    ("gateway.door.splice.Splice.count", WHOLE),
+    ("gateway.door.protocol.DoorProtocol.spliced", WHOLE),
+]
+
+
+@pytest.mark.parametrize(("place", "reply"), FAULTS)
+async def test_a_fault_of_ours_leaves_nobody_without_an_answer_and_nothing_in_use(
+    ends: SimpleNamespace,
+    place: str,
+    reply: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fault(*of_it: Any, **named: Any) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as faulty:
+        faulty.setattr(place, fault)
+        ends.client.data_received(HEAD + BODY)
+        if not ends.client.tasks:
+            ends.engine.data_received(reply)
+    assert "A fault of the gateway" in caplog.text
+    assert ends.replica.in_flight == 0
+    assert ends.connections.asking == 0
+    sent = ends.to_client.taken()
+    if ends.client.tasks:  # the plain route answers
+        assert not sent
+        assert ends.client.cycle.scope["path"] == "/v1/completions"
+        assert ends.client.cycle.body == BODY
+    else:  # it was known to be whole
+        assert sent.endswith(reply.partition(b"\r\n\r\n")[2])
+        assert ends.to_client.end == "closed"
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
+async def test_a_fault_in_the_middle_of_an_answer_ends_the_connection_and_is_counted(
+    ends: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends.client.data_received(HEAD + BODY)
+    ends.engine.data_received(STREAM[:130])
+    assert b"data: {" in ends.to_client.taken()
+    with monkeypatch.context() as faulty:
+        faulty.setattr("gateway.door.splice.Splice.streamed", lambda *of_it: 1 / 0)
+        ends.engine.data_received(STREAM[130:])
+    assert ends.to_client.end == "closed"
+    assert ends.to_engine.end is not None or ends.connections.idle == [ends.engine]
+    assert (ends.replica.in_flight, ends.replica.served, ends.connections.asking) == (0, 0, 0)
+
+
+async def test_a_fault_as_the_client_leaves_leaves_nothing_in_use(
+    ends: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends.client.data_received(HEAD + BODY)
+    monkeypatch.setattr("gateway.door.splice.Splice.count", lambda *of_it: 1 / 0)
+    ends.client.connection_lost(None)
+    assert ends.to_engine.end == "aborted"
+    assert ends.replica.in_flight == 0
+    assert ends.client not in ends.client.connections
+
+
 def test_uvicorn_is_as_the_short_way_needs_it() -> None:
     assert contract.breach() is None
 
