@@ -58,6 +58,7 @@ class Connection(asyncio.Protocol):
         self._is_odd = False  # it says what nobody asked for, so it is not used again
         self._is_kept = False  # the engine keeps it open after the reply
         self._is_read_paused = False
+        self._rest = 0  # bytes of the request that nobody has sent yet
         self._is_interim = False
         self._is_whole = False
         self._has_head = False
@@ -75,9 +76,10 @@ class Connection(asyncio.Protocol):
         """Whether the engine will most likely still answer by it."""
         return time.monotonic() - self._idle_since < KEEPALIVE_S and not self._transport.is_closing()
 
-    def ask(self, taker: Taker, head: bytes, body: bytes) -> None:
-        """Send a request."""
+    def ask(self, taker: Taker, head: bytes, body: bytes, rest: int = 0) -> None:
+        """Send a request; of its body `rest` bytes come by `more`."""
         self._taker = taker
+        self._rest = rest
         self._has_head = self._is_whole = self._is_kept = False
         self.headers = []
         self._connections.asking += 1
@@ -89,6 +91,8 @@ class Connection(asyncio.Protocol):
 
     def more(self, part: bytes) -> None:
         """More of the request's body."""
+        self._rest -= len(part)
+        self._connections.heard += 1  # it took what came before
         self._transport.write(part)
 
     def pause(self, *, is_paused: bool) -> None:
@@ -202,6 +206,9 @@ class Connection(asyncio.Protocol):
             taker.lost(why)
 
     def _give_back(self) -> None:
+        if self._rest:  # it has answered before the request was whole
+            self._transport.abort()
+            return
         self.pause(is_paused=False)
         if not self._is_kept or self._is_odd or self._transport.is_closing():
             self._transport.close()

@@ -74,6 +74,13 @@ class Terms:
         self.changes_json = bool(way.rewrite or way.opening or self.words or self.back)
         self.is_read_whole = bool(way.rewrite or self.words or self.back)  # a reply that differs is needed as a whole
 
+        # What a request may say that changes it, which is to be known before any of it is sent on.
+        names = ["model", "enable_thinking", "lora_name", *deployment.defaults]
+        if self.asks_for_usage:
+            names += ["stream", "stream_options"]
+        self.asked_by = frozenset(name.encode() for name in names)
+        self.is_asked_late = False  # a client has said it behind what is large
+
     def are_of(self, deployment: Deployment) -> bool:
         """Whether they still hold."""
         return self.deployment is deployment and self.launch is deployment.launch and self.engine is deployment.engine

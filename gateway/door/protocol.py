@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, cast
 
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.auth import Guard
-from gateway.api.exchange import Headers, Lost
+from gateway.api.beginning import Fields
+from gateway.api.exchange import Asked, Headers, Lost
 from gateway.api.inference import Inference
 from gateway.api.trace import id_of, new_id, write_line
 from gateway.api.ways import WAYS, Way
 from gateway.crowd import Crowd
 from gateway.door.leaving import WatchedProtocol
 from gateway.door.splice import Splice
+from gateway.door.upload import Upload
 from gateway.errors import HostlerError, RequestRefused
 from gateway.fleet import Fleet
 
@@ -29,6 +33,10 @@ logger = logging.getLogger("hostler.door")
 
 SWEEP_S = 1.0
 STALL_LIMIT_S = 60.0  # of a request that has begun to come
+
+UPLOAD_BYTES = 2**20  # a body that is larger is passed on while it comes
+FIRST_LOOK_BYTES, LAST_LOOK_BYTES = 8 * 1024, 512 * 1024  # of it, to know what is asked of whom
+NEVER = sys.maxsize
 
 # Headers that are looked at. What to do about some of them, or about one that stands twice, the plain route knows.
 TELLING = frozenset(
@@ -87,6 +95,9 @@ class DoorProtocol(WatchedProtocol):
         self._keeps_alive = True
         self._parts: list[bytes] = []
         self._size = 0
+        self._length = 0  # as the head says; 0 if it does not
+        self._look_at = NEVER  # with so much of the body there
+        self._upload: Upload | None = None  # whose body comes in
         self._request_id = b""
 
     # --- what the loop tells
@@ -114,7 +125,8 @@ class DoorProtocol(WatchedProtocol):
                 self.transport.close()
             return
         is_answered = self.cycle is not None and not self.cycle.response_complete
-        if is_answered or (self._has_head and self._inference is None):
+        is_passed_on = self._upload is not None and not self.flow.read_paused
+        if not is_passed_on and (is_answered or (self._has_head and self._inference is None)):
             self._last_look = None
             return
         look = self._last_look
@@ -156,15 +168,22 @@ class DoorProtocol(WatchedProtocol):
             self._keeps_alive = self.parser.should_keep_alive()
             self._parts = []
             self._size = 0
+            self._look_at = FIRST_LOOK_BYTES if self._length > UPLOAD_BYTES else NEVER
         else:
             self._pass_on(self.url, self.headers)
 
     def on_body(self, body: bytes) -> None:
         if self._inference is None:
-            super().on_body(body)
+            if self._upload is None:
+                super().on_body(body)
+            else:
+                self._size += len(body)
+                self._upload.more(body)
             return
         self._parts.append(body)
         self._size += len(body)
+        if self._size >= self._look_at and self._passes_on(self._inference):
+            return
         if self._size > self._door.fleet.settings.max_body_bytes:
             self._inference = None
             self._replay(self.url, self.headers, self._parts, is_whole=False, keeps_alive=self._keeps_alive)
@@ -173,7 +192,11 @@ class DoorProtocol(WatchedProtocol):
         self._is_coming = False
         inference = self._inference
         if inference is None:
-            super().on_message_complete()
+            if self._upload is None:
+                super().on_message_complete()
+            elif self._upload.response_complete:  # before the request was whole
+                self._idle_since = time.monotonic()
+            self._upload = None
             return
         self._inference = None
         parts, self._parts = self._parts, []
@@ -200,12 +223,13 @@ class DoorProtocol(WatchedProtocol):
         if parser.get_method() != b"POST" or parser.get_http_version() != "1.1" or parser.should_upgrade():
             return False
         host = authorization = b""
-        self._request_id, has_other_key = b"", False
+        self._request_id, self._length, has_other_key = b"", 0, False
         for name, value in self.headers:
             if name not in TELLING:
                 continue
             if name == b"content-length":
-                if int(value) > door.fleet.settings.max_body_bytes:
+                self._length = int(value)
+                if self._length > door.fleet.settings.max_body_bytes:
                     return False
             elif name == b"host" and not host:
                 host = value
@@ -230,12 +254,32 @@ class DoorProtocol(WatchedProtocol):
 
     def _splices(self, inference: Inference, body: bytes) -> bool:
         """Whether a replica has got the request."""
+        return self._begins(inference, lambda: inference.asked(self.headers, body), Splice, body)
+
+    def _passes_on(self, inference: Inference) -> bool:
+        """Whether a replica gets the request while it comes."""
+        begun = b"".join(self._parts)
+        self._parts = [begun]
+        self._look_at = 2 * self._size if self._size < LAST_LOOK_BYTES else NEVER
+        rest = self._length - self._size
+        if rest <= 0:  # it is all there
+            return False
+        fields = Fields()
+        fields.feed(begun)
+        make = partial(Upload, fields=fields, rest=rest)
+        return self._begins(inference, lambda: inference.asked_by_beginning(self.headers, begun, fields), make, begun)
+
+    def _begins(
+        self, inference: Inference, ask: Callable[[], Asked | None], make: Callable[..., Splice], sent: bytes
+    ) -> bool:
         door = self._door
         if door.fleet.next_door is not None:
             return False
         try:
-            asked = inference.asked(self.headers, body)
-            splice = Splice(door.fleet, inference.way, asked, self.headers, self._request_id or new_id(), self, body)
+            asked = ask()
+            if asked is None:
+                return False
+            splice = make(door.fleet, inference.way, asked, self.headers, self._request_id or new_id(), self, sent)
             deployment = asked.terms.deployment
             replica = deployment.at_hand(None, splice.key())
             if replica is None or replica.upstream is None or replica.upstream.is_elsewhere:
@@ -249,6 +293,8 @@ class DoorProtocol(WatchedProtocol):
         splice.keep_alive = self._keeps_alive
         self._splice = splice
         self.cycle = cast(Any, splice)
+        if isinstance(splice, Upload):
+            self._inference, self._parts, self._upload = None, [], splice
         splice.begin(replica, upstream)
         return True
 
@@ -273,16 +319,19 @@ class DoorProtocol(WatchedProtocol):
             super().on_response_complete()
             return
         self.server_state.total_requests += 1
-        self._idle_since = time.monotonic()
+        if self._upload is None:
+            self._idle_since = time.monotonic()
 
     def replay(self, splice: Splice, lost: Lost | None) -> None:
         """Have the plain route answer after all."""
         self._splice = None
+        if self._upload is splice:
+            self._upload = None
         self._replay(
             splice.way.path.encode(),
             splice.headers,
             [splice.sent],
-            is_whole=True,
+            is_whole=not splice.rest,
             keeps_alive=splice.keep_alive,
             lost=lost,
         )

@@ -77,6 +77,7 @@ class Splice(Exchange):
         self.sent = sent
         self._client = client
 
+    rest = 0  # bytes of the request's body that are still to come
     keep_alive = True
     response_complete = False
     _replica: Replica  # once it begins
@@ -97,7 +98,7 @@ class Splice(Exchange):
         self._replica, self._upstream, self._life = replica, upstream, replica.starts
         self.replica_name = replica.name
         try:
-            connection = upstream.connections.take()
+            connection = self._reused(upstream)
             if connection is None:
                 self._connect()
             else:
@@ -112,6 +113,9 @@ class Splice(Exchange):
 
     # --- to the engine
 
+    def _reused(self, upstream: Upstream) -> Connection | None:
+        return upstream.connections.take()
+
     def _ask(self, connection: Connection) -> None:
         self._connection = connection
         if self._client.flow.write_paused:
@@ -122,8 +126,8 @@ class Splice(Exchange):
         for name, value in self.headers:
             if name not in NOT_FORWARDED and name not in own:
                 lines += (name, b": ", value, b"\r\n")
-        lines += (b"x-request-id: ", self.request_id, b"\r\ncontent-length: %d\r\n\r\n" % len(self.body))
-        connection.ask(self, b"".join(lines), self.body)
+        lines += (b"x-request-id: ", self.request_id, b"\r\ncontent-length: %d\r\n\r\n" % (len(self.body) + self.rest))
+        connection.ask(self, b"".join(lines), self.body, self.rest)
 
     def _connect(self) -> None:
         self._task = self._client.loop.create_task(self._ask_anew())
@@ -259,8 +263,7 @@ class Splice(Exchange):
         """
         logger.exception("A fault of the gateway at %s, on the short way", self.way.path)
         self._drop()
-        if self._task is not None:
-            self._task.cancel()
+        self._cancel()
         try:
             if self.response_complete:
                 self._client.transport.close()
@@ -346,12 +349,15 @@ class Splice(Exchange):
         if self.response_complete:
             return
         self._drop()
-        if self._task is not None:
-            self._task.cancel()
+        self._cancel()
         try:
             self._end(499, was_served=False)
         except Exception:
             self.fail()
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
