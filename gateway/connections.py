@@ -59,6 +59,7 @@ class Connection(asyncio.Protocol):
         self._is_kept = False  # the engine keeps it open after the reply
         self._is_read_paused = False
         self._rest = 0  # bytes of the request that nobody has sent yet
+        self._is_upload = False  # it was made for one, and others are there for what is small
         self._is_interim = False
         self._is_whole = False
         self._has_head = False
@@ -80,6 +81,7 @@ class Connection(asyncio.Protocol):
         """Send a request; of its body `rest` bytes come by `more`."""
         self._taker = taker
         self._rest = rest
+        self._is_upload = rest > 0
         self._has_head = self._is_whole = self._is_kept = False
         self.headers = []
         self._connections.asking += 1
@@ -210,7 +212,8 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
             return
         self.pause(is_paused=False)
-        if not self._is_kept or self._is_odd or self._transport.is_closing():
+        is_spare = self._is_upload and self._connections.idle
+        if not self._is_kept or self._is_odd or is_spare or self._transport.is_closing():
             self._transport.close()
             return
         self._idle_since = time.monotonic()
