@@ -75,9 +75,7 @@ class Terms:
         self.is_read_whole = bool(way.rewrite or self.words or self.back)  # a reply that differs is needed as a whole
 
         # What a request may say that changes it, which is to be known before any of it is sent on.
-        names = ["model", "enable_thinking", "lora_name", *deployment.defaults]
-        if self.asks_for_usage:
-            names += ["stream", "stream_options"]
+        names = "model", "enable_thinking", "lora_name", *deployment.defaults
         self.asked_by = frozenset(name.encode() for name in names)
         self.is_asked_late = False  # a client has said it behind what is large
 

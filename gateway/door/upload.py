@@ -36,7 +36,10 @@ class Upload(Splice):
             if not self._is_under_way:
                 self.sent += part
                 self.body += part
-            if not self.terms.asked_by.isdisjoint(self._fields.feed(part)):
+            names = self._fields.feed(part)
+            if b"stream_options" in names:  # the client's own count, as the last ones; else nobody has asked, and
+                self.hides_usage = False  # the tokens of a `stream` that comes late are counted by their events
+            if not self.terms.asked_by.isdisjoint(names):
                 self._have_it_sent_again()
             elif self._is_under_way and self._connection is not None:
                 self._connection.more(part)

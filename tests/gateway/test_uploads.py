@@ -202,6 +202,23 @@ async def test_what_is_not_known_from_the_beginning_is_read_whole(
     await asyncio.gather(*ends.client.tasks, return_exceptions=True)
 
 
+@pytest.mark.parametrize("own", [b"", b',"stream_options":{"include_usage":true}'])
+async def test_a_streams_tokens_are_asked_for_and_told_to_whom_has_asked(
+    ends: SimpleNamespace, fresh: SimpleNamespace, own: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.llama_cpp.LlamaCpp.asks_for_usage", True)
+    body = b'{"model":"mock","stream":true,"prompt":"%b"%b}' % (PAD, own)
+    left = await begin(ends, body)
+    ends.client.data_received(left)
+    sent = fresh.wires[0].taken()
+    assert b'\r\n\r\n{"stream_options":{"include_usage":true},"model"' in sent
+    assert b"content-length: %d\r\n" % len(sent.partition(b"\r\n\r\n")[2]) in sent
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n'
+    top = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n"
+    fresh.engines[0].data_received(top % len(usage) + usage)
+    assert (usage in ends.to_client.taken()) == bool(own)
+
+
 @pytest.mark.parametrize("first", [1, FIRST_LOOK_BYTES - 1, FIRST_LOOK_BYTES, 600_000])
 async def test_it_passes_on_however_its_beginning_comes(
     ends: SimpleNamespace, fresh: SimpleNamespace, first: int
