@@ -37,6 +37,7 @@ STALL_LIMIT_S = 60.0  # of a request that has begun to come
 UPLOAD_BYTES = 2**20  # a body that is larger is passed on while it comes
 FIRST_LOOK_BYTES, LAST_LOOK_BYTES = 8 * 1024, 512 * 1024  # of it, to know what is asked of whom
 NEVER = sys.maxsize
+GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 # Headers that are looked at. What to do about some of them, or about one that stands twice, the plain route knows.
 TELLING = frozenset(
@@ -97,6 +98,7 @@ class DoorProtocol(WatchedProtocol):
         self._size = 0
         self._length = 0  # as the head says; 0 if it does not
         self._look_at = NEVER  # with so much of the body there
+        self._awaits_word = False  # the client sends no body until it is told to
         self._upload: Upload | None = None  # whose body comes in
         self._request_id = b""
 
@@ -165,6 +167,8 @@ class DoorProtocol(WatchedProtocol):
         inference = self._door.inferences.get(self.url)
         if inference is not None and self._is_easy(inference):
             self._inference = inference
+            if self._awaits_word:
+                self.transport.write(GO_ON)
             self._keeps_alive = self.parser.should_keep_alive()
             self._parts = []
             self._size = 0
@@ -224,6 +228,7 @@ class DoorProtocol(WatchedProtocol):
             return False
         host = authorization = b""
         self._request_id, self._length, has_other_key = b"", 0, False
+        self._awaits_word = False
         for name, value in self.headers:
             if name not in TELLING:
                 continue
@@ -239,6 +244,8 @@ class DoorProtocol(WatchedProtocol):
                 self._request_id = id_of(self.headers)
             elif name == b"x-api-key":
                 has_other_key = True
+            elif name == b"expect" and value.lower() == b"100-continue":
+                self._awaits_word = True
             else:
                 return False
         if not has_other_key and door.guard.knows(host, authorization):
@@ -338,11 +345,11 @@ class DoorProtocol(WatchedProtocol):
 
     # --- how uvicorn learns of what is not easy
 
-    def _pass_on(self, url: bytes, headers: Headers, lost: Lost | None = None) -> None:
+    def _pass_on(self, url: bytes, headers: Headers, lost: Lost | None = None, *, was_told: bool = False) -> None:
         super().on_message_begin()
         self.url = url
         self.headers += headers
-        self.expect_100_continue = any(
+        self.expect_100_continue = not was_told and any(
             name == b"expect" and value.lower() == b"100-continue" for name, value in headers
         )
         if lost is not None:
@@ -362,7 +369,7 @@ class DoorProtocol(WatchedProtocol):
         """Tell uvicorn of a request that was held back; another may have begun behind it since."""
         now = self.url, self.headers, self.scope, self.expect_100_continue, self.parser, self.cycle
         self.parser, self.cycle = cast(Any, _Said(keeps_alive)), None  # type: ignore[assignment]
-        self._pass_on(url, headers, lost)
+        self._pass_on(url, headers, lost, was_told=True)
         for part in parts:
             super().on_body(part)
         if is_whole:

@@ -63,6 +63,23 @@ async def test_a_pipelined_request_waits_for_the_one_before_it(ends: SimpleNames
     await asyncio.gather(*ends.client.tasks, return_exceptions=True)
 
 
+@pytest.mark.parametrize("body", [BODY, b"{"])
+async def test_who_asks_whether_to_go_on_is_told_to_once(ends: SimpleNamespace, body: bytes) -> None:
+    head = HEAD.replace(b"localhost", b"localhost\r\nexpect: 100-continue").replace(
+        b"%d" % len(BODY), b"%d" % len(body)
+    )
+    ends.client.data_received(head)
+    assert ends.to_client.taken() == b"HTTP/1.1 100 Continue\r\n\r\n"
+    ends.client.data_received(body)
+    if body == BODY:
+        assert b"expect" not in ends.to_engine.taken()
+        ends.engine.data_received(REPLY)
+    else:  # what is left to the plain route
+        await ends.client.cycle.receive()
+    assert ends.to_client.taken().count(b"HTTP/1.1 ") == (body == BODY)
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
 async def test_a_shutdown_lets_the_answer_end_and_then_closes(ends: SimpleNamespace) -> None:
     ends.client.data_received(HEAD + BODY)
     ends.client.shutdown()
@@ -110,7 +127,7 @@ async def test_a_connection_is_passed_on_only_while_nothing_of_a_request_was_rea
 
 async def test_what_is_the_plain_routes_keeps_its_connection_until_it_is_answered(ends: SimpleNamespace) -> None:
     client = ends.client
-    client.data_received(HEAD.replace(b"localhost", b"localhost\r\nexpect: 100-continue") + BODY[:1])
+    client.data_received(HEAD.replace(b"localhost", b"localhost\r\ncontent-encoding: identity") + BODY[:1])
     assert not passed_on.is_between_requests(client)
     client.data_received(BODY[1:])
     assert client.cycle is not None

@@ -28,7 +28,7 @@ ENGINE = Path(__file__).parents[1] / "scripted_engine.py"
 CASES = int(os.environ.get("HOSTLER_FUZZ_CASES", "100"))
 SEED = int(os.environ.get("HOSTLER_FUZZ_SEED", "1"))
 KEY = "a-key"
-LIMIT_BYTES = 1_500_000
+LIMIT_BYTES = 2_000_000
 UPLOAD_BYTES = 1_200_000  # passed on while it comes, if the head stands before what is large
 QUIET_S = 8.0  # a connection that says nothing for so long is a fault
 # Each in the same engine; what the second one says by its own name is read as a whole, as clients are told ours.
@@ -346,13 +346,13 @@ def request(rng: random.Random, script: list[Any], path: str, *, is_last: bool) 
             body = json.dumps(fields | {"stream": True})
         case 19:
             more.append("Host: second.example")
-        case 20 | 21 | 22 if HEAD.search("".join(step for step in script if isinstance(step, str))):
+        case 20 | 21 | 22 | 23 | 24 if HEAD.search("".join(step for step in script if isinstance(step, str))):
             # else it may be sent twice by one way, as only what is at hand can be
             large = {"pad": 'p\\"' * (UPLOAD_BYTES // 5)}
             few = {name: fields[name] for name in ("model", "script")}
             behind = {"input": "\u00e9", "messages": [{"model": "x", "a": ['"', "\\"]}], "prompt": "lora_name"}
-            body = json.dumps(few | fields | large if odd < 22 else large | fields)
-            if odd == 21:
+            body = json.dumps(few | fields | large if odd < 24 else large | fields)
+            if odd in (22, 23):
                 body = json.dumps(few | {"prompt": "x", "messages": [], "input": ""} | large | behind)
     data = body.encode("latin-1", "replace")
     lines = [f"{method} {path} {version}", "Host: localhost", "Content-Type: application/json", *more]
