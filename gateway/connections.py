@@ -30,6 +30,10 @@ class CannotAsk(UpstreamLost):
     """We could not open a connection, for want of open files; it says nothing of the replica."""
 
 
+class NoHttp(UpstreamLost):
+    """What the replica said is no HTTP. It has the request, which is not sent again."""
+
+
 class Taker(Protocol):
     """Whose request is on a connection."""
 
@@ -54,6 +58,8 @@ class Connection(asyncio.Protocol):
         self._is_odd = False  # it says what nobody asked for, so it is not used again
         self._is_kept = False  # the engine keeps it open after the reply
         self._is_read_paused = False
+        self._rest = 0  # bytes of the request that nobody has sent yet
+        self._is_upload = False  # it was made for one, and others are there for what is small
         self._is_interim = False
         self._is_whole = False
         self._has_head = False
@@ -71,9 +77,11 @@ class Connection(asyncio.Protocol):
         """Whether the engine will most likely still answer by it."""
         return time.monotonic() - self._idle_since < KEEPALIVE_S and not self._transport.is_closing()
 
-    def ask(self, taker: Taker, head: bytes, body: bytes) -> None:
-        """Send a request."""
+    def ask(self, taker: Taker, head: bytes, body: bytes, rest: int = 0) -> None:
+        """Send a request; of its body `rest` bytes come by `more`."""
         self._taker = taker
+        self._rest = rest
+        self._is_upload = rest > 0
         self._has_head = self._is_whole = self._is_kept = False
         self.headers = []
         self._connections.asking += 1
@@ -85,6 +93,8 @@ class Connection(asyncio.Protocol):
 
     def more(self, part: bytes) -> None:
         """More of the request's body."""
+        self._rest -= len(part)
+        self._connections.heard += 1  # it took what came before
         self._transport.write(part)
 
     def pause(self, *, is_paused: bool) -> None:
@@ -116,7 +126,7 @@ class Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             self._is_odd = True
             if not self._is_whole:
-                self._lose(UpstreamLost(f"what it said is no HTTP: {exc or type(exc).__name__}"))
+                self._lose(NoHttp(f"what it said is no HTTP: {exc or type(exc).__name__}"))
                 self._transport.abort()
                 return
         if self._has_head:
@@ -198,8 +208,12 @@ class Connection(asyncio.Protocol):
             taker.lost(why)
 
     def _give_back(self) -> None:
+        if self._rest:  # it has answered before the request was whole
+            self._transport.abort()
+            return
         self.pause(is_paused=False)
-        if not self._is_kept or self._is_odd or self._transport.is_closing():
+        is_spare = self._is_upload and self._connections.idle
+        if not self._is_kept or self._is_odd or is_spare or self._transport.is_closing():
             self._transport.close()
             return
         self._idle_since = time.monotonic()

@@ -21,6 +21,7 @@ HostlerError
     ModelCoolingDown      503: it has failed, and is tried again when Retry-After is over
     ModelStopped          503: somebody stopped it while the request waited or was answered
     CannotKeep            503: a launch cannot be written to the data folder
+    SendAgain             503: the next time it can be answered
     ShuttingDown          503: the gateway is ending
     NoMoreFiles           503: the system lets the gateway open no more connections
       HandedOver            503: another gateway has taken over while the request waited
@@ -188,6 +189,13 @@ class CannotKeep(CannotServe):
     """What was asked for cannot be written to the data folder, so it was not done."""
 
     code = "cannot_keep"
+
+
+class SendAgain(CannotServe):
+    """The request was on its way to the engine already when it turned out that it has to be changed."""
+
+    code = "send_again"
+    retry_after_s = 0
 
 
 class NoMoreFiles(CannotServe):

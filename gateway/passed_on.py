@@ -51,9 +51,8 @@ def is_between_requests(connection: Any) -> bool:
         return False
     if connection.transport.is_closing() or connection.transport.get_write_buffer_size():
         return False
-    if type(connection) is not HttpToolsProtocol:
-        says = getattr(connection, "is_between_requests", None)
-        return says is not None and says() is True
+    if (says := getattr(connection, "is_between_requests", None)) is not None:
+        return says() is True
     if (cycle := connection.cycle) is None:
         return connection.scope is None
     is_answered = cycle.response_complete and not cycle.more_body and not connection.pipeline

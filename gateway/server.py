@@ -289,12 +289,17 @@ async def _serve(
 
 def _open_door(config: uvicorn.Config, fleet: Fleet, crowd: Crowd) -> Door | None:
     """Let easy requests take the short way, where uvicorn is as we know it."""
-    if fleet.settings.door == "plain":
-        return None
     if (why := breach()) is not None:
         logger.warning(
-            "All requests take the plain way, which costs more: %s. Install Hostler's own requirements.", why
+            "All requests take the plain way, which costs more and notices some clients that leave too late: %s. "
+            "Install Hostler's own requirements.",
+            why,
         )
+        return None
+    if fleet.settings.door == "plain":
+        from gateway.door.leaving import WatchedProtocol
+
+        config.http = WatchedProtocol
         return None
     from gateway.door.protocol import Door, protocol_of
 

@@ -23,6 +23,7 @@ from gateway.connections import (
     KEEPALIVE_S,
     CannotAsk,
     Connections,
+    NoHttp,
     UpstreamLost,
 )
 from gateway.limits import OUT_OF_FILES
@@ -118,7 +119,8 @@ class Upstream:
             try:
                 return await self._send(self._session, method, path, sent, body)
             except UpstreamLost as exc:
-                if self._is_closed or isinstance(exc, CannotAsk) or isinstance(exc.__cause__, TimeoutError):
+                is_final = isinstance(exc, CannotAsk | NoHttp) or isinstance(exc.__cause__, TimeoutError)
+                if self._is_closed or is_final:
                     raise
             if self._fresh is None:
                 self._fresh = _session(self._endpoint, force_close=True)
@@ -236,7 +238,7 @@ def _lost(exc: Exception) -> UpstreamLost:
         return UpstreamLost(DISCONNECTED)
     if isinstance(exc, ClientResponseError):
         reason = exc.message.partition("\n")[0].rstrip(":")
-        return UpstreamLost(f"what it said is no HTTP: {reason}")
+        return NoHttp(f"what it said is no HTTP: {reason}")
     is_ours = isinstance(exc, OSError) and exc.errno in OUT_OF_FILES
     return (CannotAsk if is_ours else UpstreamLost)(str(exc) or type(exc).__name__)
 

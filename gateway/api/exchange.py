@@ -19,7 +19,7 @@ from gateway.api import alias, usage
 from gateway.api.affinity import key_of
 from gateway.api.heads import FormHead, Head
 from gateway.api.ways import Way, check_served, replaced
-from gateway.connections import CannotAsk, UpstreamLost
+from gateway.connections import CannotAsk, NoHttp, UpstreamLost
 from gateway.deployment import Deployment
 from gateway.errors import SOURCE_HEADER, BadRequest, EngineDied, ErrorBody, NoMoreFiles, envelope
 from gateway.fleet import Fleet
@@ -73,6 +73,11 @@ class Terms:
         self.asks_for_usage = engine.asks_for_usage and way.tells_usage
         self.changes_json = bool(way.rewrite or way.opening or self.words or self.back)
         self.is_read_whole = bool(way.rewrite or self.words or self.back)  # a reply that differs is needed as a whole
+
+        # What a request may say that changes it, which is to be known before any of it is sent on.
+        names = "model", "enable_thinking", "lora_name", *deployment.defaults
+        self.asked_by = frozenset(name.encode() for name in names)
+        self.is_asked_late = False  # a client has said it behind what is large
 
     def are_of(self, deployment: Deployment) -> bool:
         """Whether they still hold."""
@@ -274,7 +279,8 @@ class Exchange:
             ) from exc
         await replica.confirm()
         self.deployment.check_still_wanted(self.stops)
-        if is_last or self.phase == "answering" or self._has_nobody_but(replica, life):
+        is_begun = self.phase == "answering" or isinstance(exc, NoHttp)
+        if is_last or is_begun or self._has_nobody_but(replica, life):
             raise EngineDied(self._death(replica, exc)) from exc
         logger.warning("%s died before it answered; the request is sent again", replica)
         metrics.RETRIES.labels(self.uid).inc()

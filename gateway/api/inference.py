@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
 from gateway.api import alias, usage
+from gateway.api.beginning import Fields, as_whole
 from gateway.api.body import read_body
 from gateway.api.exchange import (
     ENGINE_ERROR_LIMIT_BYTES,
@@ -34,7 +35,7 @@ from gateway.api.exchange import (
 )
 from gateway.api.heads import FormHead, Head, is_form, read_form_head, read_head, read_query_head
 from gateway.api.next_door import headers_of, is_answered_next_door, path_of
-from gateway.api.ways import Way, with_adapter
+from gateway.api.ways import Way, as_it_is, with_adapter, with_defaults
 from gateway.connections import UpstreamLost
 from gateway.deployment import Deployment
 from gateway.errors import (
@@ -58,6 +59,7 @@ from gateway.upstream import Reply
 logger = logging.getLogger("hostler.inference")
 
 ATTEMPTS = 2
+PUT_BEFORE = (as_it_is, with_defaults)  # what is changed stands before the rest of the body, or is told by the head
 
 
 class Inference:
@@ -103,6 +105,25 @@ class Inference:
         if hides_usage:
             body = usage.asked_for(body)
         return Asked(terms, head, body, hides_usage)
+
+    def asked_by_beginning(self, headers: Headers, begun: bytes, fields: Fields) -> Asked | None:
+        """As `asked` of a body of which only this has come; None if more is to be known of it.
+
+        Raises:
+            HostlerError: as `asked`, or it tells too little so far.
+        """
+        way = self.way
+        if way.takes != "json" or way.adapt not in PUT_BEFORE:
+            return None
+        small = as_whole(begun, fields)
+        if small is None:
+            return None
+        asked = self.asked(headers, small)
+        own = small[small.index(b"{") + 1 :]
+        if asked.terms.is_asked_late or not asked.body.endswith(own):
+            return None
+        before = asked.body[: len(asked.body) - len(own)]
+        return asked._replace(body=before + begun[begun.index(b"{") + 1 :])
 
     def _with_adapter(self, body: bytes, lora_name: str, deployment: Deployment) -> bytes:
         try:

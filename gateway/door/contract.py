@@ -26,6 +26,7 @@ METHODS = {
     "on_body": ("self", "body"),
     "on_message_complete": ("self",),
     "on_response_complete": ("self",),
+    "_start_asgi_task": ("self", "cycle", "app"),
     "shutdown": ("self",),
     "pause_writing": ("self",),
     "resume_writing": ("self",),

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, cast
 
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.api.auth import Guard
-from gateway.api.exchange import Headers, Lost
+from gateway.api.beginning import Fields
+from gateway.api.exchange import Asked, Headers, Lost
 from gateway.api.inference import Inference
 from gateway.api.trace import id_of, new_id, write_line
 from gateway.api.ways import WAYS, Way
 from gateway.crowd import Crowd
+from gateway.door.leaving import WatchedProtocol
 from gateway.door.splice import Splice
+from gateway.door.upload import Upload
 from gateway.errors import HostlerError, RequestRefused
 from gateway.fleet import Fleet
 
@@ -29,6 +33,11 @@ logger = logging.getLogger("hostler.door")
 
 SWEEP_S = 1.0
 STALL_LIMIT_S = 60.0  # of a request that has begun to come
+
+UPLOAD_BYTES = 2**20  # a body that is larger is passed on while it comes
+FIRST_LOOK_BYTES, LAST_LOOK_BYTES = 8 * 1024, 512 * 1024  # of it, to know what is asked of whom
+NEVER = sys.maxsize
+GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 # Headers that are looked at. What to do about some of them, or about one that stands twice, the plain route knows.
 TELLING = frozenset(
@@ -72,7 +81,7 @@ def is_easy(way: Way) -> bool:
     return way.method == "POST" and way.rewrite is None and way.events is None
 
 
-class DoorProtocol(HttpToolsProtocol):
+class DoorProtocol(WatchedProtocol):
     """One connection."""
 
     def __init__(self, door: Door, **of_uvicorn: Any) -> None:
@@ -81,13 +90,16 @@ class DoorProtocol(HttpToolsProtocol):
         self._last_look: tuple[float, Headers, int] | None = None  # when we first saw what has not changed since
         self._door = door
         self._splice: Splice | None = None  # what is being answered
-        self._again: Any = None  # the cycle of a splice that was replayed
         self._inference: Inference | None = None  # of the request that comes in, as long as it is easy
         self._is_coming = False  # a request has begun, and not all of it is there
         self._has_head = False
         self._keeps_alive = True
         self._parts: list[bytes] = []
         self._size = 0
+        self._length = 0  # as the head says; 0 if it does not
+        self._look_at = NEVER  # with so much of the body there
+        self._awaits_word = False  # the client sends no body until it is told to
+        self._upload: Upload | None = None  # whose body comes in
         self._request_id = b""
 
     # --- what the loop tells
@@ -96,9 +108,6 @@ class DoorProtocol(HttpToolsProtocol):
         splice, self._splice = self._splice, None
         if splice is not None:
             splice.client_left()
-        if (again := self._again) is not None and not again.response_complete:
-            again.disconnected = True
-            again.message_event.set()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -118,7 +127,8 @@ class DoorProtocol(HttpToolsProtocol):
                 self.transport.close()
             return
         is_answered = self.cycle is not None and not self.cycle.response_complete
-        if is_answered or (self._has_head and self._inference is None):
+        is_passed_on = self._upload is not None and not self.flow.read_paused
+        if not is_passed_on and (is_answered or (self._has_head and self._inference is None)):
             self._last_look = None
             return
         look = self._last_look
@@ -157,18 +167,27 @@ class DoorProtocol(HttpToolsProtocol):
         inference = self._door.inferences.get(self.url)
         if inference is not None and self._is_easy(inference):
             self._inference = inference
+            if self._awaits_word:
+                self.transport.write(GO_ON)
             self._keeps_alive = self.parser.should_keep_alive()
             self._parts = []
             self._size = 0
+            self._look_at = FIRST_LOOK_BYTES if self._length > UPLOAD_BYTES else NEVER
         else:
             self._pass_on(self.url, self.headers)
 
     def on_body(self, body: bytes) -> None:
         if self._inference is None:
-            super().on_body(body)
+            if self._upload is None:
+                super().on_body(body)
+            else:
+                self._size += len(body)
+                self._upload.more(body)
             return
         self._parts.append(body)
         self._size += len(body)
+        if self._size >= self._look_at and self._passes_on(self._inference):
+            return
         if self._size > self._door.fleet.settings.max_body_bytes:
             self._inference = None
             self._replay(self.url, self.headers, self._parts, is_whole=False, keeps_alive=self._keeps_alive)
@@ -177,7 +196,11 @@ class DoorProtocol(HttpToolsProtocol):
         self._is_coming = False
         inference = self._inference
         if inference is None:
-            super().on_message_complete()
+            if self._upload is None:
+                super().on_message_complete()
+            elif self._upload.response_complete:  # before the request was whole
+                self._idle_since = time.monotonic()
+            self._upload = None
             return
         self._inference = None
         parts, self._parts = self._parts, []
@@ -189,6 +212,13 @@ class DoorProtocol(HttpToolsProtocol):
 
     def _is_easy(self, inference: Inference) -> bool:
         """Whether the head leaves it so, and no other request is before it."""
+        try:
+            return self._is_head_easy(inference)
+        except Exception:
+            logger.exception("A fault of the gateway: %s is left to the plain route", inference.way.path)
+            return False
+
+    def _is_head_easy(self, inference: Inference) -> bool:
         door, parser = self._door, self.parser
         if self.cycle is not None and not self.cycle.response_complete:
             return False
@@ -197,12 +227,14 @@ class DoorProtocol(HttpToolsProtocol):
         if parser.get_method() != b"POST" or parser.get_http_version() != "1.1" or parser.should_upgrade():
             return False
         host = authorization = b""
-        self._request_id, has_other_key = b"", False
+        self._request_id, self._length, has_other_key = b"", 0, False
+        self._awaits_word = False
         for name, value in self.headers:
             if name not in TELLING:
                 continue
             if name == b"content-length":
-                if int(value) > door.fleet.settings.max_body_bytes:
+                self._length = int(value)
+                if self._length > door.fleet.settings.max_body_bytes:
                     return False
             elif name == b"host" and not host:
                 host = value
@@ -212,6 +244,8 @@ class DoorProtocol(HttpToolsProtocol):
                 self._request_id = id_of(self.headers)
             elif name == b"x-api-key":
                 has_other_key = True
+            elif name == b"expect" and value.lower() == b"100-continue":
+                self._awaits_word = True
             else:
                 return False
         if not has_other_key and door.guard.knows(host, authorization):
@@ -227,16 +261,37 @@ class DoorProtocol(HttpToolsProtocol):
 
     def _splices(self, inference: Inference, body: bytes) -> bool:
         """Whether a replica has got the request."""
+        return self._begins(inference, lambda: inference.asked(self.headers, body), Splice, body)
+
+    def _passes_on(self, inference: Inference) -> bool:
+        """Whether a replica gets the request while it comes."""
+        begun = b"".join(self._parts)
+        self._parts = [begun]
+        self._look_at = 2 * self._size if self._size < LAST_LOOK_BYTES else NEVER
+        rest = self._length - self._size
+        if rest <= 0:  # it is all there
+            return False
+        fields = Fields()
+        fields.feed(begun)
+        make = partial(Upload, fields=fields, rest=rest)
+        return self._begins(inference, lambda: inference.asked_by_beginning(self.headers, begun, fields), make, begun)
+
+    def _begins(
+        self, inference: Inference, ask: Callable[[], Asked | None], make: Callable[..., Splice], sent: bytes
+    ) -> bool:
         door = self._door
         if door.fleet.next_door is not None:
             return False
         try:
-            asked = inference.asked(self.headers, body)
-            splice = Splice(door.fleet, inference.way, asked, self.headers, self._request_id or new_id(), self, body)
+            asked = ask()
+            if asked is None:
+                return False
+            splice = make(door.fleet, inference.way, asked, self.headers, self._request_id or new_id(), self, sent)
             deployment = asked.terms.deployment
             replica = deployment.at_hand(None, splice.key())
             if replica is None or replica.upstream is None or replica.upstream.is_elsewhere:
                 return False
+            upstream, replica = replica.upstream, deployment.take(replica)
         except HostlerError:
             return False
         except Exception:
@@ -245,7 +300,9 @@ class DoorProtocol(HttpToolsProtocol):
         splice.keep_alive = self._keeps_alive
         self._splice = splice
         self.cycle = cast(Any, splice)
-        splice.begin(deployment.take(replica), replica.upstream)
+        if isinstance(splice, Upload):
+            self._inference, self._parts, self._upload = None, [], splice
+        splice.begin(replica, upstream)
         return True
 
     # --- what a splice tells
@@ -269,27 +326,30 @@ class DoorProtocol(HttpToolsProtocol):
             super().on_response_complete()
             return
         self.server_state.total_requests += 1
-        self._idle_since = time.monotonic()
+        if self._upload is None:
+            self._idle_since = time.monotonic()
 
     def replay(self, splice: Splice, lost: Lost | None) -> None:
         """Have the plain route answer after all."""
         self._splice = None
+        if self._upload is splice:
+            self._upload = None
         self._replay(
             splice.way.path.encode(),
             splice.headers,
             [splice.sent],
-            is_whole=True,
+            is_whole=not splice.rest,
             keeps_alive=splice.keep_alive,
             lost=lost,
         )
 
     # --- how uvicorn learns of what is not easy
 
-    def _pass_on(self, url: bytes, headers: Headers, lost: Lost | None = None) -> None:
+    def _pass_on(self, url: bytes, headers: Headers, lost: Lost | None = None, *, was_told: bool = False) -> None:
         super().on_message_begin()
         self.url = url
         self.headers += headers
-        self.expect_100_continue = any(
+        self.expect_100_continue = not was_told and any(
             name == b"expect" and value.lower() == b"100-continue" for name, value in headers
         )
         if lost is not None:
@@ -309,12 +369,11 @@ class DoorProtocol(HttpToolsProtocol):
         """Tell uvicorn of a request that was held back; another may have begun behind it since."""
         now = self.url, self.headers, self.scope, self.expect_100_continue, self.parser, self.cycle
         self.parser, self.cycle = cast(Any, _Said(keeps_alive)), None  # type: ignore[assignment]
-        self._pass_on(url, headers, lost)
+        self._pass_on(url, headers, lost, was_told=True)
         for part in parts:
             super().on_body(part)
         if is_whole:
             super().on_message_complete()
-        self._again = self.cycle
         self.url, self.headers, self.scope, self.expect_100_continue, self.parser, cycle = now
         if cycle is not None and not cycle.response_complete:
             self.cycle = cycle

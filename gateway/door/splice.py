@@ -25,7 +25,7 @@ from gateway.api.exchange import (
     with_length,
 )
 from gateway.api.ways import Way
-from gateway.connections import JOINED_BYTES, CannotAsk, Connection, UpstreamLost
+from gateway.connections import JOINED_BYTES, CannotAsk, Connection, NoHttp, UpstreamLost
 from gateway.errors import HandedOver, HostlerError, ShuttingDown, body_of, envelope
 from gateway.fleet import Fleet
 from gateway.replica import Replica
@@ -77,6 +77,7 @@ class Splice(Exchange):
         self.sent = sent
         self._client = client
 
+    rest = 0  # bytes of the request's body that are still to come
     keep_alive = True
     response_complete = False
     _replica: Replica  # once it begins
@@ -96,11 +97,14 @@ class Splice(Exchange):
         self.phase = "waiting"
         self._replica, self._upstream, self._life = replica, upstream, replica.starts
         self.replica_name = replica.name
-        connection = upstream.connections.take()
-        if connection is None:
-            self._connect()
-        else:
-            self._ask(connection)
+        try:
+            connection = self._reused(upstream)
+            if connection is None:
+                self._connect()
+            else:
+                self._ask(connection)
+        except Exception:
+            self.fail()
 
     @property
     def replica(self) -> Replica:
@@ -108,6 +112,9 @@ class Splice(Exchange):
         return self._replica
 
     # --- to the engine
+
+    def _reused(self, upstream: Upstream) -> Connection | None:
+        return upstream.connections.take()
 
     def _ask(self, connection: Connection) -> None:
         self._connection = connection
@@ -119,8 +126,8 @@ class Splice(Exchange):
         for name, value in self.headers:
             if name not in NOT_FORWARDED and name not in own:
                 lines += (name, b": ", value, b"\r\n")
-        lines += (b"x-request-id: ", self.request_id, b"\r\ncontent-length: %d\r\n\r\n" % len(self.body))
-        connection.ask(self, b"".join(lines), self.body)
+        lines += (b"x-request-id: ", self.request_id, b"\r\ncontent-length: %d\r\n\r\n" % (len(self.body) + self.rest))
+        connection.ask(self, b"".join(lines), self.body, self.rest)
 
     def _connect(self) -> None:
         self._task = self._client.loop.create_task(self._ask_anew())
@@ -132,13 +139,15 @@ class Splice(Exchange):
 
     async def _ask_anew(self) -> None:
         try:
-            connection = await self._upstream.connections.connect()
-        except UpstreamLost as exc:
-            self._task = None
-            self.lost(exc)
-        else:
-            self._task = None
+            try:
+                connection = await self._upstream.connections.connect()
+            finally:
+                self._task = None
             self._ask(connection)
+        except UpstreamLost as exc:
+            self.lost(exc)
+        except Exception:
+            self.fail()
 
     def write_paused(self, *, is_paused: bool) -> None:
         """The engine takes the request's body slower than it was sent; it is all on its way already."""
@@ -147,6 +156,12 @@ class Splice(Exchange):
 
     def took(self, connection: Connection, parts: list[bytes], *, is_whole: bool) -> None:
         """The next bytes of the reply."""
+        try:
+            self._take(connection, parts, is_whole=is_whole)
+        except Exception:
+            self.fail()
+
+    def _take(self, connection: Connection, parts: list[bytes], *, is_whole: bool) -> None:
         if is_whole:
             self._connection = None
         if not self._has_begun:
@@ -210,6 +225,12 @@ class Splice(Exchange):
 
     def lost(self, why: UpstreamLost) -> None:
         """The engine's connection is gone before the end of the reply."""
+        try:
+            self._lose(why)
+        except Exception:
+            self.fail()
+
+    def _lose(self, why: UpstreamLost) -> None:
         connection, self._connection = self._connection, None
         if self.status:
             self._task = self._client.loop.create_task(self._mourn(why))
@@ -217,7 +238,7 @@ class Splice(Exchange):
         elif (
             self._is_second
             or self._upstream.connections.is_closed
-            or isinstance(why, CannotAsk)
+            or isinstance(why, CannotAsk | NoHttp)
             or isinstance(why.__cause__, TimeoutError)
             or (connection is not None and connection.has_head)
         ):
@@ -235,7 +256,34 @@ class Splice(Exchange):
             lost = Lost(self.deployment, self._replica, self._life, why, self.started)
         self._client.replay(self, lost)
 
+    def fail(self) -> None:
+        """A fault of the gateway is being handled: nothing may be left open, or counted as in use.
+
+        The plain route answers if no byte has gone to the client; else the connection ends.
+        """
+        logger.exception("A fault of the gateway at %s, on the short way", self.way.path)
+        self._drop()
+        self._cancel()
+        try:
+            if self.response_complete:
+                self._client.transport.close()
+            elif self._top or not self.status:
+                self.status, self._top = 0, b""
+                self._give_up(None)
+            else:
+                self.keep_alive = False
+                self._end(500, was_served=False)
+        except Exception:
+            logger.exception("Another one; the client's connection is closed")
+            self._client.transport.close()
+
     async def _mourn(self, why: UpstreamLost) -> None:
+        try:
+            await self._tell_loss(why)
+        except Exception:
+            self.fail()
+
+    async def _tell_loss(self, why: UpstreamLost) -> None:
         """Tell the client that there is no more, and why."""
         reason: HostlerError
         try:
@@ -301,9 +349,15 @@ class Splice(Exchange):
         if self.response_complete:
             return
         self._drop()
+        self._cancel()
+        try:
+            self._end(499, was_served=False)
+        except Exception:
+            self.fail()
+
+    def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
-        self._end(499, was_served=False)
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

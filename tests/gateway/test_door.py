@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 import time
 from pathlib import Path
+from socket import SO_LINGER, SOL_SOCKET
 from typing import Any
 
 import pytest
@@ -230,13 +232,42 @@ async def test_a_client_that_leaves_before_the_answer_stops_the_engine(
 ) -> None:
     events = tmp_path / "events"
     gateway = await start_gateway(fake={"first_token_delay_s": 60, "events_file": str(events)})
-    for stream in (False, True):
+    for number, stream in enumerate((False, True)):
         asking = asyncio.ensure_future(gateway.complete(stream=stream))
-        await gateway.until(in_flight=1)
+        await until(lambda: events_in(events, "request")[number:])  # noqa: B023
         asking.cancel()
         await gateway.until(in_flight=0, limit_s=2)
     assert len(await until(lambda: len(found := events_in(events, "client_gone")) == 2 and found)) == 2
     assert 'phase="waiting"} 2' in (await gateway.get("/metrics")).body.decode()
+
+
+async def test_a_client_that_leaves_is_noticed_though_its_next_request_waits(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    events = tmp_path / "events"
+    gateway = await start_gateway(fake={"first_token_delay_s": 60, "events_file": str(events)})
+    await gateway.post("/v1/models/fake/start")
+    await gateway.until(state="ready")
+    body = b'{"model":"fake","prompt":"x","pad":"%b"}'
+    port = int(gateway.address.rpartition(":")[2])
+    for number, size in enumerate((10, 10, 100_000), 1):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        for content in (body % b"", body % (b"y" * size)):
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(content)
+            writer.write(head + content)
+        await writer.drain()
+        await until(lambda: events_in(events, "request")[number - 1 :])  # noqa: B023
+        await asyncio.sleep(0.1)
+        left = time.time()
+        if number == 2:
+            writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+        else:
+            writer.close()
+        gone = (await until(lambda: events_in(events, "client_gone")[number - 1 :]))[0]  # noqa: B023
+        assert gone["time"] - left < 0.3 + 0.2  # how often the engine looks
+        await gateway.until(in_flight=0, limit_s=1)
+    assert f'phase="waiting"}} {number}' in (await gateway.get("/metrics")).body.decode()
 
 
 async def test_a_client_that_leaves_while_the_model_loads_is_never_sent_to_the_engine(

@@ -13,125 +13,15 @@ from typing import Any
 
 import pytest
 import uvicorn
+from both_ends import BODY, HEAD, REPLY, STREAM, WHOLE, ends
 from harness import StartGateway
 from uvicorn.protocols.http import httptools_impl
-from uvicorn.server import ServerState
 
-from engines.base import EngineSettings, Launch
-from engines.llama_cpp import LlamaCpp
 from gateway import metrics, passed_on, server
 from gateway.config import Settings
-from gateway.connections import Connection, Connections
-from gateway.crowd import Crowd
-from gateway.deployment import Deployment
 from gateway.door import contract, protocol
-from gateway.door.protocol import Door, DoorProtocol
-from gateway.pace import Pace
-from gateway.replica import State
-from registry.resolve import Artifact
-from registry.schema import LLMFamily, ModelSpec, Source
 
-BODY = b'{"model":"mock","prompt":"x"}'
-HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(BODY)
-REPLY = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
-
-
-class Wire:
-    """A transport that keeps what is written."""
-
-    def __init__(self) -> None:
-        self.sent = b""
-        self.end: str | None = None
-        self.is_read_paused = False
-
-    def write(self, data: bytes) -> None:
-        self.sent += data
-
-    def writelines(self, parts: list[bytes]) -> None:
-        self.sent += b"".join(parts)
-
-    def close(self) -> None:
-        self.end = self.end or "closed"
-
-    def abort(self) -> None:
-        self.end = "aborted"
-
-    def is_closing(self) -> bool:
-        return self.end is not None
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def pause_reading(self) -> None:
-        self.is_read_paused = True
-
-    def resume_reading(self) -> None:
-        self.is_read_paused = False
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return default
-
-    def taken(self) -> bytes:
-        sent, self.sent = self.sent, b""
-        return sent
-
-
-class FakeReplica(SimpleNamespace):
-    """One that is ready."""
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-@pytest.fixture
-async def ends(tmp_path: Path) -> SimpleNamespace:
-    """A client's connection and an engine's, in hand, with all of ours between them."""
-    spec = ModelSpec(model_format="ggufv2", model_hub="local", model_id="/m")
-    source = Source(model_hub="local", model_id="/m")
-    artifact = Artifact(family=LLMFamily(model_name="mock", model_specs=(spec,)), spec=spec, source=source)
-    launch = Launch(uid="mock", artifact=artifact, engine="llama.cpp")
-    settings = Settings(home=str(tmp_path), access_log=False)
-    deployment = Deployment(launch, LlamaCpp(settings=EngineSettings(binary="x")), settings=lambda: settings)
-    connections = Connections(SimpleNamespace(socket="/nowhere", host="", port=0))  # type: ignore[arg-type]
-    upstream = SimpleNamespace(
-        connections=connections,
-        is_elsewhere=False,
-        own_names=frozenset(),
-        opening=lambda path: f"POST {path} HTTP/1.1\r\nhost: x\r\n".encode(),
-    )
-    replica = FakeReplica(
-        state=State.READY,
-        in_flight=0,
-        index=0,
-        name="mock-0",
-        starts=1,
-        served=0,
-        upstream=upstream,
-        last_used=0.0,
-        pace=Pace(),
-    )
-    deployment.replicas = (replica,)
-    fleet = SimpleNamespace(
-        settings=settings,
-        in_effect=lambda: settings,
-        next_door=None,
-        find=lambda uid: deployment,
-        deployments=lambda: [deployment],
-    )
-    state = ServerState()
-    config = uvicorn.Config(lambda: None, log_config=None, lifespan="off", interface="asgi3", ws="none")
-    config.load()
-    door = Door(fleet, Crowd(lambda: None, state.connections, 1000))  # type: ignore[arg-type]
-    client = DoorProtocol(door, config=config, server_state=state, app_state={}, _loop=asyncio.get_running_loop())
-    to_client, to_engine = Wire(), Wire()
-    client.connection_made(to_client)  # type: ignore[arg-type]
-    engine = Connection(connections)
-    engine.connection_made(to_engine)  # type: ignore[arg-type]
-    engine._is_kept = True
-    engine._give_back()
-    return SimpleNamespace(
-        client=client, engine=engine, to_client=to_client, to_engine=to_engine, replica=replica, connections=connections
-    )
+__all__ = ["ends"]
 
 
 async def test_an_easy_request_needs_no_task_and_leaves_the_connection_for_the_next(ends: SimpleNamespace) -> None:
@@ -170,6 +60,23 @@ async def test_a_pipelined_request_waits_for_the_one_before_it(ends: SimpleNames
     assert ends.to_client.is_read_paused
     ends.engine.data_received(REPLY)
     assert not ends.client.pipeline  # it is with the plain route now
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("body", [BODY, b"{"])
+async def test_who_asks_whether_to_go_on_is_told_to_once(ends: SimpleNamespace, body: bytes) -> None:
+    head = HEAD.replace(b"localhost", b"localhost\r\nexpect: 100-continue").replace(
+        b"%d" % len(BODY), b"%d" % len(body)
+    )
+    ends.client.data_received(head)
+    assert ends.to_client.taken() == b"HTTP/1.1 100 Continue\r\n\r\n"
+    ends.client.data_received(body)
+    if body == BODY:
+        assert b"expect" not in ends.to_engine.taken()
+        ends.engine.data_received(REPLY)
+    else:  # what is left to the plain route
+        await ends.client.cycle.receive()
+    assert ends.to_client.taken().count(b"HTTP/1.1 ") == (body == BODY)
     await asyncio.gather(*ends.client.tasks, return_exceptions=True)
 
 
@@ -220,7 +127,7 @@ async def test_a_connection_is_passed_on_only_while_nothing_of_a_request_was_rea
 
 async def test_what_is_the_plain_routes_keeps_its_connection_until_it_is_answered(ends: SimpleNamespace) -> None:
     client = ends.client
-    client.data_received(HEAD.replace(b"localhost", b"localhost\r\nexpect: 100-continue") + BODY[:1])
+    client.data_received(HEAD.replace(b"localhost", b"localhost\r\ncontent-encoding: identity") + BODY[:1])
     assert not passed_on.is_between_requests(client)
     client.data_received(BODY[1:])
     assert client.cycle is not None
@@ -228,18 +135,6 @@ async def test_what_is_the_plain_routes_keeps_its_connection_until_it_is_answere
     client.cycle.response_complete = True
     assert passed_on.is_between_requests(client)
     await asyncio.gather(*client.tasks, return_exceptions=True)
-
-
-STREAM = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-    b'28\r\ndata: {"choices":[{"text":"a","x":0}]}\n\n\r\n'
-    b'3e\r\ndata: {"choices":[{"text":"b","finish_reason":"length"}]}   \n\n\r\n'
-    b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
-)
-
-
-TOLD = b'{"choices":[{"text":"ab","finish_reason":"length"}],"usage":{"prompt_tokens":1,"completion_tokens":2}}'
-WHOLE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(TOLD), TOLD)
 
 
 @pytest.mark.parametrize("reply", [STREAM, WHOLE])
@@ -254,6 +149,80 @@ async def test_tokens_are_counted_whatever_pieces_a_reply_comes_in(
         ends.engine.data_received(reply[begin : begin + size])
     assert ends.replica.in_flight == 0
     assert (tally.completion_tokens, tally.reasons.get("length", 0)) == (before[0] + 2, before[1] + 1)
+
+
+# Where a fault of ours may be, and the reply that it meets.
+FAULTS = [
+    ("gateway.door.protocol.DoorProtocol._is_head_easy", WHOLE),
+    ("gateway.door.protocol.Splice", WHOLE),
+    ("gateway.deployment.Deployment.take", WHOLE),
+    ("gateway.connections.Connections.take", WHOLE),
+    ("gateway.connections.Connection.ask", WHOLE),
+    ("gateway.door.splice.Splice.begins", WHOLE),
+    ("gateway.door.splice.Splice.returned", WHOLE),
+    ("gateway.door.splice.Splice._start", WHOLE),
+    ("gateway.door.splice.Splice.heard", WHOLE),
+    ("gateway.door.splice.Splice.streamed", STREAM),
+    ("gateway.door.splice.Splice.refusal", b"HTTP/1.1 400 No\r\ncontent-length: 2\r\n\r\n{}"),
+    ("gateway.door.splice.Splice._lose", b"no HTTP"),
+    ("gateway.door.splice.Splice.count", WHOLE),
+    ("gateway.door.protocol.DoorProtocol.spliced", WHOLE),
+]
+
+
+@pytest.mark.parametrize(("place", "reply"), FAULTS)
+async def test_a_fault_of_ours_leaves_nobody_without_an_answer_and_nothing_in_use(
+    ends: SimpleNamespace,
+    place: str,
+    reply: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fault(*of_it: Any, **named: Any) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as faulty:
+        faulty.setattr(place, fault)
+        ends.client.data_received(HEAD + BODY)
+        if not ends.client.tasks:
+            ends.engine.data_received(reply)
+    assert "A fault of the gateway" in caplog.text
+    assert ends.replica.in_flight == 0
+    assert ends.connections.asking == 0
+    sent = ends.to_client.taken()
+    if ends.client.tasks:  # the plain route answers
+        assert not sent
+        assert ends.client.cycle.scope["path"] == "/v1/completions"
+        assert ends.client.cycle.body == BODY
+    else:  # it was known to be whole
+        assert sent.endswith(reply.partition(b"\r\n\r\n")[2])
+        assert ends.to_client.end == "closed"
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
+async def test_a_fault_in_the_middle_of_an_answer_ends_the_connection_and_is_counted(
+    ends: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends.client.data_received(HEAD + BODY)
+    ends.engine.data_received(STREAM[:130])
+    assert b"data: {" in ends.to_client.taken()
+    with monkeypatch.context() as faulty:
+        faulty.setattr("gateway.door.splice.Splice.streamed", lambda *of_it: 1 / 0)
+        ends.engine.data_received(STREAM[130:])
+    assert ends.to_client.end == "closed"
+    assert ends.to_engine.end is not None or ends.connections.idle == [ends.engine]
+    assert (ends.replica.in_flight, ends.replica.served, ends.connections.asking) == (0, 0, 0)
+
+
+async def test_a_fault_as_the_client_leaves_leaves_nothing_in_use(
+    ends: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends.client.data_received(HEAD + BODY)
+    monkeypatch.setattr("gateway.door.splice.Splice.count", lambda *of_it: 1 / 0)
+    ends.client.connection_lost(None)
+    assert ends.to_engine.end == "aborted"
+    assert ends.replica.in_flight == 0
+    assert ends.client not in ends.client.connections
 
 
 def test_uvicorn_is_as_the_short_way_needs_it() -> None:

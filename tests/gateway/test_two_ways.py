@@ -28,7 +28,8 @@ ENGINE = Path(__file__).parents[1] / "scripted_engine.py"
 CASES = int(os.environ.get("HOSTLER_FUZZ_CASES", "100"))
 SEED = int(os.environ.get("HOSTLER_FUZZ_SEED", "1"))
 KEY = "a-key"
-LIMIT_BYTES = 400_000
+LIMIT_BYTES = 2_000_000
+UPLOAD_BYTES = 1_200_000  # passed on while it comes, if the head stands before what is large
 QUIET_S = 8.0  # a connection that says nothing for so long is a fault
 # Each in the same engine; what the second one says by its own name is read as a whole, as clients are told ours.
 MODELS = {"fake": "fake", "named": "theirs"}
@@ -38,6 +39,7 @@ COUNTED = re.compile(
     r"^hostler_(requests_total|requests_cancelled_total|request_retries_total|finish_reasons_total|.*_tokens_total"
     r"|.*_seconds_count)\b"
 )
+HEAD = re.compile(r"HTTP/1\.[01] [2-5]\d\d .*?\r\n\r\n", re.DOTALL)
 OF_TOKENS = re.compile("token|finish")
 
 
@@ -344,6 +346,14 @@ def request(rng: random.Random, script: list[Any], path: str, *, is_last: bool) 
             body = json.dumps(fields | {"stream": True})
         case 19:
             more.append("Host: second.example")
+        case 20 | 21 | 22 | 23 | 24 if HEAD.search("".join(step for step in script if isinstance(step, str))):
+            # else it may be sent twice by one way, as only what is at hand can be
+            large = {"pad": 'p\\"' * (UPLOAD_BYTES // 5)}
+            few = {name: fields[name] for name in ("model", "script")}
+            behind = {"input": "\u00e9", "messages": [{"model": "x", "a": ['"', "\\"]}], "prompt": "lora_name"}
+            body = json.dumps(few | fields | large if odd < 24 else large | fields)
+            if odd in (22, 23):
+                body = json.dumps(few | {"prompt": "x", "messages": [], "input": ""} | large | behind)
     data = body.encode("latin-1", "replace")
     lines = [f"{method} {path} {version}", "Host: localhost", "Content-Type: application/json", *more]
     rng.shuffle(lines[1:])
@@ -564,6 +574,22 @@ async def test_random_requests_and_engines_see_no_difference(tmp_path: Path, sta
                 break
             await asyncio.gather(*(look(gateway) for gateway in gateways))
     assert not wrong, "\n\n".join(f"case {number}: {short(case)}\n{short(found)}" for number, case, found in wrong)
+
+
+async def test_no_request_is_sent_twice_as_the_engine_says_more_than_its_reply(
+    tmp_path: Path, start_gateway: StartGateway
+) -> None:
+    said = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+    told = []
+    for gateway in await both(tmp_path, start_gateway):
+        await look(gateway)
+        for script in ([said + "no HTTP\r\n\r\n"], ["no HTTP\r\n\r\n"]):
+            body = {"model": "fake", "prompt": "x", "script": script}
+            answer = await gateway.post("/v1/completions", body, headers={"authorization": f"Bearer {KEY}"})
+            told.append(answer.status)
+            assert answer.status == 200 or "is no HTTP" in answer.error["message"]
+            assert len((await look(gateway))["seen"]) == 1
+    assert told == [200, 502, 502, 502]  # aiohttp gives nothing of a reply with more behind it
 
 
 def short(value: object) -> str:

@@ -1,0 +1,103 @@
+"""The beginning of a large JSON request, so that its head is known before the rest has come.
+
+A client may say fields in any order. So whoever passes the rest on goes on looking at its names, and at nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+STRUCTURE = re.compile(rb'["{}\[\]]')
+EMPTY = {b"[": b"[]", b"{": b"{}", b'"': b'""'}
+NAME_LIMIT_BYTES = 300  # longer ones are none that we know
+BACKSLASH = ord("\\")
+
+
+class Fields:
+    """The names of an object's own fields, as its bytes come; what stands in the fields is jumped over."""
+
+    def __init__(self) -> None:
+        self.size = 0  # bytes so far
+        self.name_end = 0  # how many of them, up to the end of the last whole name
+        self._depth = 0
+        self._is_text = False
+        self._is_name = False  # the text is one
+        self._expects_name = False
+        self._is_odd = False  # what came ends with a backslash that stands for itself with the next byte
+        self._name = b""
+
+    def is_in_value(self) -> bool:
+        """Whether the value of the last name has begun, and is no number or word."""
+        return self._depth > 1 or (self._is_text and not self._is_name)
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The names that are whole with these bytes."""
+        names: list[bytes] = []
+        at, size = 0, len(data)
+        while at < size:
+            if self._is_text:
+                end = self._end_of_text(data, at)
+                if self._is_name and len(self._name) < NAME_LIMIT_BYTES:
+                    self._name += data[at : size if end < 0 else end]
+                if end < 0:
+                    break
+                if self._is_name:
+                    names.append(_unescaped(self._name))
+                    self.name_end = self.size + end + 1
+                self._is_text = self._is_name = False
+                at = end + 1
+                continue
+            found = STRUCTURE.search(data, at)
+            until = found.start() if found else size
+            if self._depth == 1 and data.find(b",", at, until) >= 0:
+                self._expects_name = True
+            if found is None:
+                break
+            mark = found[0]
+            if mark == b'"':
+                self._is_text = True
+                self._is_name = self._depth == 1 and self._expects_name
+                self._expects_name, self._name = False, b""
+            elif mark in b"{[":
+                self._depth += 1
+                self._expects_name = self._depth == 1
+            else:
+                self._depth -= 1
+            at = until + 1
+        self.size += size
+        return names
+
+    def _end_of_text(self, data: bytes, at: int) -> int:
+        """Where its closing quote is; negative if it has not come."""
+        while True:
+            end = data.find(b'"', at)
+            begin = until = len(data) if end < 0 else end
+            while begin > at and data[begin - 1] == BACKSLASH:
+                begin -= 1
+            is_odd = (until - begin + (self._is_odd if begin == at else 0)) % 2 == 1
+            self._is_odd = end < 0 and is_odd
+            if end < 0 or not is_odd:
+                return end
+            at = end + 1
+
+
+def as_whole(begun: bytes, fields: Fields) -> bytes | None:
+    """What has come of a request, as an object whose last value is empty; None if it ends between two values."""
+    if not fields.is_in_value():
+        return None
+    colon, _, value = begun[fields.name_end :].partition(b":")
+    empty = EMPTY.get(value.lstrip()[:1])
+    if colon.strip() or empty is None:
+        return None
+    return begun[: fields.name_end] + b":" + empty + b"}"
+
+
+def _unescaped(name: bytes) -> bytes:
+    if b"\\" not in name:
+        return name
+    try:
+        return msgspec.json.decode(b'"' + name + b'"', type=str).encode()
+    except (msgspec.DecodeError, UnicodeError):
+        return name

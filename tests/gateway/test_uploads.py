@@ -1,0 +1,302 @@
+"""Large requests, which pass on while they come: the names that are looked for in them, and what may go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from both_ends import STREAM, WHOLE, Wire, ends
+from harness import StartGateway, events_in
+
+from gateway.api.beginning import Fields, as_whole
+from gateway.connections import Connection, Connections, UpstreamLost
+from gateway.door.protocol import FIRST_LOOK_BYTES, UPLOAD_BYTES
+
+__all__ = ["ends"]
+
+PAD = b"y" * 3_000_000
+LARGE = b'{"model":"mock","stream":false,"prompt":"%b","n":1}' % PAD
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n"
+PART = 100_000
+
+
+# --- names
+
+
+def value_of(rng: random.Random, depth: int = 0) -> Any:
+    texts = "", "a", '"', "\\", '\\"', "\\\\", "{", '"model":', "],}", "\u00e9\n", "x" * 50
+    kinds: list[Any] = [rng.choice(texts), rng.randrange(-9, 99), 1.5e9, True, None]
+    if depth < 4:
+        kinds += [[value_of(rng, depth + 1) for _ in range(rng.randrange(4))]] * 2
+        kinds += [{rng.choice(texts): value_of(rng, depth + 1) for _ in range(rng.randrange(4))}] * 2
+    return rng.choice(kinds)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_the_names_of_an_object_are_found_in_whatever_parts_it_comes(seed: int) -> None:
+    rng = random.Random(seed)
+    names = ["model", 'a"b', "\u00e9", "\\", "stream", "x y", "{", "n" * 50]
+    rng.shuffle(names)
+    said = {name: value_of(rng) for name in names}
+    layout: Any = rng.choice(({}, {"separators": (",", ":")}, {"indent": 2}, {"ensure_ascii": False}))
+    data = json.dumps(said, **layout).encode()
+    fields, found, at = Fields(), [], 0
+    while at < len(data):
+        size = rng.choice((1, 2, 7, 1000))
+        found += fields.feed(data[at : at + size])
+        at += size
+        if (whole := as_whole(data[:at], fields)) is not None:
+            known = json.loads(whole)
+            assert list(known) == [name.decode() for name in found]
+            assert list(known.values())[:-1] == [said[name] for name in known][:-1]
+            assert not list(known.values())[-1]
+    assert found == [name.encode() for name in said]
+    assert fields.size == len(data)
+
+
+# --- with both ends in hand
+
+
+@pytest.fixture
+def fresh(ends: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The connections that are made; `refuses` has them fail."""
+    made = SimpleNamespace(engines=[], wires=[], refuses=False)
+
+    async def connect(connections: Connections) -> Connection:
+        if made.refuses:
+            raise UpstreamLost("nobody is there")
+        engine, wire = Connection(connections), Wire()
+        engine.connection_made(wire)  # type: ignore[arg-type]
+        made.engines.append(engine)
+        made.wires.append(wire)
+        return engine
+
+    monkeypatch.setattr(Connections, "connect", connect)
+    return made
+
+
+async def begin(ends: SimpleNamespace, body: bytes = LARGE, size: int = PART) -> bytes:
+    """Send the head and so much of the body; what is left."""
+    ends.client.data_received(HEAD % len(body) + body[:size])
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    return body[size:]
+
+
+async def test_a_large_request_passes_on_while_it_comes_by_a_fresh_connection(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    left = await begin(ends)
+    sent = fresh.wires[0].taken()
+    assert b"content-length: %d\r\n" % len(LARGE) in sent
+    body = sent.partition(b"\r\n\r\n")[2]
+    assert len(body) == PART
+    while left:
+        ends.client.data_received(left[:PART])
+        body += (part := fresh.wires[0].taken())
+        assert part == left[:PART]
+        left = left[PART:]
+    assert body == LARGE
+    assert ends.to_engine.sent == b""
+    fresh.engines[0].data_received(WHOLE)
+    assert ends.to_client.taken().endswith(WHOLE.partition(b"\r\n\r\n")[2])
+    assert (ends.replica.in_flight, ends.replica.served) == (0, 1)
+    assert ends.connections.idle == [ends.engine]  # one more for each would be many
+    assert fresh.wires[0].end == "closed"
+
+
+async def test_an_engine_that_takes_it_slowly_slows_the_client(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
+    ends.client.data_received(HEAD % len(LARGE) + LARGE[:PART])
+    assert ends.to_client.is_read_paused  # until there is a connection
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not ends.to_client.is_read_paused
+    fresh.engines[0].pause_writing()
+    assert ends.to_client.is_read_paused
+    fresh.engines[0].resume_writing()
+    assert not ends.to_client.is_read_paused
+
+
+async def test_whoever_leaves_in_the_middle_has_asked_nothing(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
+    await begin(ends)
+    ends.client.connection_lost(None)
+    assert fresh.wires[0].end == "aborted"
+    assert ends.replica.in_flight == ends.connections.asking == 0
+
+
+async def test_an_answer_before_the_end_of_the_request_ends_the_engines_connection_alone(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    left = await begin(ends)
+    fresh.engines[0].pause_writing()
+    fresh.engines[0].data_received(b"HTTP/1.1 413 No\r\ncontent-length: 2\r\n\r\n{}")
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 413")
+    assert fresh.wires[0].end == "aborted"
+    assert not ends.to_client.is_read_paused
+    assert not ends.client.is_between_requests()
+    ends.client.data_received(left)  # nobody needs it
+    assert ends.client.is_between_requests()
+    ends.client.data_received(HEAD % 29 + b'{"model":"mock","prompt":"x"}')
+    assert ends.to_engine.taken().endswith(b"}")
+    ends.engine.data_received(WHOLE)
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 200")
+
+
+async def test_what_cannot_be_connected_is_the_plain_routes_with_all_of_its_body(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    fresh.refuses = True
+    ends.client.data_received(HEAD % len(LARGE) + LARGE[:PART])
+    await asyncio.sleep(0)
+    assert not ends.to_client.is_read_paused
+    ends.client.data_received(LARGE[PART:])
+    assert ends.client.cycle.body == LARGE
+    assert not ends.client.cycle.more_body
+    assert ends.replica.in_flight == 0
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
+async def test_a_field_that_changes_the_request_and_comes_late_is_asked_for_again_once(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    body = LARGE[:-1] + b',"enable_thinking":true}'
+    left = await begin(ends, body)
+    ends.client.data_received(left)
+    told = ends.to_client.taken()
+    assert told.startswith(b"HTTP/1.1 503")
+    assert b"send_again" in told
+    assert b"retry-after: 0" in told
+    assert fresh.wires[0].end == "aborted"
+    ends.client.data_received(HEAD % len(body) + body)  # from now on they are read whole
+    assert b'"chat_template_kwargs"' in ends.to_engine.taken()
+    ends.engine.data_received(WHOLE)
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 200")
+    assert ends.replica.in_flight == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt":"%b","model":"mock"}' % PAD,
+        b'{"model":"mock","enable_thinking":true,"prompt":"%b"}' % PAD,
+        b'{"model":"mock","prompt":"%b"}' % PAD[: UPLOAD_BYTES - 50],
+        b'{"model":5,"prompt":"%b"}' % PAD,
+    ],
+)
+async def test_what_is_not_known_from_the_beginning_is_read_whole(
+    ends: SimpleNamespace, fresh: SimpleNamespace, body: bytes
+) -> None:
+    ends.client.data_received(HEAD % len(body) + body[:PART])
+    ends.client.data_received(body[PART:-1])
+    assert not ends.to_engine.sent
+    assert not fresh.engines
+    ends.client.data_received(body[-1:])
+    assert ends.to_engine.sent or ends.client.tasks
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("own", [b"", b',"stream_options":{"include_usage":true}'])
+async def test_a_streams_tokens_are_asked_for_and_told_to_whom_has_asked(
+    ends: SimpleNamespace, fresh: SimpleNamespace, own: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.llama_cpp.LlamaCpp.asks_for_usage", True)
+    body = b'{"model":"mock","stream":true,"prompt":"%b"%b}' % (PAD, own)
+    left = await begin(ends, body)
+    ends.client.data_received(left)
+    sent = fresh.wires[0].taken()
+    assert b'\r\n\r\n{"stream_options":{"include_usage":true},"model"' in sent
+    assert b"content-length: %d\r\n" % len(sent.partition(b"\r\n\r\n")[2]) in sent
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n'
+    top = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n"
+    fresh.engines[0].data_received(top % len(usage) + usage)
+    assert (usage in ends.to_client.taken()) == bool(own)
+
+
+@pytest.mark.parametrize("first", [1, FIRST_LOOK_BYTES - 1, FIRST_LOOK_BYTES, 600_000])
+async def test_it_passes_on_however_its_beginning_comes(
+    ends: SimpleNamespace, fresh: SimpleNamespace, first: int
+) -> None:
+    left = await begin(ends, size=first)
+    ends.client.data_received(left[:PART])
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    ends.client.data_received(left[PART:])
+    assert fresh.wires[0].taken().endswith(LARGE)
+
+
+@pytest.mark.parametrize("place", ["gateway.api.beginning.Fields.feed", "gateway.connections.Connection.more"])
+async def test_a_fault_of_ours_in_the_middle_is_answered_and_nothing_stays_in_use(
+    ends: SimpleNamespace, fresh: SimpleNamespace, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = await begin(ends)
+    monkeypatch.setattr(place, lambda *of_it: 1 / 0)
+    ends.client.data_received(left)
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 500")
+    assert fresh.wires[0].end == "aborted"
+    assert ends.replica.in_flight == ends.connections.asking == 0
+    assert ends.client.is_between_requests()
+
+
+async def test_a_client_that_sends_nothing_more_is_not_waited_for_but_an_engine_is(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    await begin(ends)
+    fresh.engines[0].pause_writing()
+    for after_s in (0, 100, 200):
+        ends.client.end_if_quiet(after_s)
+    assert ends.to_client.end is None
+    fresh.engines[0].resume_writing()
+    for after_s in (300, 400):
+        ends.client.end_if_quiet(after_s)
+    assert ends.to_client.end == "closed"
+
+
+async def test_a_stream_is_an_answer_too(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
+    left = await begin(ends)
+    ends.client.data_received(left)
+    fresh.engines[0].data_received(STREAM)
+    assert ends.to_client.taken().endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert ends.replica.in_flight == 0
+
+
+# --- on real sockets
+
+
+@pytest.mark.both_doors
+async def test_a_large_request_is_answered_and_one_over_the_limit_is_not(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    events = tmp_path / "events"
+    gateway = await start_gateway(fake={"events_file": str(events)}, max_body_bytes=11_000_000)
+    sent = []
+    for size in (2_000_000, 10_000_000):
+        body = json.dumps({"model": "fake", "stream": False, "prompt": "y" * size}).encode()
+        sent.append(len(body))
+        assert (await gateway.post("/v1/completions", body)).status == 200
+    assert [event["bytes"] for event in events_in(events, "request")] == sent
+    assert (await gateway.complete(prompt="y" * 11_000_000)).status == 413
+    await gateway.until(in_flight=0)
+
+
+@pytest.mark.both_doors
+async def test_a_client_that_leaves_an_engine_that_takes_nothing_is_noticed(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={})
+    await gateway.complete()
+    engine = (await gateway.replicas())[0]["pid"]
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(gateway.address.rpartition(":")[2]))
+        body = b'{"model":"fake","prompt":"' + b"y" * 1_500_000 + b'"}'
+        writer.write(HEAD.replace(b"%d", b"%d" % len(body)) + body)
+        await gateway.until(in_flight=1, limit_s=5)
+        writer.transport.abort()
+        await gateway.until(in_flight=0, limit_s=2)
+    finally:
+        os.kill(engine, signal.SIGCONT)
