@@ -256,12 +256,13 @@ class DoorProtocol(HttpToolsProtocol):
 
     def spliced(self, splice: Splice, outcome: int, seconds: float) -> None:
         """It is over: the next request may be answered."""
+        has_left = self._splice is not splice  # an engine may say 499, too
         self._splice = None
         if self.cycle is cast(Any, splice):
             self.cycle = None  # type: ignore[assignment]
         if self._door.fleet.settings.access_log:
             write_line("POST", splice.way.path, splice.replica, outcome, seconds, splice.request_id)
-        if outcome == 499:
+        if has_left:
             return
         if not splice.keep_alive:
             self.transport.close()
@@ -269,7 +270,8 @@ class DoorProtocol(HttpToolsProtocol):
             super().on_response_complete()
             return
         self.server_state.total_requests += 1
-        self._idle_since = time.monotonic()
+        if not self._is_coming:
+            self._idle_since = time.monotonic()
 
     def replay(self, splice: Splice, lost: Lost | None) -> None:
         """Have the plain route answer after all."""

@@ -182,6 +182,26 @@ async def test_a_shutdown_lets_the_answer_end_and_then_closes(ends: SimpleNamesp
     assert ends.to_client.end == "closed"
 
 
+async def test_what_an_engine_calls_499_ends_as_any_other_reply(ends: SimpleNamespace) -> None:
+    ends.client.data_received(HEAD.replace(b"localhost", b"localhost\r\nconnection: close") + BODY)
+    ends.engine.data_received(REPLY.replace(b"200 OK", b"499 Gone"))
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 499")
+    assert ends.to_client.end == "closed"
+
+
+async def test_who_sends_half_a_request_before_an_answer_is_not_taken_for_idle_behind_it(
+    ends: SimpleNamespace,
+) -> None:
+    ends.client.data_received(HEAD + BODY + HEAD[:20])
+    ends.engine.data_received(REPLY)
+    ends.client.data_received(HEAD[20:] + BODY)
+    ends.client.end_if_quiet(time.monotonic() + 1000)
+    assert ends.to_client.end is None
+    ends.engine.data_received(REPLY)
+    ends.client.end_if_quiet(time.monotonic() + 1000)
+    assert ends.to_client.end == "closed"
+
+
 async def test_connections_that_are_kept_for_nothing_or_do_not_come_on_are_closed(ends: SimpleNamespace) -> None:
     now = time.monotonic()
     ends.client.end_if_quiet(now + 1)
