@@ -196,7 +196,8 @@ class DoorProtocol(HttpToolsProtocol):
             return False
         if parser.get_method() != b"POST" or parser.get_http_version() != "1.1" or parser.should_upgrade():
             return False
-        host = authorization = b""
+        authorization = b""
+        host: bytes | None = None
         self._request_id, has_other_key = b"", False
         for name, value in self.headers:
             if name not in TELLING:
@@ -204,7 +205,7 @@ class DoorProtocol(HttpToolsProtocol):
             if name == b"content-length":
                 if int(value) > door.fleet.settings.max_body_bytes:
                     return False
-            elif name == b"host" and not host:
+            elif name == b"host" and host is None:
                 host = value
             elif name == b"authorization" and not authorization:
                 authorization = value
@@ -214,7 +215,7 @@ class DoorProtocol(HttpToolsProtocol):
                 has_other_key = True
             else:
                 return False
-        if not has_other_key and door.guard.knows(host, authorization):
+        if not has_other_key and door.guard.knows(host or b"", authorization):
             return True
         return self._may_pass(inference)
 

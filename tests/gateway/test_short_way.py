@@ -202,6 +202,15 @@ async def test_who_sends_half_a_request_before_an_answer_is_not_taken_for_idle_b
     assert ends.to_client.end == "closed"
 
 
+async def test_a_host_that_is_named_twice_is_for_the_plain_way(ends: SimpleNamespace) -> None:
+    ends.client.data_received(HEAD + BODY)
+    ends.engine.data_received(REPLY)  # the name is known from now on
+    ends.to_engine.taken()
+    ends.client.data_received(HEAD.replace(b"host:", b"host:\r\nhost:") + BODY)
+    assert not ends.to_engine.taken()
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
 async def test_connections_that_are_kept_for_nothing_or_do_not_come_on_are_closed(ends: SimpleNamespace) -> None:
     now = time.monotonic()
     ends.client.end_if_quiet(now + 1)
