@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from typing import Any, cast
 
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.api.auth import Guard
 from gateway.api.exchange import Headers, Lost
@@ -22,13 +22,15 @@ from gateway.api.trace import id_of, new_id, write_line
 from gateway.api.ways import WAYS, Way
 from gateway.crowd import Crowd
 from gateway.door.splice import Splice
-from gateway.errors import HostlerError, RequestRefused
+from gateway.errors import HeadTooLarge, HostlerError, RequestRefused, body_of, envelope
 from gateway.fleet import Fleet
 
 logger = logging.getLogger("hostler.door")
 
 SWEEP_S = 1.0
 STALL_LIMIT_S = 60.0  # of a request that has begun to come
+HEAD_LIMIT_BYTES = 128 * 1024  # what comes at once may be more
+PARTS_LIMIT = 10_000  # of a body: each costs more than the few bytes that it may have
 
 # Headers that are looked at. What to do about some of them, or about one that stands twice, the plain route knows.
 TELLING = frozenset(
@@ -85,12 +87,36 @@ class DoorProtocol(HttpToolsProtocol):
         self._inference: Inference | None = None  # of the request that comes in, as long as it is easy
         self._is_coming = False  # a request has begun, and not all of it is there
         self._has_head = False
+        self._head_bytes = 0  # that have come since it began, and are not all of it
         self._keeps_alive = True
         self._parts: list[bytes] = []
         self._size = 0
         self._request_id = b""
 
     # --- what the loop tells
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_coming and not self._has_head:
+            if self._head_bytes > HEAD_LIMIT_BYTES:
+                self._refuse_head()
+                return
+            self._head_bytes += len(data)
+        super().data_received(data)
+
+    def _refuse_head(self) -> None:
+        refusal = HeadTooLarge(f"The request's headers are larger than {HEAD_LIMIT_BYTES} bytes.")
+        if self.is_answering:  # a second reply would be taken for some of that one
+            self.transport.close()
+            return
+        content = envelope(body_of(refusal))
+        lines = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(content)
+        self.transport.write(STATUS_LINE[refusal.status] + self.default_head() + lines + content)
+        self.transport.close()
+
+    def shutdown(self) -> None:
+        if self._inference is not None:  # what has begun to come is answered, if only with a refusal
+            self._pass_on_what_has_come()
+        super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         splice, self._splice = self._splice, None
@@ -117,8 +143,7 @@ class DoorProtocol(HttpToolsProtocol):
             if now - self._idle_since > self.timeout_keep_alive:
                 self.transport.close()
             return
-        is_answered = self.cycle is not None and not self.cycle.response_complete
-        if is_answered or (self._has_head and self._inference is None):
+        if self.is_answering or (self._has_head and self._inference is None):
             self._last_look = None
             return
         look = self._last_look
@@ -135,6 +160,11 @@ class DoorProtocol(HttpToolsProtocol):
         return is_answered and not self._is_coming and not self.pipeline
 
     @property
+    def is_answering(self) -> bool:
+        """Whether a request is at work that has all its head."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
     def _progress(self) -> int:
         return len(self.headers) + self._size
 
@@ -147,6 +177,7 @@ class DoorProtocol(HttpToolsProtocol):
         self._inference = None
         self._is_coming = True
         self._has_head = False
+        self._head_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._has_head:  # else it stands behind the body, where nobody looks for it
@@ -169,9 +200,8 @@ class DoorProtocol(HttpToolsProtocol):
             return
         self._parts.append(body)
         self._size += len(body)
-        if self._size > self._door.fleet.settings.max_body_bytes:
-            self._inference = None
-            self._replay(self.url, self.headers, self._parts, is_whole=False, keeps_alive=self._keeps_alive)
+        if self._size > self._door.fleet.settings.max_body_bytes or len(self._parts) > PARTS_LIMIT:
+            self._pass_on_what_has_come()
 
     def on_message_complete(self) -> None:
         self._is_coming = False
@@ -298,6 +328,11 @@ class DoorProtocol(HttpToolsProtocol):
         if lost is not None:
             self.scope["lost"] = lost  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
+
+    def _pass_on_what_has_come(self) -> None:
+        """Of a request that was held back: the rest of it is uvicorn's."""
+        parts, self._parts, self._inference = self._parts, [], None
+        self._replay(self.url, self.headers, parts, is_whole=False, keeps_alive=self._keeps_alive)
 
     def _replay(
         self,
