@@ -12,6 +12,7 @@ HostlerError
     ModelNotFound         404: no such model
     BodyTooLarge          413: more bytes than `max_body_bytes`
     UnsupportedBody       415: compressed
+    HeadTooLarge          431: its headers have no end
     InUse                 400: what is to be removed is being used
     TooManyRequests       429: more at once than the model's request_limits or its queue allow
     LaunchCancelled       499: somebody cancelled the launch while its client waited
@@ -128,6 +129,13 @@ class UnsupportedBody(RequestRefused):
 
     status = 415
     code = "unsupported_body"
+
+
+class HeadTooLarge(RequestRefused):
+    """The request's headers are larger than any that make sense."""
+
+    status = 431
+    code = "head_too_large"
 
 
 class InUse(RequestRefused):

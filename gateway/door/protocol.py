@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, cast
 
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from gateway.api.auth import Guard
 from gateway.api.beginning import Fields
@@ -26,13 +27,15 @@ from gateway.crowd import Crowd
 from gateway.door.leaving import WatchedProtocol
 from gateway.door.splice import Splice
 from gateway.door.upload import Upload
-from gateway.errors import HostlerError, RequestRefused
+from gateway.errors import HeadTooLarge, HostlerError, RequestRefused, body_of, envelope
 from gateway.fleet import Fleet
 
 logger = logging.getLogger("hostler.door")
 
 SWEEP_S = 1.0
 STALL_LIMIT_S = 60.0  # of a request that has begun to come
+HEAD_LIMIT_BYTES = 128 * 1024  # what comes at once may be more
+PARTS_LIMIT = 10_000  # of a body: each costs more than the few bytes that it may have
 
 UPLOAD_BYTES = 2**20  # a body that is larger is passed on while it comes
 FIRST_LOOK_BYTES, LAST_LOOK_BYTES = 8 * 1024, 512 * 1024  # of it, to know what is asked of whom
@@ -93,6 +96,7 @@ class DoorProtocol(WatchedProtocol):
         self._inference: Inference | None = None  # of the request that comes in, as long as it is easy
         self._is_coming = False  # a request has begun, and not all of it is there
         self._has_head = False
+        self._head_bytes = 0  # that have come since it began, and are not all of it
         self._keeps_alive = True
         self._parts: list[bytes] = []
         self._size = 0
@@ -103,6 +107,29 @@ class DoorProtocol(WatchedProtocol):
         self._request_id = b""
 
     # --- what the loop tells
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_coming and not self._has_head:
+            if self._head_bytes > HEAD_LIMIT_BYTES:
+                self._refuse_head()
+                return
+            self._head_bytes += len(data)
+        super().data_received(data)
+
+    def _refuse_head(self) -> None:
+        refusal = HeadTooLarge(f"The request's headers are larger than {HEAD_LIMIT_BYTES} bytes.")
+        if self.is_answering:  # a second reply would be taken for some of that one
+            self.transport.close()
+            return
+        content = envelope(body_of(refusal))
+        lines = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(content)
+        self.transport.write(STATUS_LINE[refusal.status] + self.default_head() + lines + content)
+        self.transport.close()
+
+    def shutdown(self) -> None:
+        if self._inference is not None:  # what has begun to come is answered, if only with a refusal
+            self._pass_on_what_has_come()
+        super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         splice, self._splice = self._splice, None
@@ -126,9 +153,8 @@ class DoorProtocol(WatchedProtocol):
             if now - self._idle_since > self.timeout_keep_alive:
                 self.transport.close()
             return
-        is_answered = self.cycle is not None and not self.cycle.response_complete
         is_passed_on = self._upload is not None and not self.flow.read_paused
-        if not is_passed_on and (is_answered or (self._has_head and self._inference is None)):
+        if not is_passed_on and (self.is_answering or (self._has_head and self._inference is None)):
             self._last_look = None
             return
         look = self._last_look
@@ -145,6 +171,11 @@ class DoorProtocol(WatchedProtocol):
         return is_answered and not self._is_coming and not self.pipeline
 
     @property
+    def is_answering(self) -> bool:
+        """Whether a request is at work that has all its head."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
     def _progress(self) -> int:
         return len(self.headers) + self._size
 
@@ -157,6 +188,7 @@ class DoorProtocol(WatchedProtocol):
         self._inference = None
         self._is_coming = True
         self._has_head = False
+        self._head_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._has_head:  # else it stands behind the body, where nobody looks for it
@@ -188,9 +220,8 @@ class DoorProtocol(WatchedProtocol):
         self._size += len(body)
         if self._size >= self._look_at and self._passes_on(self._inference):
             return
-        if self._size > self._door.fleet.settings.max_body_bytes:
-            self._inference = None
-            self._replay(self.url, self.headers, self._parts, is_whole=False, keeps_alive=self._keeps_alive)
+        if self._size > self._door.fleet.settings.max_body_bytes or len(self._parts) > PARTS_LIMIT:
+            self._pass_on_what_has_come()
 
     def on_message_complete(self) -> None:
         self._is_coming = False
@@ -226,7 +257,8 @@ class DoorProtocol(WatchedProtocol):
             return False
         if parser.get_method() != b"POST" or parser.get_http_version() != "1.1" or parser.should_upgrade():
             return False
-        host = authorization = b""
+        authorization = b""
+        host: bytes | None = None
         self._request_id, self._length, has_other_key = b"", 0, False
         self._awaits_word = False
         for name, value in self.headers:
@@ -236,7 +268,7 @@ class DoorProtocol(WatchedProtocol):
                 self._length = int(value)
                 if self._length > door.fleet.settings.max_body_bytes:
                     return False
-            elif name == b"host" and not host:
+            elif name == b"host" and host is None:
                 host = value
             elif name == b"authorization" and not authorization:
                 authorization = value
@@ -248,7 +280,7 @@ class DoorProtocol(WatchedProtocol):
                 self._awaits_word = True
             else:
                 return False
-        if not has_other_key and door.guard.knows(host, authorization):
+        if not has_other_key and door.guard.knows(host or b"", authorization):
             return True
         return self._may_pass(inference)
 
@@ -313,12 +345,13 @@ class DoorProtocol(WatchedProtocol):
 
     def spliced(self, splice: Splice, outcome: int, seconds: float) -> None:
         """It is over: the next request may be answered."""
+        has_left = self._splice is not splice  # an engine may say 499, too
         self._splice = None
         if self.cycle is cast(Any, splice):
             self.cycle = None  # type: ignore[assignment]
         if self._door.fleet.settings.access_log:
             write_line("POST", splice.way.path, splice.replica, outcome, seconds, splice.request_id)
-        if outcome == 499:
+        if has_left:
             return
         if not splice.keep_alive:
             self.transport.close()
@@ -326,7 +359,7 @@ class DoorProtocol(WatchedProtocol):
             super().on_response_complete()
             return
         self.server_state.total_requests += 1
-        if self._upload is None:
+        if not self._is_coming:
             self._idle_since = time.monotonic()
 
     def replay(self, splice: Splice, lost: Lost | None) -> None:
@@ -355,6 +388,11 @@ class DoorProtocol(WatchedProtocol):
         if lost is not None:
             self.scope["lost"] = lost  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
+
+    def _pass_on_what_has_come(self) -> None:
+        """Of a request that was held back: the rest of it is uvicorn's."""
+        parts, self._parts, self._inference = self._parts, [], None
+        self._replay(self.url, self.headers, parts, is_whole=False, keeps_alive=self._keeps_alive)
 
     def _replay(
         self,

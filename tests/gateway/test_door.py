@@ -276,7 +276,7 @@ async def test_a_client_that_leaves_while_the_model_loads_is_never_sent_to_the_e
     events = tmp_path / "events"
     gateway = await start_gateway(fake={"ready_after_s": 1.5, "events_file": str(events)})
     asking = [asyncio.ensure_future(gateway.complete(stream=stream)) for stream in (False, True)]
-    await gateway.until(waiting=2)
+    await gateway.until(state="starting", waiting=2)
     for task in asking:
         task.cancel()
     await gateway.until(waiting=0, limit_s=2)

@@ -89,6 +89,79 @@ async def test_a_shutdown_lets_the_answer_end_and_then_closes(ends: SimpleNamesp
     assert ends.to_client.end == "closed"
 
 
+async def test_what_an_engine_calls_499_ends_as_any_other_reply(ends: SimpleNamespace) -> None:
+    ends.client.data_received(HEAD.replace(b"localhost", b"localhost\r\nconnection: close") + BODY)
+    ends.engine.data_received(REPLY.replace(b"200 OK", b"499 Gone"))
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 499")
+    assert ends.to_client.end == "closed"
+
+
+async def test_who_sends_half_a_request_before_an_answer_is_not_taken_for_idle_behind_it(
+    ends: SimpleNamespace,
+) -> None:
+    ends.client.data_received(HEAD + BODY + HEAD[:20])
+    ends.engine.data_received(REPLY)
+    ends.client.data_received(HEAD[20:] + BODY)
+    ends.client.end_if_quiet(time.monotonic() + 1000)
+    assert ends.to_client.end is None
+    ends.engine.data_received(REPLY)
+    ends.client.end_if_quiet(time.monotonic() + 1000)
+    assert ends.to_client.end == "closed"
+
+
+async def test_a_host_that_is_named_twice_is_for_the_plain_way(ends: SimpleNamespace) -> None:
+    ends.client.data_received(HEAD + BODY)
+    ends.engine.data_received(REPLY)  # the name is known from now on
+    ends.to_engine.taken()
+    ends.client.data_received(HEAD.replace(b"host:", b"host:\r\nhost:") + BODY)
+    assert not ends.to_engine.taken()
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
+async def test_a_head_without_end_is_refused(ends: SimpleNamespace) -> None:
+    piece = b"x-a: %b\r\n" % (b"a" * 60_000)
+    ends.client.data_received(HEAD[:-2])
+    for _ in range(3):
+        ends.client.data_received(piece)
+        assert ends.to_client.end is None
+    ends.client.data_received(piece)
+    assert b"head_too_large" in ends.to_client.taken()
+    assert ends.to_client.end == "closed"
+
+
+async def test_a_head_without_end_breaks_off_the_answer_before_it(ends: SimpleNamespace) -> None:
+    ends.client.data_received(HEAD + BODY + HEAD[:-2])
+    for _ in range(4):
+        ends.client.data_received(b"a" * 60_000)
+    assert not ends.to_client.taken()
+    assert ends.to_client.end == "closed"
+
+
+async def test_a_body_in_countless_pieces_is_left_to_the_plain_way(
+    ends: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "PARTS_LIMIT", 10)
+    head = HEAD.replace(b"content-length: %d" % len(BODY), b"transfer-encoding: chunked")
+    ends.client.data_received(head + b"1\r\nx\r\n" * 11)
+    assert bytes(ends.client.cycle.body) == b"x" * 11
+    assert not ends.client._parts
+    ends.client.data_received(b"1\r\nx\r\n0\r\n\r\n")
+    assert not ends.client.cycle.more_body
+    assert not ends.to_engine.taken()
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
+async def test_a_shutdown_lets_a_request_that_has_begun_to_come_be_answered(ends: SimpleNamespace) -> None:
+    ends.client.data_received(HEAD + BODY[:5])
+    ends.client.shutdown()
+    assert ends.to_client.end is None
+    assert not ends.client.cycle.keep_alive
+    ends.client.data_received(BODY[5:])
+    assert bytes(ends.client.cycle.body) == BODY
+    assert not ends.client.cycle.more_body
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
 async def test_connections_that_are_kept_for_nothing_or_do_not_come_on_are_closed(ends: SimpleNamespace) -> None:
     now = time.monotonic()
     ends.client.end_if_quiet(now + 1)
