@@ -56,6 +56,7 @@ TABLE: list[tuple[type[HostlerError], int, str, str | None]] = [
     (NotFound, 404, "not_found_error", "not_found"),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found"),
     (BodyTooLarge, 413, "invalid_request_error", "body_too_large"),
+    (HeadTooLarge, 431, "invalid_request_error", "head_too_large"),
     (CannotServe, 503, "server_error", None),
     (ModelLoading, 503, "server_error", "model_loading"),
     (ModelStopped, 503, "server_error", "model_stopped"),
