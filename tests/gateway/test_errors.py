@@ -77,7 +77,7 @@ TABLE: list[tuple[type[HostlerError], int, str, str | None]] = [
     (EngineDied, 502, "server_error", "engine_died"),
     (BadReply, 502, "server_error", "bad_reply"),
 ]
-RETRY = {Busy, HandedOver, ModelLoading, ModelStopped, NoMoreFiles, ShuttingDown, TooManyRequests}
+RETRY = {SendAgain, Busy, HandedOver, ModelLoading, ModelStopped, NoMoreFiles, ShuttingDown, TooManyRequests}
 
 
 def all_kinds(kind: type[HostlerError] = HostlerError) -> set[type[HostlerError]]:
