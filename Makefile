@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INTEGRATIONS := $(VENV)-integrations
 # What requests meet between the client and the engine.
 DOOR_TESTS := $(patsubst %,tests/gateway/test_%.py,alias auth hung_engines inference limits pictures_in_chats remote \
-	replicas restart supervision tiers uploads waiting)
+	replicas restart supervision tiers waiting)
 # Engines start faster when pip compiles them, and a later start never writes into the tree.
 unexport PYTHONDONTWRITEBYTECODE
 
