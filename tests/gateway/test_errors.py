@@ -33,6 +33,7 @@ from gateway.errors import (
     NotImplementedYet,
     RequestRefused,
     SettingsError,
+    SendAgain,
     ShuttingDown,
     StrangeHost,
     TooManyRequests,
@@ -67,13 +68,14 @@ TABLE: list[tuple[type[HostlerError], int, str, str | None]] = [
     (ModelCoolingDown, 503, "server_error", "model_cooling_down"),
     (NoMoreFiles, 503, "server_error", "no_more_files"),
     (ModelFailed, 503, "server_error", "model_failed"),
+    (SendAgain, 503, "server_error", "send_again"),
     (ShuttingDown, 503, "server_error", "shutting_down"),
     (HandedOver, 503, "server_error", "shutting_down"),
     (CannotRestart, 503, "server_error", "cannot_restart"),
     (EngineDied, 502, "server_error", "engine_died"),
     (BadReply, 502, "server_error", "bad_reply"),
 ]
-RETRY = {Busy, HandedOver, ModelLoading, ModelStopped, NoMoreFiles, ShuttingDown, TooManyRequests}
+RETRY = {Busy, HandedOver, ModelLoading, ModelStopped, NoMoreFiles, SendAgain, ShuttingDown, TooManyRequests}
 
 
 def all_kinds(kind: type[HostlerError] = HostlerError) -> set[type[HostlerError]]:
