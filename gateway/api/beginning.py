@@ -10,6 +10,9 @@ import re
 import msgspec
 
 STRUCTURE = re.compile(rb'["{}\[\]]')
+# Runs of what is short, where looking for each quote would cost more; what is long is jumped over.
+TEXTS = re.compile(rb'(?:[^"{}\[\]]*+"[^"\\]{0,200}+")++')
+ESCAPES = re.compile(rb'(?:[^"\\]{0,200}+\\.)++', re.DOTALL)
 EMPTY = {b"[": b"[]", b"{": b"{}", b'"': b'""'}
 NAME_LIMIT_BYTES = 300  # longer ones are none that we know
 BACKSLASH = ord("\\")
@@ -56,6 +59,9 @@ class Fields:
             if found is None:
                 break
             mark = found[0]
+            if mark == b'"' and self._depth > 1 and (run := TEXTS.match(data, until)):
+                at = run.end()
+                continue
             if mark == b'"':
                 self._is_text = True
                 self._is_name = self._depth == 1 and self._expects_name
@@ -71,16 +77,22 @@ class Fields:
 
     def _end_of_text(self, data: bytes, at: int) -> int:
         """Where its closing quote is; negative if it has not come."""
+        if self._is_odd:
+            at += 1
+            self._is_odd = False
         while True:
             end = data.find(b'"', at)
             begin = until = len(data) if end < 0 else end
             while begin > at and data[begin - 1] == BACKSLASH:
                 begin -= 1
-            is_odd = (until - begin + (self._is_odd if begin == at else 0)) % 2 == 1
-            self._is_odd = end < 0 and is_odd
-            if end < 0 or not is_odd:
+            is_odd = (until - begin) % 2 == 1
+            if end < 0:
+                self._is_odd = is_odd
                 return end
-            at = end + 1
+            if not is_odd:
+                return end
+            run = ESCAPES.match(data, end + 1)
+            at = run.end() if run else end + 1
 
 
 def as_whole(begun: bytes, fields: Fields) -> bytes | None:

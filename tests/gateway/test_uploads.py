@@ -31,7 +31,7 @@ PART = 100_000
 
 
 def value_of(rng: random.Random, depth: int = 0) -> Any:
-    texts = "", "a", '"', "\\", '\\"', "\\\\", "{", '"model":', "],}", "\u00e9\n", "x" * 50
+    texts = "", "a", '"', "\\", '\\"', "\\\\", "{", '"model":', "],}", "\u00e9\n", "x" * 50, "y" * 300 + '"', '"\\"' * 9
     kinds: list[Any] = [rng.choice(texts), rng.randrange(-9, 99), 1.5e9, True, None]
     if depth < 4:
         kinds += [[value_of(rng, depth + 1) for _ in range(rng.randrange(4))]] * 2
