@@ -26,6 +26,7 @@ from gateway.crowd import Crowd
 from gateway.deployment import Deployment
 from gateway.door import contract, protocol
 from gateway.door.protocol import Door, DoorProtocol
+from gateway.errors import BadRequest
 from gateway.pace import Pace
 from gateway.replica import State
 from registry.resolve import Artifact
@@ -43,6 +44,7 @@ class Wire:
         self.sent = b""
         self.end: str | None = None
         self.is_read_paused = False
+        self.unsent = 0
 
     def write(self, data: bytes) -> None:
         self.sent += data
@@ -60,7 +62,7 @@ class Wire:
         return self.end is not None
 
     def get_write_buffer_size(self) -> int:
-        return 0
+        return self.unsent
 
     def pause_reading(self) -> None:
         self.is_read_paused = True
@@ -147,6 +149,17 @@ async def test_an_easy_request_needs_no_task_and_leaves_the_connection_for_the_n
     assert ends.replica.served == 3
 
 
+async def test_an_engine_that_answers_before_it_has_the_whole_request_is_asked_the_next_on_a_new_connection(
+    ends: SimpleNamespace,
+) -> None:
+    ends.client.data_received(HEAD + BODY)
+    ends.to_engine.unsent = 1
+    ends.engine.data_received(REPLY)
+    assert ends.to_client.taken().endswith(b"{}")
+    assert ends.to_engine.end == "aborted"
+    assert not ends.connections.idle
+
+
 async def test_a_client_that_leaves_has_the_engine_stop_at_once(ends: SimpleNamespace) -> None:
     ends.client.data_received(HEAD + BODY)
     ends.client.connection_lost(None)
@@ -187,6 +200,22 @@ async def test_what_an_engine_calls_499_ends_as_any_other_reply(ends: SimpleName
     ends.engine.data_received(REPLY.replace(b"200 OK", b"499 Gone"))
     assert ends.to_client.taken().startswith(b"HTTP/1.1 499")
     assert ends.to_client.end == "closed"
+
+
+async def test_a_status_that_http_does_not_have_is_told_as_a_fault_of_the_engine_and_not_asked_again(
+    ends: SimpleNamespace,
+) -> None:
+    ends.client.data_received(HEAD + BODY)
+    ends.engine.data_received(REPLY.replace(b"200 OK", b"600 Odd"))
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 502")
+    assert ends.to_engine.taken().count(b"POST") == 1
+    assert not ends.client.tasks
+
+
+async def test_a_key_that_is_no_text_is_told_as_bad_json(ends: SimpleNamespace) -> None:
+    inference = ends.client._door.inferences[b"/v1/completions"]
+    with pytest.raises(BadRequest, match="not valid JSON"):
+        inference.asked([], b'{"model":"mock","prompt":"x","enable_thinking":true,"\xff":1}')
 
 
 async def test_who_sends_half_a_request_before_an_answer_is_not_taken_for_idle_behind_it(
