@@ -216,6 +216,9 @@ class Connection(asyncio.Protocol):
         if not self._is_kept or self._is_odd or is_spare or self._transport.is_closing():
             self._transport.close()
             return
+        if self._transport.get_write_buffer_size():  # the next request would wait behind a body that nobody needs
+            self._transport.abort()
+            return
         self._idle_since = time.monotonic()
         self._connections.idle.append(self)
 

@@ -43,6 +43,7 @@ class Wire:
         self.sent = b""
         self.end: str | None = None
         self.is_read_paused = False
+        self.unsent = 0
 
     def write(self, data: bytes) -> None:
         self.sent += data
@@ -60,7 +61,7 @@ class Wire:
         return self.end is not None
 
     def get_write_buffer_size(self) -> int:
-        return 0
+        return self.unsent
 
     def pause_reading(self) -> None:
         self.is_read_paused = True

@@ -255,6 +255,8 @@ class Exchange:
         if sentence := next((said for begin, said in refusals if error.message.startswith(begin)), None):
             error = ErrorBody(message=f"{self.uid!r} {sentence}", type="invalid_request_error", source="engine")
             status = 400
+        elif status > 599:  # none that HTTP has
+            status = 502
         payload = envelope(error)
         told = [(b"content-type", b"application/json"), (SOURCE_HEADER.encode(), b"engine")]
         told += [header for header in headers if header[0] == b"retry-after"]

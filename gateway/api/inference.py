@@ -95,12 +95,15 @@ class Inference:
         if terms is None or not terms.are_of(deployment):
             self._terms = {uid: terms for uid, terms in self._terms.items() if not terms.deployment.is_closed}
             terms = self._terms[uid] = Terms(way, deployment)
-        if not isinstance(head, FormHead):
-            body = way.adapt(body, head, deployment.defaults)
-            if head.lora_name:
-                body = self._with_adapter(body, head.lora_name, deployment)
-        if terms.back:
-            body = _named(body, head, headers, terms.served_name)
+        try:
+            if not isinstance(head, FormHead):
+                body = way.adapt(body, head, deployment.defaults)
+                if head.lora_name:
+                    body = self._with_adapter(body, head.lora_name, deployment)
+            if terms.back:
+                body = _named(body, head, headers, terms.served_name)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:  # what its head has not shown
+            raise BadRequest(f"The request body is not valid JSON: {exc}.") from exc
         hides_usage = terms.asks_for_usage and _may_ask_for_usage(head, deployment.defaults)
         if hides_usage:
             body = usage.asked_for(body)

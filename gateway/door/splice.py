@@ -167,10 +167,6 @@ class Splice(Exchange):
         if not self._has_begun:
             self._has_begun = True
             self.begins()
-            if connection.status not in STATUS_LINE:
-                self._drop()
-                self._give_up(None)
-                return
             self._begin_reply(connection, parts)
         if self._parts is not None:
             self._collect(connection, parts, is_whole=is_whole)

@@ -20,6 +20,7 @@ from uvicorn.protocols.http import httptools_impl
 from gateway import metrics, passed_on, server
 from gateway.config import Settings
 from gateway.door import contract, protocol
+from gateway.errors import BadRequest
 
 __all__ = ["ends"]
 
@@ -35,6 +36,17 @@ async def test_an_easy_request_needs_no_task_and_leaves_the_connection_for_the_n
         assert ends.connections.idle == [ends.engine]  # trap: afterwards the parser says that it is to be closed
     assert not ends.client.tasks
     assert ends.replica.served == 3
+
+
+async def test_an_engine_that_answers_before_it_has_the_whole_request_is_asked_the_next_on_a_new_connection(
+    ends: SimpleNamespace,
+) -> None:
+    ends.client.data_received(HEAD + BODY)
+    ends.to_engine.unsent = 1
+    ends.engine.data_received(REPLY)
+    assert ends.to_client.taken().endswith(b"{}")
+    assert ends.to_engine.end == "aborted"
+    assert not ends.connections.idle
 
 
 async def test_a_client_that_leaves_has_the_engine_stop_at_once(ends: SimpleNamespace) -> None:
@@ -94,6 +106,22 @@ async def test_what_an_engine_calls_499_ends_as_any_other_reply(ends: SimpleName
     ends.engine.data_received(REPLY.replace(b"200 OK", b"499 Gone"))
     assert ends.to_client.taken().startswith(b"HTTP/1.1 499")
     assert ends.to_client.end == "closed"
+
+
+async def test_a_status_that_http_does_not_have_is_told_as_a_fault_of_the_engine_and_not_asked_again(
+    ends: SimpleNamespace,
+) -> None:
+    ends.client.data_received(HEAD + BODY)
+    ends.engine.data_received(REPLY.replace(b"200 OK", b"600 Odd"))
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 502")
+    assert ends.to_engine.taken().count(b"POST") == 1
+    assert not ends.client.tasks
+
+
+async def test_a_key_that_is_no_text_is_told_as_bad_json(ends: SimpleNamespace) -> None:
+    inference = ends.client._door.inferences[b"/v1/completions"]
+    with pytest.raises(BadRequest, match="not valid JSON"):
+        inference.asked([], b'{"model":"mock","prompt":"x","enable_thinking":true,"\xff":1}')
 
 
 async def test_who_sends_half_a_request_before_an_answer_is_not_taken_for_idle_behind_it(

@@ -214,7 +214,7 @@ def interim(rng: random.Random, path: str) -> list[Any]:
 
 
 def refused(rng: random.Random, path: str) -> list[Any]:
-    status = rng.choice((400, 401, 404, 405, 413, 422, 429, 500, 502, 503, 599))
+    status = rng.choice((400, 401, 404, 405, 413, 422, 429, 499, 500, 502, 503, 599, 600, 999))
     said = rng.choice(
         (
             json.dumps({"error": {"message": "no", "type": "t", "code": 400, "param": "p"}}),
@@ -323,7 +323,10 @@ def request(rng: random.Random, script: list[Any], path: str, *, is_last: bool) 
         case 10:
             body = json.dumps(fields | {"model": rng.choice(("fakee", "", 5, "m" * 300))})
         case 11:
-            body = rng.choice(("", "{", "[]", "null", '{"model":"fake"}', "\xff\xfe", '{"model":"fake","stream":0}'))
+            odd_key = '{"model":"named","prompt":"x","messages":[],"input":"x","\xff":1}'
+            body = rng.choice(
+                ("", "{", "[]", "null", '{"model":"fake"}', "\xff\xfe", '{"model":"fake","stream":0}', odd_key)
+            )
         case 12:
             body = json.dumps(fields | {"enable_thinking": True, "pad": "p" * rng.choice((10, 70_000))})
         case 13:
