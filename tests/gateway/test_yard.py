@@ -700,7 +700,8 @@ TWO_CARDS = (*CARDS, Device(key="GPU-1", total_bytes=80 * GB, gpu=SECOND))
 
 
 def falling(name: str, gigabytes: int = 20, **fields: Any) -> Holder:
-    told = {"ready_since": None, "beds": (), "falls_to": FALLEN, "is_falling_asleep": True}
+    held = {"GPU-0": gigabytes * GB, RAM: 20 * GB}
+    told = {"memory": held, "ready_since": None, "beds": (), "falls_to": FALLEN, "is_falling_asleep": True}
     return sleeper(name, gigabytes, **(told | fields))
 
 
@@ -734,6 +735,10 @@ def test_who_waits_until_another_sleeps_keeps_its_room() -> None:
     assert plan.wait["new", 0] == "other falls asleep"
     beside = claim(30, key=("cpu", 0), since=96.0)
     assert list(decide([claims[0], beside], [falling("other")], CARDS, ROOMY, 100.0).start) == [("cpu", 0)]
+    on_both = on_card(50, needs=Needs(n_gpu=2, memory_bytes=50 * GB))
+    on_second = on_card(60, key=("later", 0), since=96.0, needs=Needs(n_gpu=1, gpu_idx=(1,), memory_bytes=60 * GB))
+    assert list(decide([on_second], [falling("other")], TWO_CARDS, ROOMY, 100.0).start) == [("later", 0)]
+    assert decide([on_both, on_second], [falling("other")], TWO_CARDS, ROOMY, 100.0).start == {}
 
 
 def test_on_another_gpu_they_start_and_wake_as_ever() -> None:
