@@ -295,6 +295,9 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     is_asleep: ClassVar[Call | None] = None
     """What tells, by `is_sleeping` in its JSON, whether it sleeps; None: it has no tiers."""
 
+    disturbed_sleep: ClassVar[str | None] = None
+    """What its refusal to fall asleep says where others took memory of its GPU meanwhile: no fault of the tier."""
+
     context_from: ClassVar[tuple[str, tuple[str | int, ...]] | None] = None
     """Where it tells how many tokens a request may have: the path, and the keys in its answer."""
 

@@ -171,6 +171,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
     model_types = ("LLM", "embedding", "rerank")
     keeps_prefixes = True
     is_asleep = Call(method="GET", path="/is_sleeping", limit_s=10.0)
+    disturbed_sleep = "Memory usage increased after sleeping"
     context_from = ("/v1/models", ("data", 0, "max_model_len"))
     takes_flags = True
     options = VllmOptions

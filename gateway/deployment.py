@@ -545,8 +545,8 @@ class Deployment:
         if not self._is_resting:
             self._check_idle()  # somebody may have come meanwhile
             raise BadRequest(
-                f"{uid} has no bed: what is free of the machine's memory, or of `sleep_memory`, does not suffice. "
-                f"`hostler stop {uid}` unloads it."
+                f"{uid} has no bed: what is free of the machine's memory, or of `sleep_memory`, does not suffice, or "
+                f"another model wakes on its GPU. Try again later, or `hostler stop {uid}` unloads it."
             )
         return await self._until_asleep(asked_at)
 

@@ -149,7 +149,7 @@ class Dispatcher:
         # No await since then: what is decided on is what is there.
         self._carry_out(plan)
         if not self._waiting:
-            return None
+            return plan.look_again_s
         look_s = LOOK_MOST_S if is_new else LOOK_LEAST_S
         return look_s if plan.look_again_s is None else min(look_s, plan.look_again_s)
 
@@ -296,6 +296,8 @@ def _holder(deployment: Deployment, replica: Replica, now: float, *, is_crowded:
         is_asleep=replica.is_asleep,
         host_bytes=replica.host_bytes,
         falls_to=replica.falls_to,
+        is_falling_asleep=replica.state is State.FALLING_ASLEEP,
+        is_waking=replica.is_waking,
     )
 
 

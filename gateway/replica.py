@@ -513,6 +513,11 @@ class Replica:
         return tiers.asleep(self._awake, self.tier, self.host_bytes).memory
 
     @property
+    def is_waking(self) -> bool:
+        """Whether it wakes, or will right after it has fallen asleep."""
+        return self.state is State.WAKING or (self.state is State.FALLING_ASLEEP and self._is_rehearsal)
+
+    @property
     def is_wanted(self) -> bool:
         """Whether it is to be awake."""
         return self._is_wanted
@@ -693,9 +698,13 @@ class Replica:
         await asyncio.wait((exited,), timeout=None if self._silence else EXIT_LIMIT_S)
         if exited.done():
             raise asyncio.CancelledError
-        self._tier_failures[tier.name] += 1
-        is_last = self._tier_failures[tier.name] >= TIER_FAILURES
-        rest = f" It does not sleep in tier {tier.name} any more." if is_last else ""
+        disturbed = self.engine.disturbed_sleep
+        if disturbed is not None and disturbed in why:
+            rest = " Something else took memory of its GPU meanwhile, so it may sleep again."
+        else:
+            self._tier_failures[tier.name] += 1
+            is_last = self._tier_failures[tier.name] >= TIER_FAILURES
+            rest = f" It does not sleep in tier {tier.name} any more." if is_last else ""
         tail = self.process.log_tail() if self.process else ()
         advice = f"Its engine is ended, and started anew when it is asked for.{rest}"
         raise ReplicaFailed(_failure(f"{why} (tier {tier.name})", advice, Cause.SLEEP, tail=tail))

@@ -13,6 +13,10 @@ model for which nobody waits, unless it is to be loaded in any case.
 A holder that can sleep keeps a little of its room and is back soon, so it sleeps rather than it ends, in the lightest
 *bed* that suffices. One that sleeps claims the rest again, on the same devices, once it is asked for; and it is ended
 where even what it has kept is needed.
+
+An engine that falls asleep may see by its GPU's free memory whether it did, so nobody takes of that meanwhile: nobody
+starts or wakes where another falls asleep, and nobody is put to sleep where another wakes. Both last seconds, and are
+waited for. A load lasts minutes, so it is not.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from gateway.sentences import listed, said_of
 
 SETTLE_S = 5.0  # memory that just came back is not everywhere told at once
 SETTLE_PAUSE_S = 0.5
+RISE_PAUSE_S = 0.5  # until who wakes may be awake
 LEAST_LOAD_S = 0.5
 KEEP = 0.25  # of the time that it takes to load: idle for so long, a model is not likely to be asked in the next moment
 
@@ -92,7 +97,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     `beds` are those in which it could sleep now, who wakes quickest first. `is_tired`: it is to sleep though nobody
     needs its room. `is_new_to_it`: the first bed takes long the first time, and it is well to try that now.
     `host_bytes` of its memory are of the machine's, taken for sleeping. `falls_to` is what it will hold once it has
-    fallen asleep.
+    fallen asleep. `is_falling_asleep`, and `is_waking`: it does so now; one that sleeps for a moment only does both.
     """
 
     key: Key
@@ -114,12 +119,25 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     is_asleep: bool = False
     host_bytes: int = 0
     falls_to: Mapping[str, int] | None = None
+    is_falling_asleep: bool = False
+    is_waking: bool = False
 
     def in_bed(self, memory: Mapping[str, int], host_bytes: int) -> Holder:
         """As it is once it sleeps there."""
         return msgspec.structs.replace(
-            self, memory=memory, host_bytes=host_bytes, is_asleep=True, beds=(), falls_to=None, is_tired=False
+            self,
+            memory=memory,
+            host_bytes=host_bytes,
+            is_asleep=True,
+            beds=(),
+            falls_to=None,
+            is_tired=False,
+            is_falling_asleep=False,
         )
+
+    def shares_gpu(self, memory: Mapping[str, int]) -> bool:
+        """Whether who holds that is on a GPU of its own."""
+        return any(key != RAM and key in memory for key in self.memory)
 
 
 class Move(NamedTuple):
@@ -198,6 +216,8 @@ class _Yard:
         self._staying = {one.key: one for one in holders if not one.is_leaving}
         self._leaving = [one for one in holders if one.is_leaving]
         self._waking: list[Holder] = []  # what they have kept that are promised all of it again
+        self._falling = [one for one in holders if one.is_falling_asleep]  # also those that are to, in this round
+        self._rising = [one for one in holders if one.is_waking]  # and those that start now
         self._host_bytes = sum(one.host_bytes for one in holders)
         for one in [one for one in self._staying.values() if one.falls_to is not None]:
             self._shrink(one, one.in_bed(one.falls_to or {}, one.host_bytes))
@@ -248,7 +268,12 @@ class _Yard:
         staying = [one for one in self._staying.values() if one.key != claim.key]
         found = self._fit(claim, staying, (*self._leaving, *self._waking))
         if isinstance(found, Placement) and not (self._is_closed and any(found.memory.values())):
+            if falling := [one for one in self._falling if one.shares_gpu(found.memory)]:
+                self._wait[claim.key] = _of(falling, "falls asleep", "fall asleep")
+                self._book(claim, found)
+                return
             self._start[claim.key] = found
+            self._rising.append(Holder(key=claim.key, memory=found.memory))
             self._starting[claim.key[0]] = claim.group
             self._staying.pop(claim.key, None)
             self._book(claim, found)
@@ -280,12 +305,21 @@ class _Yard:
         for uid, copies in tired.items():
             awake = [one for one in self._staying.values() if one.key[0] == uid and not one.is_asleep]
             beds = self._beds_for(copies) if len(awake) == len(copies) else {}
-            for one in copies if len(beds) == len(copies) else ():
+            if len(beds) < len(copies):
+                continue
+            if self._risers(copies):
+                self._looks.append(RISE_PAUSE_S)
+                continue
+            self._falling += copies
+            for one in copies:
                 self._sleep[one.key] = beds[one.key].tier
                 self._shrink(one, one.in_bed(beds[one.key].memory, beds[one.key].host_bytes))
         if self._wait:
             return
+        loading = [one for one in self._staying.values() if one.ready_since is None]
         for one in self._staying.values():
+            if any(other.shares_gpu(one.memory) for other in (*loading, *self._rising, *self._falling)):
+                continue
             if one.is_new_to_it and one.beds and not one.work and self._is_free(one.beds[0], one, {}):
                 self._rehearse[one.key] = one.beds[0].tier
                 return  # one at a time
@@ -300,6 +334,10 @@ class _Yard:
                     break
         return found
 
+    def _risers(self, sleepers: Iterable[Holder]) -> list[Holder]:
+        """Who wakes or starts on a GPU where these are to fall asleep."""
+        return [one for one in self._rising if any(one.shares_gpu(sleeper.memory) for sleeper in sleepers)]
+
     def _make_room(self, claim: Claim, why: str, *, is_now: bool = True) -> None:
         """Let go who is idle, or hold back who is busy; if not `is_now`, nobody goes yet."""
         free = self._by_score(self._moves(claim))
@@ -307,6 +345,14 @@ class _Yard:
         if found is not None:
             beds, placement = found
             victims = [self._staying[key] for key in beds]
+            ends = [victim for victim in victims if beds[victim.key] is None]
+            sleeps = [victim for victim in victims if beds[victim.key] is not None]
+            told = f"{_goings(ends, sleeps, 'unloaded')} to make room"
+            if is_now:
+                self._falling += sleeps
+                if risers := self._risers(sleeps):  # a deeper move would do at once, and cost more than it spares
+                    is_now = False
+                    told = f"{_of(risers, 'takes its', 'take their')} room first, then {told}"
             if not is_now and self.is_late(claim):
                 self._hold |= beds.keys()
             for victim in victims:
@@ -318,9 +364,7 @@ class _Yard:
                     if is_now:
                         self._sleep[victim.key] = bed.tier
                     self._shrink(victim, victim.in_bed(bed.memory, bed.host_bytes))
-            ends = [victim for victim in victims if beds[victim.key] is None]
-            sleeps = [victim for victim in victims if beds[victim.key] is not None]
-            self._wait[claim.key] = f"{_goings(ends, sleeps, 'unloaded')} to make room"
+            self._wait[claim.key] = told
             self._book(claim, placement)
             return
         if is_now and claim.awake is not None and isinstance(self._fit_anew(claim), Placement):

@@ -68,6 +68,7 @@ BEHAVIOUR = {
     "sleep_s": 0.0,
     "wake_s": 0.0,
     "sleep_fails": 0,  # so many are answered with 500, and nothing is done
+    "sleep_says": "made to fail by FAKE_ENGINE",  # with that
     "wake_fails": 0,
     # Telling
     "events_file": None,  # one JSON line for each event
@@ -377,7 +378,7 @@ class Engine:
         if request.path == "/sleep":
             if behaviour.sleep_fails:
                 behaviour.sleep_fails -= 1
-                raise Refused(500, "made to fail by FAKE_ENGINE")
+                raise Refused(500, behaviour.sleep_says)
             is_first, self.sleeps = not self.sleeps and level == 1, self.sleeps + 1
             await self.pause(behaviour.sleep_s + is_first * behaviour.first_sleep_s)
             self.sleeping_tags = {"weights", "kv_cache"}

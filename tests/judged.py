@@ -32,6 +32,7 @@ def judge(
         if key not in plan.evict and (one.work or one.ready_since is None):
             yield f"{key} is to sleep, and is not idle"
     yield from _sleeps_within(plan, holders, rules)
+    yield from _disturbed(plan, holders)
     ordered = sorted(claims, key=lambda claim: _turn(claim, rules, now))
     if (first := next((one for one in ordered if one.key not in plan.start | plan.refuse), None)) is None:
         return
@@ -91,6 +92,18 @@ def _sleeps_within(plan: Plan, holders: Sequence[Holder], rules: Rules) -> Itera
         more += sum(max(0, bed.host_bytes - one.host_bytes) for bed in one.beds if bed.tier == tier)
     if more and total + more > rules.sleep_bytes:
         yield f"{total + more} bytes are taken for sleeping"
+
+
+def _disturbed(plan: Plan, holders: Sequence[Holder]) -> Iterator[str]:
+    """Whoever falls asleep sees its GPU's free memory: nobody takes of that until it sleeps."""
+    put = plan.sleep | plan.rehearse
+    falling = [one for one in holders if one.is_falling_asleep or one.key in put]
+    rising = [(one.key, one.memory) for one in holders if one.is_waking or one.key in plan.rehearse]
+    for one in falling:
+        started = [(key, placement.memory) for key, placement in plan.start.items()]
+        for key, memory in (*started, *(rising if one.key in put else ())):
+            if key != one.key and one.shares_gpu(memory):
+                yield f"{key} takes of a GPU where {one.key} falls asleep"
 
 
 def _is_least(

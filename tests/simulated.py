@@ -178,6 +178,12 @@ class SimulatedReplica(Replica):
     async def _warm_up(self, tier: Tier) -> None:
         await asyncio.sleep(0.01)
 
+    def begin_waking(self, placement: Placement) -> None:
+        """As it is told; the world sees that it disturbs nobody."""
+        super().begin_waking(placement)
+        assert self.world
+        self.world.rises(self)
+
     def fall_asleep(self, tier: str, *, is_rehearsal: bool = False) -> None:
         """As it is told; the world sees that nobody is answered."""
         super().fall_asleep(tier, is_rehearsal=is_rehearsal)
@@ -605,11 +611,25 @@ class World:
         self.must(
             replica.tier is not None and replica.tier.name in self.models[replica.launch.uid].tiers, "no such tier"
         )
+        for one in self._beside(replica):
+            is_still = not one.is_waking and not (replica.is_waking and one.state is State.FALLING_ASLEEP)
+            self.must(is_still, f"{replica} is put to sleep while {one} on its GPU is {one.state}")
         taken = sum(max(one.host_bytes, one.tier.host_bytes if one.tier else 0) for one in self._placed())
         limit = bytes_or_share(self.settings.sleep_memory, self.totals[RAM])
         takes_more = replica.tier is not None and replica.tier.host_bytes > replica.host_bytes
         self.must(not takes_more or taken <= limit, f"{taken} are taken for sleeping, and {limit} may be")
         self.check()
+
+    def rises(self, replica: SimulatedReplica) -> None:
+        """A replica wakes or starts: whoever falls asleep on its GPUs would find less free than before."""
+        for one in self._beside(replica):
+            self.must(one.state is not State.FALLING_ASLEEP, f"{replica} rises while {one} falls asleep on its GPU")
+
+    def _beside(self, replica: SimulatedReplica) -> list[SimulatedReplica]:
+        """The others on its GPUs."""
+        gpus = set(replica.placement.gpu_uuids or ()) if replica.placement else set()
+        placed = ((one, one.placement) for one in self._placed() if one is not replica)
+        return [one for one, placement in placed if placement and gpus.intersection(placement.gpu_uuids or ())]
 
     def gives_back(self, memory: Mapping[str, int]) -> None:
         """A process that goes on has so much less."""
@@ -619,6 +639,7 @@ class World:
         """A process begins."""
         deployment = self.deployments[replica.launch.uid]
         self.must(not replica.is_alive, f"{replica} is started twice")
+        self.rises(replica)
         self.must(deployment.is_loaded and not deployment.is_leaving(replica), f"{replica} is started to be stopped")
         replica.is_alive = True
         replica.pid = next(self._pids)

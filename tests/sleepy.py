@@ -21,6 +21,7 @@ class Sleepy(Engine, frozen=True, kw_only=True):
     model_types = ("LLM",)
     asks_for_usage = True
     is_asleep = Call(method="GET", path="/is_sleeping", limit_s=5.0)
+    disturbed_sleep = "Memory usage increased after sleeping"
     context_from = ("/v1/models", ("data", 0, "max_model_len"))
 
     def installed(self) -> str | None:

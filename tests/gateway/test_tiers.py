@@ -168,6 +168,20 @@ async def test_an_engine_that_fails_to_is_ended_and_started_anew(
     assert any("made to fail by FAKE_ENGINE" in text and "started anew" in text for text in told)
 
 
+async def test_whose_sleep_was_disturbed_by_others_on_its_gpu_is_put_to_sleep_again(
+    start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
+) -> None:
+    disturbed = "Call to sleep method failed: Memory usage increased after sleeping."
+    behaviour = {"sleep_fails": 1, "sleep_says": disturbed}  # each time it was started anew
+    gateway = await start_gateway(**swapping(model("a", behaviour), model("b"), restart_limit=9), env=env)
+    for _ in range(6):
+        assert await ask(gateway, "a") == "tok0 tok1"
+        assert await ask(gateway, "b") == "tok0 tok1"
+    assert paths(tmp_path, "a") == ["/sleep"] * 6
+    told = [event["event_content"] for event in (await gateway.get("/v1/models/a/events")).json]
+    assert any(disturbed in text and "Something else took memory of its GPU meanwhile" in text for text in told)
+
+
 async def test_who_never_manages_to_is_unloaded_after_two_tries_of_each_tier(
     start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from gateway.errors import ModelFailed
 from gateway.gpus import Gpu
 from gateway.placement import Device
 from gateway.replica import PLACE_RETRY_S, REHEARSE_AFTER_S
-from gateway.yard import SETTLE_PAUSE_S, Bed, Claim, Holder, Plan, Rules, decide
+from gateway.yard import RISE_PAUSE_S, SETTLE_PAUSE_S, Bed, Claim, Holder, Plan, Rules, decide
 
 MACHINE = Device(key=RAM, total_bytes=10 * GB)
 
@@ -686,6 +686,162 @@ def test_a_client_that_leaves_lets_the_model_sleep_on() -> None:
             await asyncio.sleep(200)
             assert str(a.state) == "asleep"
             assert await world.ask("a", 1.0) == "answered"
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+# --- who falls asleep sees the GPU's free memory: nobody takes of that meanwhile
+
+FALLEN = {"GPU-0": 2 * GB, RAM: 20 * GB}
+SECOND = Gpu(index=1, uuid="GPU-1", name="made up", total_bytes=80 * GB, used_bytes=0)
+TWO_CARDS = (*CARDS, Device(key="GPU-1", total_bytes=80 * GB, gpu=SECOND))
+
+
+def falling(name: str, gigabytes: int = 20, **fields: Any) -> Holder:
+    held = {"GPU-0": gigabytes * GB, RAM: 20 * GB}
+    told = {"memory": held, "ready_since": None, "beds": (), "falls_to": FALLEN, "is_falling_asleep": True}
+    return sleeper(name, gigabytes, **(told | fields))
+
+
+def waking(name: str, gigabytes: int = 20, **fields: Any) -> Holder:
+    return sleeper(name, gigabytes, **({"ready_since": None, "beds": (), "is_waking": True} | fields))
+
+
+def trying(name: str, gigabytes: int = 20) -> Holder:
+    """It sleeps for a moment, and wakes right after that."""
+    return falling(name, gigabytes, falls_to=None, is_waking=True)
+
+
+def awake_on(device: str) -> Placement:
+    return Placement(gpu_uuids=(device,), memory={device: 20 * GB, RAM: 20 * GB})
+
+
+@pytest.mark.parametrize("other", [falling("other"), trying("other")], ids=["falls asleep", "tries to"])
+def test_nobody_starts_or_wakes_where_another_falls_asleep(other: Holder) -> None:
+    plan = decide([on_card(10)], [other], CARDS, ROOMY, 100.0)
+    assert (plan.start, plan.wait) == ({}, {("new", 0): "other falls asleep"})
+    wakes = claim(0, key=("old", 0), since=95.0, awake=awake_on("GPU-0"))
+    plan = decide([wakes], [asleep("old", work=1), other], CARDS, ROOMY, 100.0)
+    assert (plan.start, plan.evict, plan.wait) == ({}, {}, {("old", 0): "other falls asleep"})
+
+
+def test_who_waits_until_another_sleeps_keeps_its_room() -> None:
+    free = 80 - 20 - 50
+    claims = [on_card(50), on_card(free + 1, key=("later", 0), since=96.0)]
+    plan = decide(claims, [falling("other")], CARDS, ROOMY, 100.0)
+    assert (plan.start, plan.evict) == ({}, {})
+    assert plan.wait["new", 0] == "other falls asleep"
+    beside = claim(30, key=("cpu", 0), since=96.0)
+    assert list(decide([claims[0], beside], [falling("other")], CARDS, ROOMY, 100.0).start) == [("cpu", 0)]
+    on_both = on_card(50, needs=Needs(n_gpu=2, memory_bytes=50 * GB))
+    on_second = on_card(60, key=("later", 0), since=96.0, needs=Needs(n_gpu=1, gpu_idx=(1,), memory_bytes=60 * GB))
+    assert list(decide([on_second], [falling("other")], TWO_CARDS, ROOMY, 100.0).start) == [("later", 0)]
+    assert decide([on_both, on_second], [falling("other")], TWO_CARDS, ROOMY, 100.0).start == {}
+
+
+def test_on_another_gpu_they_start_and_wake_as_ever() -> None:
+    elsewhere = on_card(10, needs=Needs(n_gpu=1, gpu_idx=(1,), memory_bytes=10 * GB))
+    wakes = claim(0, key=("old", 0), since=95.0, awake=awake_on("GPU-1"))
+    old = asleep("old", work=1, memory={"GPU-1": 2 * GB, RAM: 20 * GB})
+    plan = decide([elsewhere, wakes], [falling("other"), old], TWO_CARDS, ROOMY, 100.0)
+    assert plan.start.keys() == {("new", 0), ("old", 0)}
+
+
+@pytest.mark.parametrize("other", [waking("other"), trying("other")], ids=["wakes", "tries to sleep"])
+def test_nobody_is_put_to_sleep_or_ended_instead_where_another_wakes(other: Holder) -> None:
+    idle = sleeper("idle", 50)
+    plan = decide([on_card(40)], [idle, other], CARDS, ROOMY, 100.0)
+    assert (plan.start, plan.evict, plan.sleep) == ({}, {}, {})
+    assert plan.wait == {("new", 0): "other takes its room first, then idle falls asleep to make room"}
+    awake = msgspec.structs.replace(other, is_waking=False, is_falling_asleep=False, ready_since=99.9, work=1)
+    assert decide([on_card(40)], [idle, awake], CARDS, ROOMY, 100.0).sleep == {("idle", 0): "ram"}
+
+
+def test_for_who_loads_for_minutes_nobody_waits() -> None:
+    loading = sleeper("loading", 20, ready_since=None, beds=())
+    assert decide([on_card(40)], [sleeper("idle", 50), loading], CARDS, ROOMY, 100.0).sleep == {("idle", 0): "ram"}
+
+
+def test_the_late_get_what_wakes_is_done_with_before_the_next_wakes() -> None:
+    late = on_card(40, since=0.0)
+    wakes = claim(0, key=("old", 0), since=95.0, awake=Placement(gpu_uuids=("GPU-0",), memory={"GPU-0": 5 * GB}))
+    old = asleep("old", work=1, memory={"GPU-0": 2 * GB}, host_bytes=0)
+    plan = decide([late, wakes], [sleeper("idle", 50), waking("other"), old], CARDS, ROOMY, 100.0)
+    assert (plan.start, plan.evict, plan.hold) == ({}, {}, {("idle", 0)})
+    assert plan.wait["old", 0] == "idle falls asleep"
+
+
+def test_nobody_is_put_to_sleep_where_another_starts_in_the_same_moment_nor_the_other_way_round() -> None:
+    small = on_card(5, key=("small", 0), since=90.0)
+    holders = [sleeper("idle", 60)]
+    plan = decide([small, on_card(40)], holders, CARDS, ROOMY, 100.0)
+    assert (list(plan.start), plan.sleep) == ([("small", 0)], {})
+    plan = decide([msgspec.structs.replace(small, since=96.0), on_card(40)], holders, CARDS, ROOMY, 100.0)
+    assert (list(plan.start), plan.sleep) == ([], {("idle", 0): "ram"})
+    assert plan.wait["small", 0] == "idle falls asleep"
+
+
+def test_the_tired_sleep_once_another_is_awake_and_that_is_looked_for() -> None:
+    tired = [sleeper("a", 20, is_tired=True), sleeper("a", 20, is_tired=True, key=("a", 1))]
+    plan = decide([], [*tired, waking("other")], CARDS, ROOMY, 100.0)
+    assert (plan.sleep, plan.look_again_s) == ({}, RISE_PAUSE_S)
+    assert decide([], [*tired, falling("other")], CARDS, ROOMY, 100.0).sleep.keys() == {("a", 0), ("a", 1)}
+
+
+def test_a_first_sleep_is_tried_where_nobody_takes_of_the_gpu() -> None:
+    new = sleeper("a", 20, is_new_to_it=True)
+    loading = sleeper("b", 20, ready_since=None, beds=())
+    for other in (waking("b"), trying("b"), falling("b"), loading):
+        assert decide([], [new, other], CARDS, ROOMY, 100.0).rehearse == {}
+    tired = sleeper("b", 20, is_tired=True)
+    plan = decide([], [new, tired], CARDS, ROOMY, 100.0)
+    assert (plan.sleep, plan.rehearse) == ({("b", 0): "ram"}, {})
+    assert decide([], [new, sleeper("b", 20)], CARDS, ROOMY, 100.0).rehearse == {("a", 0): "ram"}
+
+
+def test_models_that_share_a_card_swap_in_pairs_without_disturbing_each_other() -> None:
+    sizes = {"big-a": 6, "big-b": 6, "small-a": 3, "small-b": 3}
+    with virtual_time() as loop:
+        world = World(Settings(sleep_memory="100%", min_residency_s=0), {RAM: 90 * GB, "GPU-0": 11 * GB})
+
+        async def swap(size: str, service_s: float) -> None:
+            for _ in range(60):
+                for name in "ab":
+                    assert await world.ask(f"{size}-{name}", service_s) == "answered"
+
+        async def main() -> None:
+            world.begin()
+            for uid, size in sizes.items():
+                world.deploy(Model(uid=uid, memory=size * GB, tiers=("ram",), residual=GB, sleep_s=1.5, wake_s=0.7))
+            await asyncio.gather(swap("big", 0.2), swap("small", 0.1))
+            assert world.sleeps > 150
+            assert world.starts == len(sizes)
+            await world.end()
+
+        loop.run_until_complete(main())
+        world.raise_faults()
+
+
+def test_who_is_told_to_sleep_does_so_once_another_is_awake() -> None:
+    with virtual_time() as loop:
+        world = World(Settings(sleep_memory="100%", min_residency_s=0), {RAM: 90 * GB, "GPU-0": 10 * GB})
+
+        async def main() -> None:
+            world.begin()
+            a, b = (
+                world.deploy(Model(uid=uid, memory=3 * GB, tiers=("disk",), residual=GB, wake_s=3.0)) for uid in "ab"
+            )
+            for uid in "ab":
+                assert await world.ask(uid, 0.1) == "answered"
+            await a.sleep()
+            asking = world.ask("a", 0.1)
+            await asyncio.sleep(1)
+            assert str(a.state) == "waking"
+            await b.sleep()
+            assert (str(a.state), str(b.state)) == ("ready", "asleep")
+            assert await asking == "answered"
             await world.end()
 
         loop.run_until_complete(main())
