@@ -254,8 +254,7 @@ class _Yard:
     def turn(self, claim: Claim) -> tuple[bool, bool, int, float, Key]:
         """By what claims are ordered. No priority counts among the late: it could keep one of them waiting for ever."""
         is_late = self.is_late(claim)
-        is_modest = claim.is_extra or not claim.is_wished
-        return is_modest, not is_late, 0 if is_late else -claim.priority, claim.since, claim.key
+        return _is_modest(claim), not is_late, 0 if is_late else -claim.priority, claim.since, claim.key
 
     def settle(self, claim: Claim) -> None:
         """Start it, or say for what it waits, or why it never will."""
@@ -404,12 +403,21 @@ class _Yard:
         """Its place beside these holders, or why there is none.
 
         What is promised to those that wait may be the room of holders that are leaving, so it does not come on top of
-        theirs: there has to be room beside what is held now, and beside what will be held then.
+        theirs: there has to be room beside what is held now, and beside what will be held then. In between some come
+        before others leave; so who is modest has to fit beside all of it at once.
         """
-        for loaded in (_loaded((*staying, *leaving)) | self._starting, _loaded(staying) | self._coming):
+        now, then = _loaded((*staying, *leaving)) | self._starting, _loaded(staying) | self._coming
+        moments = [now, then]
+        if _is_modest(claim):
+            uid = claim.key[0]
+            stays = uid in now and uid in then  # else it counts as one more, before another copy comes or after it went
+            moments.append({name: group for name, group in (now | then).items() if name != uid or stays})
+        for loaded in moments:
             if why := over(claim, loaded, self._rules):
                 return why
         taken = self._taken(staying, leaving)
+        if _is_modest(claim):
+            taken |= self._taken_by_all(staying)
         if claim.awake is not None:
             placement = regain(claim.awake, self._view, taken)
         else:
@@ -429,6 +437,13 @@ class _Yard:
         for one in leaving:
             now.update(one.memory)
         return now | then
+
+    def _taken_by_all(self, staying: Iterable[Holder]) -> Counter[str]:
+        """As if those that are promised room had it while all others stay."""
+        taken = Counter[str](self._promised)
+        for one in (*staying, *self._leaving):
+            taken.update(one.memory)
+        return taken
 
     def _held(self) -> Counter[str]:
         """What those hold that start now."""
@@ -634,6 +649,11 @@ class _Yard:
             else:
                 parts.append(f"{one.key[0]} was used or loaded a moment ago")
         return ", ".join(dict.fromkeys(parts))
+
+
+def _is_modest(claim: Claim) -> bool:
+    """Whether nobody makes room for it, and it takes only what is left."""
+    return claim.is_extra or not claim.is_wished
 
 
 def over(claim: Claim, loaded: Mapping[str, str | None], rules: Rules) -> str | None:
