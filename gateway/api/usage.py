@@ -8,7 +8,10 @@ and what they say is taken out again. Of a stream that broke off the tokens are 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import NamedTuple
+
+import msgspec
 
 END_BYTES = 1024  # of the reply's beginning, and of its end
 
@@ -24,7 +27,7 @@ REASONS = frozenset(
 
 
 ASKING = b'{"stream_options":{"include_usage":true},'
-TOLD = re.compile(rb'^data: ?\{[^\r\n]*"choices": ?\[\][^\r\n]*"usage": ?\{[^\r\n]*\}(?:\r?\n){2}', re.MULTILINE)
+EVENT = re.compile(rb"^data: ?(\{[^\r\n]*\})(?:\r?\n){2}", re.MULTILINE)
 
 
 def asked_for(body: bytes) -> bytes:
@@ -35,7 +38,25 @@ def asked_for(body: bytes) -> bytes:
 
 def without(events: bytes) -> bytes:
     """Some of a stream without the event that only tells it."""
-    return TOLD.sub(b"", events) if b'"usage"' in events else events
+    return EVENT.sub(_unless_told, events) if b'"usage"' in events else events
+
+
+class _Told(msgspec.Struct):
+    """An event that tells it."""
+
+    choices: list[msgspec.Raw]
+    usage: dict[str, msgspec.Raw]
+
+
+_decode_told = msgspec.json.Decoder(_Told).decode
+
+
+def _unless_told(event: re.Match[bytes]) -> bytes:
+    if b'"usage"' in event[1] and b"[]" in event[1]:
+        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            if not _decode_told(event[1]).choices:
+                return b""
+    return event[0]
 
 
 class Usage(NamedTuple):

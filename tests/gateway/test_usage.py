@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,18 @@ def test_only_the_event_that_tells_it_is_taken_out() -> None:
     first, _, done = VLLM_END.split(b"\n\n")[:3]
     assert usage.without(VLLM_END) == first + b"\n\n" + done + b"\n\n"
     spoken = b"data: " + json.dumps({"choices": [{"text": '"choices":[],"usage":{}'}]}).encode() + b"\n\n"
-    for kept in (spoken, LLAMA_END, b'data: {"choices":[],"usage":null}\n\n'):
+    said = b'data: {"choices":[{"delta":{"content":"x"}}],"more":{"choices":[]},"usage":{"prompt_tokens":1}}\n\n'
+    for kept in (spoken, said, LLAMA_END, b'data: {"choices":[],"usage":null}\n\n'):
         assert usage.without(kept) == kept
+    for told in (b'data: {"usage":{"prompt_tokens":1},"choices":[]}\n\n', b'data:{"choices" : [],"usage" : {}}\n\n'):
+        assert usage.without(told + VLLM_END) == usage.without(VLLM_END)
+
+
+def test_a_long_event_takes_no_longer_for_what_is_in_it() -> None:
+    begun = time.perf_counter()
+    for end in (b"}", b""):
+        usage.without(b'data: {"choices":[]' + b',"choices":[],"usage":{' * 20_000 + end + b"\n\n")
+    assert time.perf_counter() - begun < 2
 
 
 async def counted(gateway: Gateway, model: str) -> dict[str, float]:
