@@ -60,5 +60,7 @@ def installed_in(folder: Path) -> dict[str, str]:
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sleepy\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[hostler.engines]\nsleepy = sleepy:ENGINE\n")
-    paths = [str(folder), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    here = Path(__file__).parent
+    paths = [str(folder), str(here.parent), str(here)]  # ours first: there is a folder `engines` among the tests, too
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     return {"PYTHONPATH": os.pathsep.join(paths)}
