@@ -123,6 +123,7 @@ class Exchange:
     status = 0  # once the head of the reply is on its way
     queued_s = 0.0  # how long it has waited for a replica
     is_sse = False  # the reply's head says so
+    has_left = False  # the client has, before the end
     phase = "queued"  # then "waiting" for the engine's first byte, then "answering"
     replica_name = ""  # of the replica that answers
     events: Events | None = None  # of a stream, once it has begun
@@ -298,12 +299,12 @@ class Exchange:
         return f"The engine of {self.uid!r} went away while it answered: {why}"
 
     def count(self, outcome: int) -> float:
-        """It has ended so, 499 if the client left first; after how many seconds."""
+        """It has ended so, 499 if the client left first, which an engine may say, too; after how many seconds."""
         now = time.perf_counter()
         seconds = now - self.started
         if self._last:
             self._count_tokens(now)
-        if outcome == 499:
+        if self.has_left:
             metrics.CANCELLED.labels(self.uid, self.phase).inc()
         self.terms.tally.count(self.way.path, outcome, seconds)
         return seconds

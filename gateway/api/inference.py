@@ -174,10 +174,10 @@ class Relay(Exchange):
 
     async def run(self, receive: Receive) -> None:
         """Answer, or stop at once when the client leaves; either way count it."""
-        outcome = 499
+        outcome, self.has_left = 499, True
         try:
             if await _unless_client_leaves(self._answer(), receive, self):
-                outcome = self.status
+                outcome, self.has_left = self.status, False
         finally:
             self.scope["outcome"] = outcome
         self.count(outcome)

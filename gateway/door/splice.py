@@ -347,6 +347,7 @@ class Splice(Exchange):
         self._drop()
         self._cancel()
         try:
+            self.has_left = True
             self._end(499, was_served=False)
         except Exception:
             self.fail()

@@ -113,4 +113,4 @@ class Upload(Splice):
 
     def count(self, outcome: int) -> float:
         """Who leaves before the whole request has come has asked nothing."""
-        return 0.0 if outcome == 499 and self.rest else super().count(outcome)
+        return 0.0 if self.has_left and self.rest else super().count(outcome)
