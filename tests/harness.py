@@ -109,12 +109,22 @@ class Gateway:
     async def complete(self, model: str = "fake", **options: Any) -> Answer:
         return await self.post("/v1/completions", {"model": model, "prompt": "x"} | options)
 
-    async def stream(self, model: str = "fake", **options: Any) -> list[str]:
-        """The lines of a streamed completion, without blank ones; ends with the body, whole or broken."""
+    async def stream(self, model: str = "fake", *, begun: asyncio.Event | None = None, **options: Any) -> list[str]:
+        """The lines of a streamed completion, without blank ones; ends with the body, whole or broken.
+
+        Args:
+            begun: is set once there is a token.
+        """
         body = {"model": model, "prompt": "x", "stream": True} | options
+        lines = []
         async with self.session.post(self.address + "/v1/completions", json=body) as response:
             assert response.status == 200, await response.text()
-            return [line.decode().rstrip() async for line in response.content if line.strip()]
+            async for line in response.content:
+                if line.strip():
+                    lines.append(line.decode().rstrip())
+                if begun and line.startswith(b"data:"):
+                    begun.set()
+        return lines
 
     async def replicas(self) -> list[dict[str, Any]]:
         return (await self.get("/v1/replicas")).json

@@ -369,8 +369,9 @@ async def test_a_launch_that_fails_while_somebody_waits_is_forgotten(
 
 
 async def hold_a_stream(gateway: Gateway, model: str) -> asyncio.Task[list[str]]:
-    stream = asyncio.ensure_future(gateway.stream(model))
-    await gateway.until(model, in_flight=1)
+    begun = asyncio.Event()
+    stream = asyncio.ensure_future(gateway.stream(model, begun=begun))
+    await asyncio.wait_for(begun.wait(), 30)
     return stream
 
 
