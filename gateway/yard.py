@@ -157,9 +157,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     `evict`: holder -> the claim it makes room for. `sleep`: holder -> the tier to sleep in; who makes room and is not
     among these, ends. `rehearse`: holder -> the tier to sleep in for a moment, keeping all its room. `hold`: holders
-    that get no more requests until one that has waited
-    too long has its place. `wait` says why as part of a sentence, `refuse` why and what would help.
-    `look_again_s`: after so long time alone may change the answer.
+    that get no more requests until one that has waited too long has its place. `wait` says why as part of a sentence,
+    `refuse` why and what would help. `look_again_s`: after so long time alone may change the answer.
     """
 
     start: dict[Key, Placement] = {}
