@@ -20,10 +20,13 @@ PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)": ?(\d{1,12})')
 COMPLETION = re.compile(rb'"(?:completion_tokens|output_tokens)": ?(\d{1,12})')
 TIMINGS = re.compile(rb'"(cache_n|prompt_n|predicted_n)": ?(\d{1,12})')
 REASON = re.compile(rb'"(?:finish|stop)_reason": ?"(\w{1,40})"')
-REASONS = frozenset(
-    b"abort content_filter end_turn function_call length max_tokens pause_turn refusal repetition stop stop_sequence "
-    b"tool_calls tool_use".split()
-)
+REASONS = {
+    word: word.decode()
+    for word in (
+        b"abort content_filter end_turn function_call length max_tokens pause_turn refusal repetition stop "
+        b"stop_sequence tool_calls tool_use"
+    ).split()
+}
 
 
 ASKING = b'{"stream_options":{"include_usage":true},'
@@ -85,8 +88,8 @@ def read(begin: bytes, end: bytes) -> Usage:
 
 def end_of(*chunks: bytes) -> bytes:
     """The last bytes of these."""
-    end = b""
-    for chunk in reversed(chunks):
+    end = chunks[-1][-END_BYTES:]
+    for chunk in reversed(chunks[:-1]):
         if (lacking := END_BYTES - len(end)) <= 0:
             break
         end = chunk[-lacking:] + end
@@ -104,8 +107,9 @@ def _number(pattern: re.Pattern[bytes], data: bytes, at: int) -> int | None:
 
 
 def _reason(data: bytes) -> str | None:
-    at = max(data.rfind(b'_reason":"'), data.rfind(b'_reason": "'))
+    if (at := data.rfind(b'_reason":"')) < 0:
+        at = data.rfind(b'_reason": "')
     said = REASON.search(data, max(0, at - len('"finish'))) if at >= 0 else None
     if said is None:
         return None
-    return said[1].decode() if said[1] in REASONS else "other"
+    return REASONS.get(said[1], "other")
