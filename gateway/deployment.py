@@ -113,7 +113,7 @@ class Deployment:
 
     def at_hand(self, avoid: Replica | None = None, key: Key | None = None) -> Replica | None:
         """Which replica `acquire_now` would give."""
-        return None if self._queue else self.pick(avoid, key)
+        return None if self._queue.tickets else self.pick(avoid, key)
 
     async def acquire(self, avoid: Replica | None = None, key: Key | None = None) -> Replica:
         """As `acquire_now`, but waits, and starts the model, if there is none.
@@ -328,18 +328,17 @@ class Deployment:
 
     def take(self, replica: Replica) -> Replica:
         """Count the replica as in use until `release`."""
-        replica.pace.count(replica.in_flight, time.monotonic())
+        replica.pace.begin(replica.in_flight, time.monotonic())
         replica.in_flight += 1
         return replica
 
     def release(self, replica: Replica, *, was_served: bool) -> None:
         """The request on the replica has ended."""
         replica.last_used = now = time.monotonic()
-        replica.pace.count(replica.in_flight, now)
-        replica.pace.end()
+        replica.pace.end(replica.in_flight, now)
         replica.in_flight -= 1
         replica.served += was_served
-        if self._queue:
+        if self._queue.tickets:
             self._serve()
             if not self._queue:
                 self.notify()

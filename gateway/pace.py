@@ -17,13 +17,15 @@ class Pace:
         self._request_s = 0.0  # of all requests together
         self._ended = 0.0
 
-    def count(self, in_flight: int, now: float) -> None:
-        """So many were in flight up to now, when one begins or ends."""
+    def begin(self, in_flight: int, now: float) -> None:
+        """One more begins; so many were in flight up to now."""
         self._request_s += in_flight * (now - self._at)
         self._at = now
 
-    def end(self) -> None:
-        """One has ended."""
+    def end(self, in_flight: int, now: float) -> None:
+        """One of so many has ended."""
+        self._request_s += in_flight * (now - self._at)
+        self._at = now
         self._ended += 1
         if self._ended >= REMEMBERED:
             self._ended /= 2

@@ -69,48 +69,48 @@ class Queue(Generic[PlaceT]):
 
     def __init__(self) -> None:
         # No plain dict: looking for its first key passes over all those that were taken from its front.
-        self._tickets: OrderedDict[Ticket[PlaceT], None] = OrderedDict()
+        self.tickets: OrderedDict[Ticket[PlaceT], None] = OrderedDict()
         self._counted_at = 0.0
         self._is_counted = True
 
     def __len__(self) -> int:
-        return len(self._tickets)
+        return len(self.tickets)
 
     @property
     def since(self) -> float | None:
         """Since when the first has waited, of a monotonic clock; None if nobody waits."""
-        return next(iter(self._tickets)).since if self._tickets else None
+        return next(iter(self.tickets)).since if self.tickets else None
 
     def join(self, avoid: PlaceT | None = None, key: Key | None = None, *, is_first: bool = False) -> Ticket[PlaceT]:
         """A ticket at the end; or before all others, and as old as they are, for one that had its turn and lost it."""
         now = time.monotonic()
         since = min(now, self.since or now) if is_first else now
-        ticket = Ticket(avoid, key, since, 1 if is_first else len(self._tickets) + 1)
-        self._tickets[ticket] = None
+        ticket = Ticket(avoid, key, since, 1 if is_first else len(self.tickets) + 1)
+        self.tickets[ticket] = None
         if is_first:
-            self._tickets.move_to_end(ticket, last=False)
+            self.tickets.move_to_end(ticket, last=False)
             self._is_counted = False
         return ticket
 
     def serve(self, give: Callable[[Ticket[PlaceT]], PlaceT | None]) -> None:
         """Hand over what `give` has counted for the first, until it has nothing more."""
-        while self._tickets:
-            ticket = next(iter(self._tickets))
+        while self.tickets:
+            ticket = next(iter(self.tickets))
             if (place := give(ticket)) is None:
                 return
-            del self._tickets[ticket]
+            del self.tickets[ticket]
             self._is_counted = False
             ticket._hand(place)
 
     def end(self, why: Exception) -> None:
         """Refuse all; each gets a copy, as an exception collects the ways on which it was raised."""
-        tickets, self._tickets = self._tickets, OrderedDict()
+        tickets, self.tickets = self.tickets, OrderedDict()
         for ticket in tickets:
             ticket._refuse(copy.copy(why))
 
     def leave(self, ticket: Ticket[PlaceT]) -> PlaceT | None:
         """Take a ticket out, if it is still in; what it was handed and has not taken, which is then the caller's."""
-        if self._tickets.pop(ticket, self) is None:
+        if self.tickets.pop(ticket, self) is None:
             self._is_counted = False
         place, ticket.place = ticket.place, None
         return place
@@ -118,8 +118,8 @@ class Queue(Generic[PlaceT]):
     def number_of(self, ticket: Ticket[PlaceT]) -> int:
         """Which number it has; where very many wait, as it was a moment ago."""
         now = time.monotonic()
-        if not self._is_counted and now - self._counted_at >= len(self._tickets) * COUNTING_S:
-            for number, one in enumerate(self._tickets, 1):
+        if not self._is_counted and now - self._counted_at >= len(self.tickets) * COUNTING_S:
+            for number, one in enumerate(self.tickets, 1):
                 one.number = number
             self._counted_at, self._is_counted = now, True
         return ticket.number
