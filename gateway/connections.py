@@ -13,6 +13,7 @@ from typing import Protocol
 import httptools
 
 from engines.base import Endpoint
+from gateway.known_head import KnownHead, around_length
 from gateway.limits import OUT_OF_FILES
 
 # llama-server and uvicorn close idle connections after 5 s: be first, so that a request never meets a dead one.
@@ -47,6 +48,17 @@ class Taker(Protocol):
         """The engine reads slower than we write, or no longer so."""
 
 
+class KnownReply(KnownHead):
+    """The head of a whole reply. `told` is what its taker has made of it."""
+
+    __slots__ = ("status", "told")
+
+    def __init__(self, before: bytes, behind: bytes, headers: list[tuple[bytes, bytes]], status: int) -> None:
+        super().__init__(before, behind, headers)
+        self.status = status
+        self.told: tuple[bytes, bytes] | None = None
+
+
 class Connection(asyncio.Protocol):
     """One connection: a request at a time, and its reply."""
 
@@ -61,11 +73,14 @@ class Connection(asyncio.Protocol):
         self._rest = 0  # bytes of the request that nobody has sent yet
         self._is_upload = False  # it was made for one, and others are there for what is small
         self._is_interim = False
+        self._is_first = False  # nothing of the reply has come
         self._is_whole = False
         self._has_head = False
         self._parts: list[bytes] = []
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
+        self.known: KnownReply | None = None  # the head of a whole reply before
+        self.is_known = False  # this reply has it, but for its length
         self._idle_since = 0.0
 
     @property
@@ -82,7 +97,8 @@ class Connection(asyncio.Protocol):
         self._taker = taker
         self._rest = rest
         self._is_upload = rest > 0
-        self._has_head = self._is_whole = self._is_kept = False
+        self._has_head = self._is_whole = self._is_kept = self.is_known = False
+        self._is_first = True
         self.headers = []
         self._connections.asking += 1
         self._connections.sent += 1
@@ -121,6 +137,22 @@ class Connection(asyncio.Protocol):
         if taker is None:
             self._transport.abort()
             return
+        is_first, self._is_first = self._is_first, False
+        if not ((is_first and self._is_known(data)) or self._parses(data)):
+            return
+        if self._has_head:
+            parts, self._parts = self._parts, []
+            if self._is_whole:
+                self._end()
+                if is_first and not self.is_known:
+                    self._learn(data)
+                self._give_back()
+                taker.took(self, parts, is_whole=True)
+            elif parts:
+                taker.took(self, parts, is_whole=False)
+
+    def _parses(self, data: bytes) -> bool:
+        """Whether it is HTTP, so far as it is asked for."""
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
@@ -128,15 +160,23 @@ class Connection(asyncio.Protocol):
             if not self._is_whole:
                 self._lose(NoHttp(f"what it said is no HTTP: {exc or type(exc).__name__}"))
                 self._transport.abort()
-                return
-        if self._has_head:
-            parts, self._parts = self._parts, []
-            if self._is_whole:
-                self._end()
-                self._give_back()
-                taker.took(self, parts, is_whole=True)
-            elif parts:
-                taker.took(self, parts, is_whole=False)
+                return False
+        return True
+
+    def _is_known(self, data: bytes) -> bool:
+        """Whether it is a whole reply with a head as the last one's."""
+        known = self.known
+        if known is None or known.rest(data):
+            return False
+        self.status, self.headers = known.status, known.headers
+        self._parts = [data[known.body_at :]]
+        self._has_head = self._is_whole = self._is_kept = self.is_known = True
+        return True
+
+    def _learn(self, data: bytes) -> None:
+        self.known = None
+        if self._is_kept and not self._is_odd and self.status == 200 and (head := around_length(data)):
+            self.known = KnownReply(*head, self.headers, self.status)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.forget(self)
@@ -211,7 +251,8 @@ class Connection(asyncio.Protocol):
         if self._rest:  # it has answered before the request was whole
             self._transport.abort()
             return
-        self.pause(is_paused=False)
+        if self._is_read_paused:
+            self.pause(is_paused=False)
         is_spare = self._is_upload and self._connections.idle
         if not self._is_kept or self._is_odd or is_spare or self._transport.is_closing():
             self._transport.close()

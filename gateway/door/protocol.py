@@ -23,18 +23,21 @@ from gateway.api.exchange import Asked, Headers, Lost
 from gateway.api.inference import Inference
 from gateway.api.trace import id_of, new_id, write_line
 from gateway.api.ways import WAYS, Way
+from gateway.config import Settings
 from gateway.crowd import Crowd
 from gateway.door.leaving import WatchedProtocol
-from gateway.door.splice import Splice
+from gateway.door.splice import Splice, passed_on
 from gateway.door.upload import Upload
 from gateway.errors import HeadTooLarge, HostlerError, RequestRefused, body_of, envelope
 from gateway.fleet import Fleet
+from gateway.known_head import KnownHead, around_length
 
 logger = logging.getLogger("hostler.door")
 
 SWEEP_S = 1.0
 STALL_LIMIT_S = 60.0  # of a request that has begun to come
 HEAD_LIMIT_BYTES = 128 * 1024  # what comes at once may be more
+HELD_LIMIT_BYTES = 64 * 1024
 PARTS_LIMIT = 10_000  # of a body: each costs more than the few bytes that it may have
 
 UPLOAD_BYTES = 2**20  # a body that is larger is passed on while it comes
@@ -71,6 +74,11 @@ class Door:
                     if replica.upstream is not None:
                         replica.upstream.connections.close_idle()
 
+    def still_knows(self, known: KnownRequest, size: int) -> bool:
+        """Whether a request of so many bytes is as easy as the one before."""
+        settings = self.fleet.settings
+        return known.settings is settings and size <= settings.max_body_bytes and self.crowd.is_open()
+
     def default_head(self, headers: list[tuple[bytes, bytes]]) -> bytes:
         """Those lines, which change once a second."""
         if headers is not self._default_headers:
@@ -82,6 +90,26 @@ class Door:
 def is_easy(way: Way) -> bool:
     """Whether requests for it may be: replies that are made anew in a thread are not."""
     return way.method == "POST" and way.rewrite is None and way.events is None
+
+
+class KnownRequest(KnownHead):
+    """The head of an easy request, who answers it, and under which settings."""
+
+    __slots__ = ("_own_names", "_passed_on", "inference", "settings", "url")
+
+    def __init__(
+        self, before: bytes, behind: bytes, url: bytes, headers: Headers, inference: Inference, settings: Settings
+    ) -> None:
+        super().__init__(before, behind, headers)
+        self.url, self.inference, self.settings = url, inference, settings
+        self._own_names: frozenset[bytes] | None = None
+        self._passed_on = b""
+
+    def passed_on(self, own_names: frozenset[bytes]) -> bytes:
+        """As `passed_on` of its headers."""
+        if own_names != self._own_names:
+            self._own_names, self._passed_on = own_names, passed_on(self.headers, own_names)
+        return self._passed_on
 
 
 class DoorProtocol(WatchedProtocol):
@@ -105,16 +133,34 @@ class DoorProtocol(WatchedProtocol):
         self._awaits_word = False  # the client sends no body until it is told to
         self._upload: Upload | None = None  # whose body comes in
         self._request_id = b""
+        self._known: KnownRequest | None = None  # the head of an easy request before
+        self._begun = b""  # what has come at once with the beginning of a head, until it is parsed
+        self._held = b""  # of a request with a known head whose body has not come, and which nobody has parsed
 
     # --- what the loop tells
 
     def data_received(self, data: bytes) -> None:
-        if self._is_coming and not self._has_head:
+        if self._known is not None and not self._is_coming:
+            if self._is_known(self._known, data):
+                return
+            data, self._held = self._held + data, b""
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        if not self._is_coming:
+            self._begun = data
+        elif not self._has_head:
             if self._head_bytes > HEAD_LIMIT_BYTES:
                 self._refuse_head()
                 return
             self._head_bytes += len(data)
         super().data_received(data)
+        self._begun = b""
+
+    def _parse_held(self) -> None:
+        if self._held:
+            data, self._held = self._held, b""
+            self._parse(data)
 
     def _refuse_head(self) -> None:
         refusal = HeadTooLarge(f"The request's headers are larger than {HEAD_LIMIT_BYTES} bytes.")
@@ -127,6 +173,7 @@ class DoorProtocol(WatchedProtocol):
         self.transport.close()
 
     def shutdown(self) -> None:
+        self._parse_held()
         if self._inference is not None:  # what has begun to come is answered, if only with a refusal
             self._pass_on_what_has_come()
         super().shutdown()
@@ -149,6 +196,7 @@ class DoorProtocol(WatchedProtocol):
 
     def end_if_quiet(self, now: float) -> None:
         """Close the connection if it is kept for nothing, or if its request does not come on."""
+        self._parse_held()
         if self._idle_since is not None:
             if now - self._idle_since > self.timeout_keep_alive:
                 self.transport.close()
@@ -168,7 +216,7 @@ class DoorProtocol(WatchedProtocol):
         """Whether nothing of a request was read, and all are answered."""
         cycle = self.cycle
         is_answered = cycle is None or (cycle.response_complete and not cycle.more_body)
-        return is_answered and not self._is_coming and not self.pipeline
+        return is_answered and not self._is_coming and not self._held and not self.pipeline
 
     @property
     def is_answering(self) -> bool:
@@ -202,6 +250,7 @@ class DoorProtocol(WatchedProtocol):
             if self._awaits_word:
                 self.transport.write(GO_ON)
             self._keeps_alive = self.parser.should_keep_alive()
+            self._learn(inference)
             self._parts = []
             self._size = 0
             self._look_at = FIRST_LOOK_BYTES if self._length > UPLOAD_BYTES else NEVER
@@ -235,9 +284,40 @@ class DoorProtocol(WatchedProtocol):
             return
         self._inference = None
         parts, self._parts = self._parts, []
-        body = parts[0] if len(parts) == 1 else b"".join(parts)
-        if not self._splices(inference, body):
+        self._answer(inference, parts[0] if len(parts) == 1 else b"".join(parts))
+
+    def _answer(self, inference: Inference, body: bytes, known: KnownRequest | None = None) -> None:
+        if not self._begins(inference, inference.asked, (body,), Splice, body, known):
             self._replay(self.url, self.headers, [body], is_whole=True, keeps_alive=self._keeps_alive)
+
+    # --- what needs no parser
+
+    def _is_known(self, known: KnownRequest, data: bytes) -> bool:
+        """Whether the request has the head of one before, and is dealt with, or held until its body is there."""
+        held = self._held
+        if held:
+            data = held + data
+        rest = known.rest(data)
+        if rest < 0 or self.cycle is not None or not self._door.still_knows(known, len(data) + rest):
+            return False
+        if rest:
+            if held or rest > HELD_LIMIT_BYTES:
+                return False
+            self._held = data
+            return True
+        self._held = b""
+        if self.timeout_keep_alive_task is not None:
+            self._unset_keepalive_if_required()
+        self._idle_since = None
+        self.url, self.headers = known.url, known.headers
+        self._request_id, self._keeps_alive = b"", True
+        self._answer(known.inference, data[known.body_at :], known)
+        return True
+
+    def _learn(self, inference: Inference) -> None:
+        begun, self._begun, self._known = self._begun, b"", None
+        if self._keeps_alive and not (self._request_id or self._awaits_word) and (head := around_length(begun)):
+            self._known = KnownRequest(*head, self.url, self.headers, inference, self._door.fleet.settings)
 
     # --- what is easy
 
@@ -291,10 +371,6 @@ class DoorProtocol(WatchedProtocol):
             return False
         return True
 
-    def _splices(self, inference: Inference, body: bytes) -> bool:
-        """Whether a replica has got the request."""
-        return self._begins(inference, lambda: inference.asked(self.headers, body), Splice, body)
-
     def _passes_on(self, inference: Inference) -> bool:
         """Whether a replica gets the request while it comes."""
         begun = b"".join(self._parts)
@@ -306,16 +382,23 @@ class DoorProtocol(WatchedProtocol):
         fields = Fields()
         fields.feed(begun)
         make = partial(Upload, fields=fields, rest=rest)
-        return self._begins(inference, lambda: inference.asked_by_beginning(self.headers, begun, fields), make, begun)
+        return self._begins(inference, inference.asked_by_beginning, (begun, fields), make, begun)
 
     def _begins(
-        self, inference: Inference, ask: Callable[[], Asked | None], make: Callable[..., Splice], sent: bytes
+        self,
+        inference: Inference,
+        ask: Callable[..., Asked | None],
+        of_body: tuple[Any, ...],
+        make: Callable[..., Splice],
+        sent: bytes,
+        known: KnownRequest | None = None,
     ) -> bool:
+        """Whether a replica has got the request."""
         door = self._door
         if door.fleet.next_door is not None:
             return False
         try:
-            asked = ask()
+            asked = ask(self.headers, *of_body)
             if asked is None:
                 return False
             splice = make(door.fleet, inference.way, asked, self.headers, self._request_id or new_id(), self, sent)
@@ -329,9 +412,8 @@ class DoorProtocol(WatchedProtocol):
         except Exception:
             logger.exception("A fault of the gateway: %s is left to the plain route", inference.way.path)
             return False
-        splice.keep_alive = self._keeps_alive
-        self._splice = splice
-        self.cycle = cast(Any, splice)
+        splice.keep_alive, splice.known = self._keeps_alive, known
+        self._splice = self.cycle = splice  # type: ignore[assignment]
         if isinstance(splice, Upload):
             self._inference, self._parts, self._upload = None, [], splice
         splice.begin(replica, upstream)
@@ -347,7 +429,7 @@ class DoorProtocol(WatchedProtocol):
         """It is over: the next request may be answered."""
         has_left = self._splice is not splice  # an engine may say 499, too
         self._splice = None
-        if self.cycle is cast(Any, splice):
+        if self.cycle is splice:  # type: ignore[comparison-overlap]
             self.cycle = None  # type: ignore[assignment]
         if self._door.fleet.settings.access_log:
             write_line("POST", splice.way.path, splice.replica, outcome, seconds, splice.request_id)

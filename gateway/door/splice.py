@@ -25,7 +25,7 @@ from gateway.api.exchange import (
     with_length,
 )
 from gateway.api.ways import Way
-from gateway.connections import JOINED_BYTES, CannotAsk, Connection, NoHttp, UpstreamLost
+from gateway.connections import JOINED_BYTES, CannotAsk, Connection, KnownReply, NoHttp, UpstreamLost
 from gateway.errors import HandedOver, HostlerError, ShuttingDown, body_of, envelope
 from gateway.fleet import Fleet
 from gateway.replica import Replica
@@ -56,6 +56,13 @@ class Client(Protocol):
         """It is over."""
 
 
+class KnownLines(Protocol):
+    """Headers that were passed on before."""
+
+    def passed_on(self, own_names: frozenset[bytes]) -> bytes:
+        """As lines of a head, without those that the engine gets from us."""
+
+
 class _Nobody:
     """Who waits for a message in uvicorn's cycles; here nobody does."""
 
@@ -79,6 +86,7 @@ class Splice(Exchange):
 
     rest = 0  # bytes of the request's body that are still to come
     keep_alive = True
+    known: KnownLines | None = None  # the client's headers, if they have been asked with before
     response_complete = False
     _replica: Replica  # once it begins
     _upstream: Upstream
@@ -121,13 +129,14 @@ class Splice(Exchange):
         if self._client.flow.write_paused:
             connection.pause(is_paused=True)
         upstream = self._upstream
-        own = upstream.own_names
-        lines = [upstream.opening(self.terms.upstream_path)]
-        for name, value in self.headers:
-            if name not in NOT_FORWARDED and name not in own:
-                lines += (name, b": ", value, b"\r\n")
-        lines += (b"x-request-id: ", self.request_id, b"\r\ncontent-length: %d\r\n\r\n" % (len(self.body) + self.rest))
-        connection.ask(self, b"".join(lines), self.body, self.rest)
+        lines = self.known.passed_on(upstream.own_names) if self.known else passed_on(self.headers, upstream.own_names)
+        head = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
+            upstream.opening(self.terms.upstream_path),
+            lines,
+            self.request_id,
+            len(self.body) + self.rest,
+        )
+        connection.ask(self, head, self.body, self.rest)
 
     def _connect(self) -> None:
         self._task = self._client.loop.create_task(self._ask_anew())
@@ -157,20 +166,22 @@ class Splice(Exchange):
     def took(self, connection: Connection, parts: list[bytes], *, is_whole: bool) -> None:
         """The next bytes of the reply."""
         try:
-            self._take(connection, parts, is_whole=is_whole)
+            if is_whole:
+                self._connection = None
+            if not self._has_begun:
+                self._has_begun = True
+                self.begins()
+                if connection.is_known and self._tells_known(connection.known, parts[0]):
+                    return
+                self._begin_reply(connection, parts)
+            if self._parts is not None:
+                self._collect(connection, parts, is_whole=is_whole)
+            else:
+                self._pass_on(parts, is_whole=is_whole)
         except Exception:
             self.fail()
 
-    def _take(self, connection: Connection, parts: list[bytes], *, is_whole: bool) -> None:
-        if is_whole:
-            self._connection = None
-        if not self._has_begun:
-            self._has_begun = True
-            self.begins()
-            self._begin_reply(connection, parts)
-        if self._parts is not None:
-            self._collect(connection, parts, is_whole=is_whole)
-            return
+    def _pass_on(self, parts: list[bytes], *, is_whole: bool) -> None:
         if self.is_sse:
             chunk = self.streamed(parts[0] if len(parts) == 1 else b"".join(parts))
             if is_whole:
@@ -195,6 +206,27 @@ class Splice(Exchange):
                 return
             parts[:1] = [self.opened(part, headers) for part in parts[:1]]
         self._start(connection.status, headers)
+        if (known := connection.known) and not (self.is_sse or self.terms.changes_json):
+            known.told = _around_length(headers)
+
+    def _tells_known(self, known: KnownReply | None, body: bytes) -> bool:
+        """Whether the whole reply, whose head is as one before, needs no second look: then it is on its way."""
+        if known is None or known.told is None or self.terms.changes_json or not self.keep_alive:
+            return False
+        self.status, self.phase = known.status, "answering"
+        self.heard(body)
+        before, behind = known.told
+        self._top = b"%b%b%b%d%bx-request-id: %b\r\n\r\n" % (
+            STATUS_LINE[known.status],
+            self._client.default_head(),
+            before,
+            len(body),
+            behind,
+            self.request_id,
+        )
+        self._write([body], is_last=True)
+        self._end(known.status, was_served=True)
+        return True
 
     def _collect(self, connection: Connection, parts: list[bytes], *, is_whole: bool) -> None:
         """A reply that is changed as a whole; of an error so much as is read of it."""
@@ -365,6 +397,22 @@ class Splice(Exchange):
         self.response_complete = True
         self.deployment.release(self._replica, was_served=was_served)
         self._client.spliced(self, outcome, self.count(outcome))
+
+
+def passed_on(headers: Headers, own_names: frozenset[bytes]) -> bytes:
+    """What the engine gets of them, as lines of a head; of some names it gets our own."""
+    lines: list[bytes] = []
+    for name, value in headers:
+        if name not in NOT_FORWARDED and name not in own_names:
+            lines += (name, b": ", value, b"\r\n")
+    return b"".join(lines)
+
+
+def _around_length(headers: Headers) -> tuple[bytes, bytes] | None:
+    """Their lines in a head, before and behind the number of bytes in the body."""
+    lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+    before, name, rest = lines.partition(b"content-length: ")
+    return (before + name, rest[rest.index(b"\r") :]) if name else None
 
 
 def _is_sse(headers: Headers) -> bool:
