@@ -100,8 +100,9 @@ class Connection(asyncio.Protocol):
         self._has_head = self._is_whole = self._is_kept = self.is_known = False
         self._is_first = True
         self.headers = []
-        self._connections.asking += 1
-        self._connections.sent += 1
+        connections = self._connections
+        connections.asking += 1
+        connections.sent += 1
         if len(body) > JOINED_BYTES:
             self._transport.writelines((head, body))
         else:
@@ -137,9 +138,17 @@ class Connection(asyncio.Protocol):
         if taker is None:
             self._transport.abort()
             return
-        is_first, self._is_first = self._is_first, False
-        if not ((is_first and self._is_known(data)) or self._parses(data)):
-            return
+        if is_first := self._is_first:
+            self._is_first = False
+        try:
+            if not (is_first and self._is_known(data)):
+                self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
+            self._is_odd = True
+            if not self._is_whole:
+                self._lose(NoHttp(f"what it said is no HTTP: {exc or type(exc).__name__}"))
+                self._transport.abort()
+                return
         if self._has_head:
             parts, self._parts = self._parts, []
             if self._is_whole:
@@ -150,18 +159,6 @@ class Connection(asyncio.Protocol):
                 taker.took(self, parts, is_whole=True)
             elif parts:
                 taker.took(self, parts, is_whole=False)
-
-    def _parses(self, data: bytes) -> bool:
-        """Whether it is HTTP, so far as it is asked for."""
-        try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
-            self._is_odd = True
-            if not self._is_whole:
-                self._lose(NoHttp(f"what it said is no HTTP: {exc or type(exc).__name__}"))
-                self._transport.abort()
-                return False
-        return True
 
     def _is_known(self, data: bytes) -> bool:
         """Whether it is a whole reply with a head as the last one's."""

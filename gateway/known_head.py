@@ -14,11 +14,11 @@ DIGITS_LIMIT = 12
 class KnownHead:
     """One of them."""
 
-    __slots__ = ("_before", "_behind", "body_at", "headers")
+    __slots__ = ("_at", "_before", "_behind", "body_at", "headers")
 
     def __init__(self, before: bytes, behind: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         """`before` and `behind` are the head around the length; `headers` are shared, and nobody changes them."""
-        self._before, self._behind = before, behind
+        self._before, self._at, self._behind = before, len(before), behind
         self.headers = headers
         self.body_at = 0  # in the last message that was told to have it
 
@@ -27,13 +27,13 @@ class KnownHead:
 
         Less than nothing if it has another head, or another message follows.
         """
-        at = len(self._before)
+        at = self._at
         end = data.find(b"\r", at, at + DIGITS_LIMIT)
         digits = data[at:end]
-        if not (data.startswith(self._behind, end) and data.startswith(self._before) and digits.isdigit()):
+        if not (data.startswith(self._before) and digits.isdigit() and data.startswith(self._behind, end)):
             return -1
-        self.body_at = end + len(self._behind)
-        return int(digits) + self.body_at - len(data)
+        self.body_at = body_at = end + len(self._behind)
+        return int(digits) + body_at - len(data)
 
 
 def around_length(data: bytes) -> tuple[bytes, bytes] | None:

@@ -311,7 +311,7 @@ class Exchange:
 
     def _count_tokens(self, now: float) -> None:
         tally = self.terms.tally
-        end = usage.end_of(self._last_but_two, self._last_but_one, self._last)
+        end = usage.end_of(self._last_but_two, self._last_but_one, self._last) if self.is_sse else self._last
         prompt_tokens, completion_tokens, reason = usage.read(self._first, end)
         if completion_tokens is None:
             empty = self.way.token_mark + b'"'  # as streams begin and end

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from typing import NamedTuple
 
 import msgspec
 
@@ -62,16 +61,11 @@ def _unless_told(event: re.Match[bytes]) -> bytes:
     return event[0]
 
 
-class Usage(NamedTuple):
-    """None is what was not told."""
+def read(begin: bytes, end: bytes) -> tuple[int | None, int | None, str | None]:
+    """Tokens of the prompt, those of the reply, and why the engine said no more; None is what was not told.
 
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    reason: str | None  # why the engine said no more
-
-
-def read(begin: bytes, end: bytes) -> Usage:
-    """What the first and the last bytes of a reply tell; the last know better."""
+    The first and the last bytes of the reply tell it; the last know better.
+    """
     prompt = completion = None
     at = end.rfind(b'"usage"')
     if at >= 0:
@@ -83,13 +77,13 @@ def read(begin: bytes, end: bytes) -> Usage:
             prompt = timings[b"prompt_n"] + timings.get(b"cache_n", 0)
     if prompt is None and (at := begin.find(b'"usage"')) >= 0:
         prompt = _number(PROMPT, begin, at)
-    return Usage(prompt, completion, _reason(end) or _reason(begin))
+    return prompt, completion, _reason(end) or _reason(begin)
 
 
 def end_of(*chunks: bytes) -> bytes:
     """The last bytes of these."""
-    end = chunks[-1][-END_BYTES:]
-    for chunk in reversed(chunks[:-1]):
+    end = b""
+    for chunk in reversed(chunks):
         if (lacking := END_BYTES - len(end)) <= 0:
             break
         end = chunk[-lacking:] + end
@@ -107,7 +101,8 @@ def _number(pattern: re.Pattern[bytes], data: bytes, at: int) -> int | None:
 
 
 def _reason(data: bytes) -> str | None:
-    if (at := data.rfind(b'_reason":"')) < 0:
+    at = data.rfind(b'_reason":"')
+    if at < 0:
         at = data.rfind(b'_reason": "')
     said = REASON.search(data, max(0, at - len('"finish'))) if at >= 0 else None
     if said is None:

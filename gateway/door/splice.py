@@ -216,7 +216,7 @@ class Splice(Exchange):
         self.status, self.phase = known.status, "answering"
         self.heard(body)
         before, behind = known.told
-        self._top = b"%b%b%b%d%bx-request-id: %b\r\n\r\n" % (
+        head = b"%b%b%b%d%bx-request-id: %b\r\n\r\n" % (
             STATUS_LINE[known.status],
             self._client.default_head(),
             before,
@@ -224,7 +224,10 @@ class Splice(Exchange):
             behind,
             self.request_id,
         )
-        self._write([body], is_last=True)
+        if len(body) > JOINED_BYTES:
+            self._client.transport.writelines((head, body))
+        else:
+            self._client.transport.write(head + body)
         self._end(known.status, was_served=True)
         return True
 
@@ -353,6 +356,9 @@ class Splice(Exchange):
         """Send some of the body, with the head if it has not gone yet."""
         size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
         if self._is_chunked:
+            if len(parts) == 1 and size <= JOINED_BYTES and not (is_last or self._top):  # most of a stream
+                self._client.transport.write(b"%x\r\n%b\r\n" % (size, parts[0]))
+                return
             if size:
                 parts = [b"%x\r\n" % size, *parts, b"\r\n"]
             if is_last:
