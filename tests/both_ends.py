@@ -114,7 +114,7 @@ async def ends(tmp_path: Path) -> SimpleNamespace:
     deployment.replicas = (replica,)
     fleet = SimpleNamespace(
         settings=settings,
-        in_effect=lambda: settings,
+        in_effect=lambda: fleet.settings,
         next_door=None,
         find=lambda uid: deployment,
         deployments=lambda: [deployment],

@@ -1,0 +1,264 @@
+"""Heads that a connection has seen before: what needs no parser then, and all that still does."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+from both_ends import BODY, HEAD, REPLY, STREAM, WHOLE, ends
+
+from gateway import metrics, passed_on
+from gateway.known_head import KnownHead, around_length
+
+__all__ = ["ends"]
+
+LONG = b'{"model":"mock","prompt":"%b"}' % (b"y" * 1000)
+LONG_HEAD = HEAD.replace(b"%d\r\n" % len(BODY), b"%d\r\n" % len(LONG))
+
+
+class NoParser:
+    """Stands where nothing is to be parsed."""
+
+    def feed_data(self, data: bytes) -> None:
+        raise AssertionError(data)
+
+
+def ask(ends: SimpleNamespace, request: bytes = HEAD + BODY, reply: bytes = REPLY) -> bytes:
+    """What the client gets."""
+    ends.client.data_received(request)
+    ends.engine.data_received(reply)
+    return ends.to_client.taken()
+
+
+@pytest.fixture
+def known(ends: SimpleNamespace) -> SimpleNamespace:
+    """Ends that have seen a request and its reply; what comes from now on must not need a parser."""
+    ask(ends)
+    ends.to_engine.taken()
+    ends.parsers = ends.client.parser, ends.engine._parser
+    ends.client.parser = ends.engine._parser = NoParser()
+    return ends
+
+
+def parse(ends: SimpleNamespace) -> None:
+    """From now on it may."""
+    ends.client.parser, ends.engine._parser = ends.parsers
+
+
+async def test_the_same_head_with_another_length_needs_no_parser(known: SimpleNamespace) -> None:
+    served = known.replica.served
+    for request, body, reply in ((LONG_HEAD, LONG, REPLY), (HEAD, BODY, REPLY), (LONG_HEAD, LONG, REPLY)):
+        told = ask(known, request + body, reply)
+        assert told.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert told.endswith(b"\r\n\r\n{}")
+        sent = known.to_engine.taken()
+        assert b"\r\ncontent-length: %d\r\n\r\n" % len(body) in sent
+        assert sent.endswith(body)
+    assert known.replica.served == served + 3
+    assert known.replica.in_flight == 0
+    assert known.connections.idle == [known.engine]
+
+
+async def test_a_known_head_is_answered_as_one_that_is_parsed(ends: SimpleNamespace) -> None:
+    def without_id(told: bytes) -> list[bytes]:
+        return [line for line in told.split(b"\r\n") if not line.startswith(b"x-request-id")]
+
+    answers = [without_id(ask(ends, reply=WHOLE)) for _ in range(3)]
+    assert answers[0] == answers[1] == answers[2]
+    asked = [line for line in ends.to_engine.taken().split(b"POST ") if line]
+    assert len({msgspec.json.encode(sorted(map(bytes.decode, without_id(one)))) for one in asked}) == 1
+
+
+async def test_tokens_of_a_known_reply_are_counted(ends: SimpleNamespace) -> None:
+    tally = metrics.tally_of("mock")
+    before = tally.completion_tokens, tally.durations.total_s
+    for _ in range(3):
+        ask(ends, reply=WHOLE)
+    assert tally.completion_tokens == before[0] + 6
+    assert tally.durations.total_s > before[1]
+
+
+async def test_a_body_that_comes_behind_a_known_head_needs_no_parser_either(known: SimpleNamespace) -> None:
+    known.client.data_received(LONG_HEAD)
+    assert not known.to_engine.taken()
+    assert not passed_on.is_between_requests(known.client)
+    known.client.data_received(LONG)
+    assert known.to_engine.taken().endswith(LONG)
+    known.engine.data_received(REPLY)
+    assert known.to_client.taken().endswith(b"{}")
+    assert passed_on.is_between_requests(known.client)
+
+
+async def test_a_body_in_pieces_behind_a_known_head_is_parsed(known: SimpleNamespace) -> None:
+    known.client.data_received(LONG_HEAD + LONG[:10])
+    parse(known)
+    known.client.data_received(LONG[10:20])
+    known.client.data_received(LONG[20:])
+    assert known.to_engine.taken().endswith(LONG)
+
+
+async def test_a_known_head_whose_body_does_not_come_ends_as_any_other(known: SimpleNamespace) -> None:
+    known.client.data_received(LONG_HEAD)
+    parse(known)
+    now = time.monotonic()
+    for after_s in (1, 50):
+        known.client.end_if_quiet(now + after_s)
+    assert known.to_client.end is None
+    known.client.end_if_quiet(now + 62)
+    assert known.to_client.end == "closed"
+
+
+async def test_a_shutdown_lets_a_request_be_answered_of_which_the_known_head_has_come(known: SimpleNamespace) -> None:
+    known.client.data_received(LONG_HEAD)
+    parse(known)
+    known.client.shutdown()
+    assert known.to_client.end is None
+    assert not known.client.cycle.keep_alive
+    known.client.data_received(LONG)
+    assert bytes(known.client.cycle.body) == LONG
+    await asyncio.gather(*known.client.tasks, return_exceptions=True)
+
+
+async def test_who_leaves_behind_a_known_head_has_asked_nothing(known: SimpleNamespace) -> None:
+    known.client.data_received(LONG_HEAD)
+    known.client.connection_lost(None)
+    assert not known.to_engine.taken()
+    assert known.replica.in_flight == 0
+
+
+async def test_two_requests_at_once_are_parsed(ends: SimpleNamespace) -> None:
+    ask(ends)
+    ends.to_engine.taken()
+    ends.client.data_received(HEAD + BODY + HEAD + BODY)
+    assert ends.to_engine.taken().count(b"POST") == 1
+    assert len(ends.client.pipeline) == 1
+    ends.engine.data_received(REPLY)
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
+async def test_a_request_behind_one_that_is_being_answered_is_parsed(ends: SimpleNamespace) -> None:
+    ask(ends)
+    ends.client.data_received(HEAD + BODY)
+    ends.client.data_received(HEAD + BODY)
+    assert len(ends.client.pipeline) == 1
+    ends.engine.data_received(REPLY)
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        HEAD.replace(b"localhost", b"127.0.0.1"),
+        HEAD.replace(b"localhost", b"localhost\r\nx-request-id: mine"),
+        HEAD.replace(b"content-length: ", b"content-length:  "),
+        HEAD.replace(b"content-length: ", b"Content-length: "),
+    ],
+)
+async def test_a_head_that_differs_is_parsed_and_answered(ends: SimpleNamespace, head: bytes) -> None:
+    for one in (HEAD, head, HEAD, head, head):
+        assert ask(ends, one + BODY).endswith(b"{}")
+        assert (b"x-request-id: mine" in head and one is head) == (b"x-request-id: mine" in ends.to_engine.taken())
+
+
+async def test_a_key_that_is_no_longer_good_is_refused_behind_a_known_head(ends: SimpleNamespace) -> None:
+    ask(ends)
+    ends.to_engine.taken()
+    fleet = ends.client._door.fleet
+    fleet.settings = msgspec.structs.replace(fleet.settings, api_keys=("other",))
+    ends.client.data_received(HEAD + BODY)
+    assert not ends.to_engine.taken()
+    assert ends.client.tasks  # it is the plain way's, which refuses it
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("parts", [(LONG_HEAD + LONG,), (LONG_HEAD, LONG)])
+async def test_a_body_over_the_limit_is_refused_behind_a_known_head(
+    ends: SimpleNamespace, parts: tuple[bytes, ...]
+) -> None:
+    fleet = ends.client._door.fleet
+    fleet.settings = msgspec.structs.replace(fleet.settings, max_body_bytes=100)
+    assert ask(ends).endswith(b"{}")
+    ends.to_engine.taken()
+    for part in parts:
+        ends.client.data_received(part)
+    assert not ends.to_engine.taken()
+    assert ends.client.tasks
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
+async def test_who_is_told_to_close_is_told_so_behind_a_known_head(known: SimpleNamespace) -> None:
+    known.client.data_received(HEAD + BODY)
+    known.client.shutdown()
+    known.engine.data_received(REPLY)
+    assert b"connection: close\r\n" in known.to_client.taken()
+    assert known.to_client.end == "closed"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        STREAM,
+        REPLY.replace(b"200 OK", b"201 Created"),
+        REPLY.replace(b"200 OK", b"400 Bad Request"),
+        REPLY.replace(b"application/json", b"text/plain"),
+        b"HTTP/1.1 100 Continue\r\n\r\n" + REPLY,
+        b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + REPLY,
+    ],
+)
+async def test_a_reply_that_differs_is_parsed(ends: SimpleNamespace, reply: bytes) -> None:
+    first = ask(ends)
+    other = ask(ends, reply=reply)
+    assert other.split(b"\r\n")[0].split()[1] in (reply.split()[1], b"200")
+    assert ask(ends).split(b"x-request-id")[0] == first.split(b"x-request-id")[0]
+    assert ends.connections.idle == [ends.engine]
+    assert ends.replica.in_flight == 0
+
+
+async def test_a_known_reply_in_two_pieces_is_parsed(ends: SimpleNamespace) -> None:
+    ask(ends)
+    for cut in (10, len(REPLY) - 2, len(REPLY) - 1):
+        ends.client.data_received(HEAD + BODY)
+        ends.engine.data_received(REPLY[:cut])
+        ends.engine.data_received(REPLY[cut:])
+        assert ends.to_client.taken().endswith(b"\r\n\r\n{}")
+    assert ends.connections.idle == [ends.engine]
+
+
+async def test_an_engine_that_says_more_than_it_was_asked_is_not_asked_again(ends: SimpleNamespace) -> None:
+    ask(ends)
+    assert ask(ends, reply=REPLY + REPLY).endswith(b"\r\n\r\n{}")
+    assert not ends.connections.idle
+
+
+async def test_a_reply_that_lasts_until_its_end_is_not_learned(ends: SimpleNamespace) -> None:
+    ask(ends, reply=REPLY.replace(b"content-type", b"connection: close\r\ncontent-type"))
+    assert ends.to_engine.end == "closed"
+    assert ends.engine.known is None
+
+
+def test_a_head_is_known_by_all_of_its_bytes_but_its_length() -> None:
+    head = around_length(HEAD + BODY)
+    assert head is not None
+    known = KnownHead(*head, [])
+    assert known.rest(HEAD + BODY) == 0
+    assert (HEAD + BODY)[known.body_at :] == BODY
+    assert known.rest(HEAD) == len(BODY)
+    assert known.rest(LONG_HEAD + LONG[:-3]) == 3
+    assert known.rest(HEAD + BODY + b"P") == -1
+    for other in (
+        b"",
+        HEAD[:-1],
+        HEAD[:40],
+        HEAD.replace(b"POST", b"post"),
+        HEAD.replace(b"\r\n\r\n", b"\r\nx: y\r\n\r\n"),
+        HEAD.replace(b"%d\r\n" % len(BODY), b"\r\n"),
+        HEAD.replace(b"%d\r\n" % len(BODY), b"-1\r\n"),
+        HEAD.replace(b"%d\r\n" % len(BODY), b"0x1\r\n"),
+        HEAD.replace(b"%d\r\n" % len(BODY), b"1" * 20 + b"\r\n"),
+    ):
+        assert known.rest(other) < 0
+    assert around_length(b"POST / HTTP/1.1\r\nhost: x\r\n\r\n\r\ncontent-length: 5\r\n\r\n") is None
+    assert around_length(HEAD[:-1]) is None
