@@ -1,13 +1,14 @@
 """Connections to one replica, each used for one request after the other. Bytes in, bytes out; knows no models.
 
-A reply is parsed only as far as to know its head and its end. `gateway/upstream.py` is the client for everything that
-may take its time; this one is for whoever holds the other end of the splice.
+A reply is parsed only as far as to know its head and its end. Whoever holds the other end of a splice takes the bytes
+here as they come; `gateway/near.py` reads them for everything that may take its time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from typing import Protocol
 
 import httptools
@@ -100,9 +101,7 @@ class Connection(asyncio.Protocol):
         self._has_head = self._is_whole = self._is_kept = self.is_known = False
         self._is_first = True
         self.headers = []
-        connections = self._connections
-        connections.asking += 1
-        connections.sent += 1
+        self._connections.asking += 1
         if len(body) > JOINED_BYTES:
             self._transport.writelines((head, body))
         else:
@@ -165,7 +164,7 @@ class Connection(asyncio.Protocol):
         known = self.known
         if known is None or known.rest(data):
             return False
-        self.status, self.headers = known.status, known.headers
+        self.status, self.headers = known.status, known.headers()
         self._parts = [data[known.body_at :]]
         self._has_head = self._is_whole = self._is_kept = self.is_known = True
         return True
@@ -339,3 +338,14 @@ class Connections:
         self.is_closed = True
         for connection in tuple(self.open):
             connection.break_off(UpstreamLost("the replica was stopped"))
+
+
+def is_sse(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a reply of that head is a stream of events."""
+    kind = None
+    for name, value in headers:
+        if name == b"content-encoding":
+            return False
+        if name == b"content-type" and kind is None:
+            kind = value.partition(b";")[0].strip().lower()
+    return kind == b"text/event-stream"

@@ -7,6 +7,7 @@ still holds, and what follows it is as long as it says: no parser need see it.
 from __future__ import annotations
 
 LENGTHS = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
+LENGTH = b"content-length"
 END = b"\r\n\r\n"
 DIGITS_LIMIT = 12
 
@@ -14,13 +15,16 @@ DIGITS_LIMIT = 12
 class KnownHead:
     """One of them."""
 
-    __slots__ = ("_at", "_before", "_behind", "body_at", "headers")
+    __slots__ = ("_at", "_before", "_behind", "_digits", "_headers", "_place", "body_at")
 
     def __init__(self, before: bytes, behind: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-        """`before` and `behind` are the head around the length; `headers` are shared, and nobody changes them."""
+        """`before` and `behind` are the head around the length."""
         self._before, self._at, self._behind = before, len(before), behind
-        self.headers = headers
-        self.body_at = 0  # in the last message that was told to have it
+        self._headers = headers
+        self._place = next(place for place, (name, _) in enumerate(headers) if name == LENGTH)
+        # Of the last message that was told to have it.
+        self._digits = b""
+        self.body_at = 0
 
     def rest(self, data: bytes) -> int:
         """How much of its body a message still lacks that begins with these bytes.
@@ -33,7 +37,14 @@ class KnownHead:
         if not (data.startswith(self._before) and digits.isdigit() and data.startswith(self._behind, end)):
             return -1
         self.body_at = body_at = end + len(self._behind)
+        self._digits = digits
         return int(digits) + body_at - len(data)
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Of the last message that was told to have it."""
+        headers = self._headers.copy()
+        headers[self._place] = LENGTH, self._digits
+        return headers
 
 
 def around_length(data: bytes) -> tuple[bytes, bytes] | None:

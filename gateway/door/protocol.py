@@ -108,7 +108,7 @@ class KnownRequest(KnownHead):
     def passed_on(self, own_names: frozenset[bytes]) -> bytes:
         """As `passed_on` of its headers."""
         if own_names != self._own_names:
-            self._own_names, self._passed_on = own_names, passed_on(self.headers, own_names)
+            self._own_names, self._passed_on = own_names, passed_on(self._headers, own_names)
         return self._passed_on
 
 
@@ -309,7 +309,7 @@ class DoorProtocol(WatchedProtocol):
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
         self._idle_since = None
-        self.url, self.headers = known.url, known.headers
+        self.url, self.headers = known.url, known.headers()
         self._request_id, self._keeps_alive = b"", True
         self._answer(known.inference, data[known.body_at :], known)
         return True

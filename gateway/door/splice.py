@@ -17,7 +17,6 @@ from gateway.api.exchange import (
     ENGINE_ERROR_LIMIT_BYTES,
     NOT_FORWARDED,
     RESTARTED_MIDWAY,
-    SSE,
     Asked,
     Exchange,
     Headers,
@@ -25,7 +24,7 @@ from gateway.api.exchange import (
     with_length,
 )
 from gateway.api.ways import Way
-from gateway.connections import JOINED_BYTES, CannotAsk, Connection, KnownReply, NoHttp, UpstreamLost
+from gateway.connections import JOINED_BYTES, CannotAsk, Connection, KnownReply, NoHttp, UpstreamLost, is_sse
 from gateway.errors import HandedOver, HostlerError, ShuttingDown, body_of, envelope
 from gateway.fleet import Fleet
 from gateway.replica import Replica
@@ -105,6 +104,7 @@ class Splice(Exchange):
         self.phase = "waiting"
         self._replica, self._upstream, self._life = replica, upstream, replica.starts
         self.replica_name = replica.name
+        upstream.connections.sent += 1
         try:
             connection = self._reused(upstream)
             if connection is None:
@@ -198,7 +198,7 @@ class Splice(Exchange):
         if connection.status >= 400:
             self._parts = []
             return
-        self.is_sse = _is_sse(connection.headers)
+        self.is_sse = is_sse(connection.headers)
         headers = self.returned(connection.status, connection.headers, self._replica)
         if not self.is_sse and self.changes_json(headers):
             if self.terms.is_read_whole:
@@ -419,13 +419,3 @@ def _around_length(headers: Headers) -> tuple[bytes, bytes] | None:
     lines = b"".join(b"%b: %b\r\n" % header for header in headers)
     before, name, rest = lines.partition(b"content-length: ")
     return (before + name, rest[rest.index(b"\r") :]) if name else None
-
-
-def _is_sse(headers: Headers) -> bool:
-    kind = None
-    for name, value in headers:
-        if name == b"content-encoding":
-            return False
-        if name == b"content-type" and kind is None:
-            kind = value.partition(b";")[0].strip().lower()
-    return kind == SSE

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from both_ends import BODY, HEAD, REPLY, STREAM, WHOLE, ends
+from both_ends import BODY, HEAD, REPLY, STREAM, TOLD, WHOLE, ends
 
 from gateway import metrics, passed_on
 from gateway.known_head import KnownHead, around_length
@@ -70,6 +70,28 @@ async def test_a_known_head_is_answered_as_one_that_is_parsed(ends: SimpleNamesp
     assert answers[0] == answers[1] == answers[2]
     asked = [line for line in ends.to_engine.taken().split(b"POST ") if line]
     assert len({msgspec.json.encode(sorted(map(bytes.decode, without_id(one)))) for one in asked}) == 1
+
+
+async def test_the_plain_way_gets_the_length_of_the_request_that_it_is_given(known: SimpleNamespace) -> None:
+    known.replica.state = None  # it is ready no longer
+    known.client.data_received(LONG_HEAD + LONG)
+    assert dict(known.client.cycle.scope["headers"])[b"content-length"] == b"%d" % len(LONG)
+    assert bytes(known.client.cycle.body) == LONG
+    await asyncio.gather(*known.client.tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("ends_after", [False, True])
+async def test_a_reply_with_a_known_head_tells_its_own_length(ends: SimpleNamespace, ends_after: bool) -> None:
+    """Also where somebody else has seen the head, and where the client is to leave."""
+    ends.client.data_received(HEAD + BODY)
+    ends.engine.data_received(REPLY)
+    ends.engine.known.told = None
+    ends.to_client.taken()
+    ends.client.data_received(HEAD + BODY)
+    if ends_after:
+        ends.client.shutdown()
+    ends.engine.data_received(WHOLE)
+    assert ends.to_client.taken().lower().count(b"content-length: %d\r\n" % len(TOLD)) == 1
 
 
 async def test_tokens_of_a_known_reply_are_counted(ends: SimpleNamespace) -> None:
@@ -242,9 +264,10 @@ async def test_a_reply_that_lasts_until_its_end_is_not_learned(ends: SimpleNames
 def test_a_head_is_known_by_all_of_its_bytes_but_its_length() -> None:
     head = around_length(HEAD + BODY)
     assert head is not None
-    known = KnownHead(*head, [])
+    known = KnownHead(*head, [(b"content-length", b"0"), (b"host", b"localhost")])
     assert known.rest(HEAD + BODY) == 0
     assert (HEAD + BODY)[known.body_at :] == BODY
+    assert known.headers() == [(b"content-length", b"%d" % len(BODY)), (b"host", b"localhost")]
     assert known.rest(HEAD) == len(BODY)
     assert known.rest(LONG_HEAD + LONG[:-3]) == 3
     assert known.rest(HEAD + BODY + b"P") == -1
