@@ -14,7 +14,7 @@ from typing import Protocol
 import httptools
 
 from engines.base import Endpoint
-from gateway.known_head import KnownHead, around_length
+from gateway.known_head import KnownHead, around_length, is_worth_learning
 from gateway.limits import OUT_OF_FILES
 
 # llama-server and uvicorn close idle connections after 5 s: be first, so that a request never meets a dead one.
@@ -79,10 +79,16 @@ class Connection(asyncio.Protocol):
         self._has_head = False
         self._parts: list[bytes] = []
         self.status = 0
-        self.headers: list[tuple[bytes, bytes]] = []
+        self._headers: list[tuple[bytes, bytes]] = []
         self.known: KnownReply | None = None  # the head of a whole reply before
         self.is_known = False  # this reply has it, but for its length
+        self._strange = -1  # replies in a row whose head was not known
         self._idle_since = 0.0
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Of the reply whose head has come."""
+        return self.known.headers() if self.known and self.is_known else self._headers
 
     @property
     def has_head(self) -> bool:
@@ -100,7 +106,7 @@ class Connection(asyncio.Protocol):
         self._is_upload = rest > 0
         self._has_head = self._is_whole = self._is_kept = self.is_known = False
         self._is_first = True
-        self.headers = []
+        self._headers = []
         self._connections.asking += 1
         if len(body) > JOINED_BYTES:
             self._transport.writelines((head, body))
@@ -164,15 +170,18 @@ class Connection(asyncio.Protocol):
         known = self.known
         if known is None or known.rest(data):
             return False
-        self.status, self.headers = known.status, known.headers()
+        self.status = known.status
+        self._strange = 0
         self._parts = [data[known.body_at :]]
         self._has_head = self._is_whole = self._is_kept = self.is_known = True
         return True
 
     def _learn(self, data: bytes) -> None:
         self.known = None
-        if self._is_kept and not self._is_odd and self.status == 200 and (head := around_length(data)):
-            self.known = KnownReply(*head, self.headers, self.status)
+        self._strange += 1
+        is_usual = self._is_kept and not self._is_odd and self.status == 200
+        if is_usual and is_worth_learning(self._strange) and (head := around_length(data)):
+            self.known = KnownReply(*head, self._headers, self.status)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.forget(self)
@@ -202,13 +211,13 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._has_head:
-            self.headers.append((name.lower(), value))
+            self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         if status < 200:
             self._is_interim = True
-            self.headers = []
+            self._headers = []
         elif not self._is_whole:
             self.status = status
             self._has_head = True

@@ -1,7 +1,8 @@
 """Heads of messages that a connection has seen before, all but the length that they tell.
 
 Clients and engines write each head of theirs as the last one. Of one that is known, byte for byte, all that was read
-still holds, and what follows it is as long as it says: no parser need see it.
+still holds, and what follows it is as long as it says: no parser need see it. Learning one costs a fifth of a request,
+so that it begins with a connection's second, and ends where no two are alike.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ LENGTHS = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
 LENGTH = b"content-length"
 END = b"\r\n\r\n"
 DIGITS_LIMIT = 12
+STRANGE_LIMIT = 8  # heads in a row that no other was like
 
 
 class KnownHead:
@@ -21,7 +23,7 @@ class KnownHead:
         """`before` and `behind` are the head around the length."""
         self._before, self._at, self._behind = before, len(before), behind
         self._headers = headers
-        self._place = next(place for place, (name, _) in enumerate(headers) if name == LENGTH)
+        self._place = [name for name, _ in headers].index(LENGTH)
         # Of the last message that was told to have it.
         self._digits = b""
         self.body_at = 0
@@ -45,6 +47,11 @@ class KnownHead:
         headers = self._headers.copy()
         headers[self._place] = LENGTH, self._digits
         return headers
+
+
+def is_worth_learning(strange: int) -> bool:
+    """Whether a head is, where so many in a row were not known, from 0 for the first of all."""
+    return 0 < strange <= STRANGE_LIMIT
 
 
 def around_length(data: bytes) -> tuple[bytes, bytes] | None:

@@ -30,7 +30,7 @@ from gateway.door.splice import Splice, passed_on
 from gateway.door.upload import Upload
 from gateway.errors import HeadTooLarge, HostlerError, RequestRefused, body_of, envelope
 from gateway.fleet import Fleet
-from gateway.known_head import KnownHead, around_length
+from gateway.known_head import KnownHead, around_length, is_worth_learning
 
 logger = logging.getLogger("hostler.door")
 
@@ -134,6 +134,7 @@ class DoorProtocol(WatchedProtocol):
         self._upload: Upload | None = None  # whose body comes in
         self._request_id = b""
         self._known: KnownRequest | None = None  # the head of an easy request before
+        self._strange = -1  # easy requests in a row whose head was not known
         self._begun = b""  # what has come at once with the beginning of a head, until it is parsed
         self._held = b""  # of a request with a known head whose body has not come, and which nobody has parsed
 
@@ -306,6 +307,7 @@ class DoorProtocol(WatchedProtocol):
             self._held = data
             return True
         self._held = b""
+        self._strange = 0
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
         self._idle_since = None
@@ -316,7 +318,9 @@ class DoorProtocol(WatchedProtocol):
 
     def _learn(self, inference: Inference) -> None:
         begun, self._begun, self._known = self._begun, b"", None
-        if self._keeps_alive and not (self._request_id or self._awaits_word) and (head := around_length(begun)):
+        self._strange += 1
+        is_usual = self._keeps_alive and not (self._request_id or self._awaits_word)
+        if is_usual and is_worth_learning(self._strange) and (head := around_length(begun)):
             self._known = KnownRequest(*head, self.url, self.headers, inference, self._door.fleet.settings)
 
     # --- what is easy

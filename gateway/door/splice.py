@@ -206,7 +206,8 @@ class Splice(Exchange):
                 return
             parts[:1] = [self.opened(part, headers) for part in parts[:1]]
         self._start(connection.status, headers)
-        if (known := connection.known) and not (self.is_sse or self.terms.changes_json):
+        known = connection.known if connection.is_known else None
+        if known is not None and not self.terms.changes_json:
             known.told = _around_length(headers)
 
     def _tells_known(self, known: KnownReply | None, body: bytes) -> bool:
