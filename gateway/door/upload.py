@@ -39,7 +39,7 @@ class Upload(Splice):
             names = self._fields.feed(part)
             if b"stream_options" in names:  # the client's own count, as the last ones; else nobody has asked, and
                 self.hides_usage = False  # the tokens of a `stream` that comes late are counted by their events
-            if not self.terms.asked_by.isdisjoint(names):
+            if not self.status and not self.terms.asked_by.isdisjoint(names):
                 self._have_it_sent_again()
             elif self._is_under_way and self._connection is not None:
                 self._connection.more(part)
@@ -49,11 +49,11 @@ class Upload(Splice):
     def _have_it_sent_again(self) -> None:
         """What we would have had to know before stands behind what has gone already."""
         self.terms.is_asked_late = True
+        self._cancel()
+        self._drop()
         if not self._is_under_way:
-            self._cancel()
             self._give_up(None)
             return
-        self._drop()
         known = ", ".join(sorted(name.decode() for name in self.terms.asked_by))
         self._refuse(
             SendAgain(

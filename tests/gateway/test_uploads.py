@@ -183,6 +183,36 @@ async def test_a_field_that_changes_the_request_and_comes_late_is_asked_for_agai
     assert ends.replica.in_flight == 0
 
 
+async def test_a_field_that_comes_late_after_the_engine_is_lost_makes_no_second_answer(
+    ends: SimpleNamespace, fresh: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_confirmed = asyncio.Event()
+    ends.replica.confirm = is_confirmed.wait
+    ends.replica.failure = None
+    left = await begin(ends, LARGE[:-1] + b',"enable_thinking":true}')
+    fresh.engines[0].connection_lost(None)
+    await asyncio.sleep(0)
+    ends.client.data_received(left)
+    is_confirmed.set()
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+    assert ends.to_client.taken().count(b"HTTP/1.1 ") == 1
+    assert ends.replica.in_flight == 0
+
+
+async def test_a_field_that_comes_late_changes_nothing_of_an_answer_that_has_begun(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    left = await begin(ends, LARGE[:-1] + b',"enable_thinking":true}')
+    middle = STREAM.index(b"3e\r\n")
+    fresh.engines[0].data_received(STREAM[:middle])
+    ends.client.data_received(left)
+    fresh.engines[0].data_received(STREAM[middle:])
+    told = ends.to_client.taken()
+    assert told.count(b"HTTP/1.1 ") == 1
+    assert told.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert ends.replica.in_flight == 0
+
+
 @pytest.mark.parametrize(
     "body",
     [
