@@ -17,6 +17,7 @@ import pytest
 from both_ends import STREAM, WHOLE, Wire, ends
 from harness import StartGateway, events_in
 
+from engines.base import Endpoint
 from gateway.api.beginning import Fields, as_whole
 from gateway.connections import Connection, Connections, UpstreamLost
 from gateway.door.protocol import FIRST_LOOK_BYTES, UPLOAD_BYTES
@@ -299,6 +300,49 @@ async def test_a_stream_is_an_answer_too(ends: SimpleNamespace, fresh: SimpleNam
 
 
 # --- on real sockets
+
+
+class _Taken:
+    """What becomes of one request."""
+
+    def __init__(self) -> None:
+        self.end: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def took(self, connection: Connection, parts: list[bytes], *, is_whole: bool) -> None:
+        if is_whole:
+            self.end.set_result(connection.status)
+
+    def lost(self, why: UpstreamLost) -> None:
+        self.end.set_exception(why)
+
+    def write_paused(self, *, is_paused: bool) -> None:
+        """Nobody sends faster than it is taken."""
+
+
+def _refuse_in_the_middle(listener: socket.socket, times: int) -> None:
+    listener.settimeout(5)
+    for _ in range(times):
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.recv(1000)
+            accepted.sendall(b"HTTP/1.1 413 No\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}")
+
+
+async def test_what_an_engine_says_before_it_closes_in_the_middle_of_a_request_is_heard() -> None:
+    times = 20
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections = Connections(Endpoint(port=listener.getsockname()[1]))
+        engine = asyncio.create_task(asyncio.to_thread(_refuse_in_the_middle, listener, times))
+        for _ in range(times):
+            connection, taken = await connections.connect(), _Taken()
+            connection.ask(taken, HEAD % 10_000_000, b"y" * PART, 10_000_000 - PART)
+            for _ in range(99):
+                if not taken.end.done():
+                    connection.more(b"y" * PART)
+                    await asyncio.sleep(0)
+            assert await asyncio.wait_for(taken.end, 5) == 413
+        await engine
+    assert connections.asking == 0
 
 
 @pytest.mark.both_doors
