@@ -103,6 +103,34 @@ def test_beside_who_is_late_and_waits_for_all_there_is_nobody_starts() -> None:
     assert plan.wait["small", 0] == "another model has waited for longer"
 
 
+def test_who_is_late_and_waits_for_all_of_a_gpu_closes_no_other_device() -> None:
+    gpus = [
+        Gpu(index=index, uuid=f"GPU-{index}", name="made up", total_bytes=10 * GB, used_bytes=0) for index in (0, 1)
+    ]
+    devices = [MACHINE, *(Device(key=gpu.uuid, total_bytes=gpu.total_bytes, gpu=gpu) for gpu in gpus)]
+    busy = Holder(key=("busy", 0), memory={"GPU-0": 8 * GB}, ready_since=0.0, work=1)
+
+    def on_gpu(gpu: int, gigabytes: int) -> Needs:
+        return Needs(gpu_idx=(gpu,), memory_bytes=gigabytes * GB)
+
+    late = [claim(0, key=(uid, 0), since=1.0, needs=on_gpu(0, 9)) for uid in ("first", "second")]
+    others = [
+        claim(2, key=("on cpu", 0), since=39.0),
+        claim(0, key=("on another", 0), since=39.0, needs=on_gpu(1, 2)),
+        claim(0, key=("beside", 0), since=39.0, needs=on_gpu(0, 1)),
+    ]
+    plan = decide([*late, *others], [busy], devices, Rules(), 40.0)
+    assert plan.hold == {("busy", 0)}
+    assert plan.start.keys() == {("on cpu", 0), ("on another", 0)}
+    assert plan.wait["beside", 0] == "another model has waited for longer"
+    awake = Placement(memory={"GPU-0": 9 * GB})
+    asleep = Holder(key=("second", 0), memory={"GPU-0": GB}, is_asleep=True, ready_since=0.0)
+    sleeping = msgspec.structs.replace(late[1], awake=awake)
+    plan = decide([late[0], sleeping, *others], [busy, asleep], devices, Rules(), 40.0)
+    assert plan.start.keys() == {("on cpu", 0), ("on another", 0)}
+    assert not decide([*late, *others], [busy], devices, Rules(max_loaded=5), 40.0).start  # each of them counts
+
+
 def test_who_is_held_back_goes_though_another_has_come_to_be_idle_meanwhile() -> None:
     held = Holder(key=("held", 0), memory={RAM: 5 * GB}, ready_since=0.0, idle_since=99.0, load_s=60.0, is_held=True)
     other = Holder(key=("other", 0), memory={RAM: 5 * GB}, ready_since=0.0, idle_since=98.0)
