@@ -266,12 +266,13 @@ class _Yard:
         staying = [one for one in self._staying.values() if one.key != claim.key]
         found = self._fit(claim, staying, (*self._leaving, *self._waking))
         if isinstance(found, Placement) and not any(found.memory.get(key) for key in self._closed):
-            if falling := [one for one in self._falling if one.shares_gpu(found.memory)]:
+            reach = self._reach(claim, found)
+            if falling := [one for one in self._falling if one.shares_gpu(reach)]:
                 self._wait[claim.key] = _of(falling, "falls asleep", "fall asleep")
                 self._book(claim, found)
                 return
             self._start[claim.key] = found
-            self._rising.append(Holder(key=claim.key, memory=found.memory))
+            self._rising.append(Holder(key=claim.key, memory=reach))
             self._starting[claim.key[0]] = claim.group
             self._staying.pop(claim.key, None)
             self._book(claim, found)
@@ -395,6 +396,12 @@ class _Yard:
                 return
             self._closed |= self._coveted(claim)
         self._wait[claim.key] = self._blockers(claim) or why
+
+    def _reach(self, claim: Claim, found: Placement) -> Mapping[str, int]:
+        """What it will hold, and all GPUs for an engine that is left to choose among them."""
+        if found.gpu_uuids is not None or claim.awake is not None or claim.needs.is_for_cpu:
+            return found.memory
+        return {device.key: 0 for device in self._devices if device.gpu} | dict(found.memory)
 
     def _coveted(self, claim: Claim) -> frozenset[str]:
         """The devices that may become its own, or whose models count among those of which there are too many."""

@@ -769,6 +769,17 @@ def test_who_waits_until_another_sleeps_keeps_its_room() -> None:
     assert decide([on_both, on_second], [falling("other")], TWO_CARDS, ROOMY, 100.0).start == {}
 
 
+def test_who_chooses_its_gpu_by_itself_may_come_to_any() -> None:
+    chooses = claim(0, needs=Needs(chooses=True), since=90.0)
+    plan = decide([chooses], [falling("other")], TWO_CARDS, ROOMY, 100.0)
+    assert (plan.start, plan.wait) == ({}, {("new", 0): "other falls asleep"})
+    plan = decide([chooses, on_card(40, key=("later", 0))], [sleeper("idle", 60)], CARDS, ROOMY, 100.0)
+    assert (list(plan.start), plan.sleep) == ([("new", 0)], {})
+    on_cpu = claim(0, key=("cpu", 0), needs=Needs(chooses=True, n_gpu=0), since=90.0)
+    assert list(decide([on_cpu], [falling("other")], TWO_CARDS, ROOMY, 100.0).start) == [("cpu", 0)]
+    assert decide([chooses], [], TWO_CARDS, ROOMY, 100.0).start == {("new", 0): Placement()}
+
+
 def test_on_another_gpu_they_start_and_wake_as_ever() -> None:
     elsewhere = on_card(10, needs=Needs(n_gpu=1, gpu_idx=(1,), memory_bytes=10 * GB))
     wakes = claim(0, key=("old", 0), since=95.0, awake=awake_on("GPU-1"))
