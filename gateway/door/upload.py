@@ -72,6 +72,7 @@ class Upload(Splice):
         super()._ask(connection)
         self._is_under_way = True
         self.sent = self.body = b""
+        self.head = None  # which holds some of it, too
         self._client.flow.resume_reading()
 
     def write_paused(self, *, is_paused: bool) -> None:

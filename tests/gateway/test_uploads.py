@@ -18,6 +18,7 @@ from both_ends import STREAM, WHOLE, Wire, ends
 from harness import StartGateway, events_in
 
 from engines.base import Endpoint
+from gateway.api.affinity import key_of
 from gateway.api.beginning import Fields, as_whole
 from gateway.connections import Connection, Connections, UpstreamLost
 from gateway.door.protocol import FIRST_LOOK_BYTES, UPLOAD_BYTES
@@ -64,6 +65,44 @@ def test_the_names_of_an_object_are_found_in_whatever_parts_it_comes(seed: int) 
     assert fields.size == len(data)
 
 
+@pytest.mark.parametrize("cut", [9_000, 100_000])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "mock", "prompt": "p" * 200_000}),
+        ("/v1/chat/completions", {"model": "mock", "messages": [{"role": "user", "content": "p" * 200_000}]}),
+        (
+            "/v1/chat/completions",
+            {
+                "model": "mock",
+                "messages": [
+                    {"role": "system", "content": "\u00e9]," * 200},
+                    {"role": "user", "content": [{"type": "text", "text": "p" * 200_000}]},
+                    {"role": "assistant", "content": "p"},
+                ],
+            },
+        ),
+        (
+            "/v1/chat/completions",
+            {"model": "mock", "messages": [{"role": "user", "content": "p" * 2000}], "tools": ["t" * 200_000]},
+        ),
+    ],
+)
+async def test_a_large_conversation_is_drawn_to_the_replica_of_its_earlier_turns(
+    ends: SimpleNamespace, path: str, body: Any, cut: int
+) -> None:
+    inference = ends.client._door.inferences[path.encode()]
+    data = json.dumps(body, ensure_ascii=False).encode()
+    fields = Fields()
+    fields.feed(data[:cut])
+    asked = inference.asked_by_beginning([], data[:cut], fields)
+    whole = inference.asked([], data)
+    key = key_of([], whole.head, reads_opening=True)
+    assert key is not None
+    assert key_of([], asked.head, reads_opening=True) == key
+    assert asked.body + data[cut:] == whole.body
+
+
 # --- with both ends in hand
 
 
@@ -101,6 +140,8 @@ async def test_a_large_request_passes_on_while_it_comes_by_a_fresh_connection(
     assert b"content-length: %d\r\n" % len(LARGE) in sent
     body = sent.partition(b"\r\n\r\n")[2]
     assert len(body) == PART
+    splice = ends.client._splice
+    assert (splice.sent, splice.body, splice.head) == (b"", b"", None)  # the engine has it
     while left:
         ends.client.data_received(left[:PART])
         body += (part := fresh.wires[0].taken())
