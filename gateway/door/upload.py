@@ -76,7 +76,7 @@ class Upload(Splice):
         self._client.flow.resume_reading()
 
     def write_paused(self, *, is_paused: bool) -> None:
-        if is_paused and self.rest and not self.response_complete:
+        if is_paused and self.rest:  # else nothing of it is read any more but that the client leaves
             self._client.flow.pause_reading()
         elif not is_paused:
             self._client.flow.resume_reading()

@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import struct
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from harness import StartGateway, events_in
 from engines.base import Endpoint
 from gateway.api.affinity import key_of
 from gateway.api.beginning import Fields, as_whole
+from gateway.api.exchange import RESTARTED_MIDWAY
 from gateway.connections import Connection, Connections, UpstreamLost
 from gateway.door.protocol import FIRST_LOOK_BYTES, UPLOAD_BYTES
 
@@ -168,9 +170,35 @@ async def test_an_engine_that_takes_it_slowly_slows_the_client(ends: SimpleNames
     assert not ends.to_client.is_read_paused
 
 
+async def test_whoever_has_sent_it_all_is_listened_to(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
+    ends.client.data_received(await begin(ends))
+    fresh.engines[0].pause_writing()
+    assert not ends.to_client.is_read_paused
+
+
+async def test_what_comes_before_there_is_a_connection_goes_out_by_it(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    ends.client.data_received(HEAD % len(LARGE) + LARGE[:PART])
+    ends.client.data_received(LARGE[PART:])
+    await asyncio.sleep(0)
+    assert fresh.wires[0].taken().partition(b"\r\n\r\n")[2] == LARGE
+    fresh.engines[0].data_received(WHOLE)
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 200")
+
+
+async def test_what_is_all_there_at_once_goes_out_as_any_other(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
+    ends.client.data_received(HEAD % len(LARGE) + LARGE)
+    assert ends.to_engine.taken().endswith(LARGE)
+    assert not fresh.engines
+
+
 async def test_whoever_leaves_in_the_middle_has_asked_nothing(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
     await begin(ends)
+    tally = ends.client._splice.terms.tally
+    answered = sum(tally.answered.values())
     ends.client.connection_lost(None)
+    assert sum(tally.answered.values()) == answered
     assert fresh.wires[0].end == "aborted"
     assert ends.replica.in_flight == ends.connections.asking == 0
 
@@ -197,7 +225,8 @@ async def test_what_cannot_be_connected_is_the_plain_routes_with_all_of_its_body
     ends: SimpleNamespace, fresh: SimpleNamespace
 ) -> None:
     fresh.refuses = True
-    ends.client.data_received(HEAD % len(LARGE) + LARGE[:PART])
+    ends.client.data_received(HEAD % len(LARGE) + LARGE[: PART // 2])
+    ends.client.data_received(LARGE[PART // 2 : PART])
     await asyncio.sleep(0)
     assert not ends.to_client.is_read_paused
     ends.client.data_received(LARGE[PART:])
@@ -238,7 +267,27 @@ async def test_a_field_that_comes_late_after_the_engine_is_lost_makes_no_second_
     is_confirmed.set()
     await asyncio.gather(*ends.client.tasks, return_exceptions=True)
     assert ends.to_client.taken().count(b"HTTP/1.1 ") == 1
-    assert ends.replica.in_flight == 0
+    assert (ends.replica.in_flight, ends.replica.served) == (0, 0)
+
+
+@pytest.mark.parametrize("is_handed_over", [False, True])
+@pytest.mark.parametrize("begun", [b"", STREAM[: STREAM.index(b"3e\r\n")]])
+async def test_an_engine_that_is_lost_in_the_middle_is_told_once(
+    ends: SimpleNamespace, fresh: SimpleNamespace, begun: bytes, is_handed_over: bool
+) -> None:
+    ends.replica.confirm, ends.replica.failure = partial(asyncio.sleep, 0), None
+    left = await begin(ends)
+    fresh.engines[0].data_received(begun)
+    fresh.engines[0].connection_lost(None)
+    ends.client._splice.deployment.is_handed_over = is_handed_over
+    await asyncio.gather(*ends.client.tasks)
+    told = ends.to_client.taken()
+    assert told.count(b"HTTP/1.1 ") == 1
+    assert told.startswith(b"HTTP/1.1 200" if begun else b"HTTP/1.1 503" if is_handed_over else b"HTTP/1.1 502")
+    assert ((RESTARTED_MIDWAY if is_handed_over else "went away while it answered").encode()) in told
+    assert (ends.replica.in_flight, ends.replica.served) == (0, 0)
+    ends.client.data_received(left)  # nobody needs it
+    assert ends.client.is_between_requests()
 
 
 async def test_a_field_that_comes_late_changes_nothing_of_an_answer_that_has_begun(

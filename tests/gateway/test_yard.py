@@ -128,7 +128,30 @@ def test_who_is_late_and_waits_for_all_of_a_gpu_closes_no_other_device() -> None
     sleeping = msgspec.structs.replace(late[1], awake=awake)
     plan = decide([late[0], sleeping, *others], [busy, asleep], devices, Rules(), 40.0)
     assert plan.start.keys() == {("on cpu", 0), ("on another", 0)}
-    assert not decide([*late, *others], [busy], devices, Rules(max_loaded=5), 40.0).start  # each of them counts
+    for rules in (Rules(max_loaded=5), Rules(groups={"few": (5, False)})):  # each of them counts
+        assert not decide([*late, *others], [busy], devices, rules, 40.0).start
+
+
+@pytest.mark.parametrize("wish", [{"may_split": True}, {"gpu_layers": 9}, {"n_gpu": 1, "gpu_idx": None}])
+def test_the_late_close_the_machines_memory_where_they_may_come_to_need_it(wish: dict[str, Any]) -> None:
+    gpu = Gpu(index=0, uuid="GPU-0", name="made up", total_bytes=10 * GB, used_bytes=0)
+    devices = [MACHINE, Device(key="GPU-0", total_bytes=10 * GB, gpu=gpu)]
+    on_card = Needs(gpu_idx=(0,), memory_bytes=9 * GB)
+    busy = [Holder(key=(key, 0), memory={key: 8 * GB}, ready_since=0.0, work=1) for key in (RAM, "GPU-0")]
+    late = [claim(0, key=("first", 0), since=1.0, needs=on_card), claim(9, key=("other", 0), since=1.0)]
+    second = claim(0, key=("second", 0), since=2.0, needs=msgspec.structs.replace(on_card, **wish))
+    small = claim(1, key=("small", 0), since=39.0)
+    assert list(
+        decide([*late, msgspec.structs.replace(second, needs=on_card), small], busy, devices, Rules(), 40.0).start
+    )
+    may_fall_back = msgspec.structs.replace(second, cpu_fallback="n_gpu" in wish)
+    assert not decide([*late, may_fall_back, small], busy, devices, Rules(), 40.0).start
+
+
+def test_where_there_is_no_gpu_the_late_close_the_machines_memory() -> None:
+    busy = Holder(key=("busy", 0), memory={RAM: 8 * GB}, ready_since=0.0, work=1)
+    late = [claim(0, key=(uid, 0), since=1.0, needs=Needs(memory_bytes=9 * GB)) for uid in ("first", "second")]
+    assert not decide([*late, claim(1, since=39.0)], [busy], [MACHINE], Rules(), 40.0).start
 
 
 def test_who_is_held_back_goes_though_another_has_come_to_be_idle_meanwhile() -> None:
@@ -834,6 +857,8 @@ def test_a_first_sleep_is_tried_where_nobody_takes_of_the_gpu() -> None:
     loading = sleeper("b", 20, ready_since=None, beds=())
     for other in (waking("b"), trying("b"), falling("b"), loading):
         assert decide([], [new, other], CARDS, ROOMY, 100.0).rehearse == {}
+    plan = decide([on_card(5)], [new], CARDS, ROOMY, 100.0)
+    assert (list(plan.start), plan.rehearse) == ([("new", 0)], {})
     tired = sleeper("b", 20, is_tired=True)
     plan = decide([], [new, tired], CARDS, ROOMY, 100.0)
     assert (plan.sleep, plan.rehearse) == ({("b", 0): "ram"}, {})
