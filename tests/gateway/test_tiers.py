@@ -89,6 +89,12 @@ def paths(tmp_path: Path, name: str) -> list[str]:
     ]
 
 
+async def until_all_are(gateway: Gateway, state: str) -> None:
+    async with asyncio.timeout(20):
+        while {one["state"] for one in await gateway.replicas()} != {state}:
+            await asyncio.sleep(0.02)
+
+
 async def until_is(gateway: Gateway, uid: str, status: str, tier: str | None = None) -> None:
     async with asyncio.timeout(20):
         while await state_of(gateway, uid) != (status, tier):
@@ -394,6 +400,38 @@ async def test_a_reload_gives_a_model_that_sleeps_its_new_options(
     assert await ask(gateway, "a") == "tok0 tok1"
 
 
+@pytest.mark.parametrize("replica", [1, 2])
+async def test_what_is_preloaded_and_slept_is_loaded_again_once_its_options_change(
+    replica: int, start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
+) -> None:
+    gateway = await start_gateway(**swapping({}, ram_limit="3GB"), env=env)
+    ((uid, wish),) = model("a", preload=True, replica=replica).items()
+    assert (await gateway.post("/v1/models", wish | {"model_uid": uid})).status == 200
+    await until_all_are(gateway, "ready")
+    assert (await gateway.post("/v1/models/a/sleep")).status == 200
+    await until_all_are(gateway, "asleep")
+    answer = await gateway.post("/v1/models/a/reload", {"model_config": {"request_limits": 7}})
+    assert answer.status in (200, 202), answer.body
+    await until(lambda: len(events_in(tmp_path / "a.events", "start")) == 2 * replica)
+    await until_all_are(gateway, "ready")
+    async with asyncio.timeout(20):
+        while (await gateway.get("/v1/models/a/reload")).json["stage"] != "ready":
+            await asyncio.sleep(0.05)
+
+
+async def test_what_is_preloaded_and_was_left_asleep_with_other_options_is_loaded(
+    start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
+) -> None:
+    gateway = await start_gateway(**swapping(model("a", preload=True)), env=env | KEEP)
+    await gateway.until("a", state="ready")
+    assert (await gateway.post("/v1/models/a/sleep")).status == 200
+    await gateway.end(signal.SIGKILL)
+    changed = swapping(model("a", {"wake_s": 0.01}, preload=True))
+    gateway = await start_gateway(**changed, env=env, home=gateway.home)
+    await until_is(gateway, "a", "ready")
+    assert len(events_in(tmp_path / "a.events", "start")) == 2
+
+
 async def test_operators_and_programs_have_it_sleep_and_wake(
     start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
 ) -> None:
@@ -568,17 +606,11 @@ async def test_two_copies_sleep_and_wake_together(
     start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
 ) -> None:
     gateway = await start_gateway(**swapping(model("a", replica=2, preload=True), ram_limit="3GB"), env=env)
-    async with asyncio.timeout(20):
-        while {one["state"] for one in await gateway.replicas()} != {"ready"}:
-            await asyncio.sleep(0.02)
+    await until_all_are(gateway, "ready")
     assert (await gateway.post("/v1/models/a/sleep")).json["status"] == "asleep"
-    async with asyncio.timeout(20):
-        while {one["state"] for one in await gateway.replicas()} != {"asleep"}:
-            await asyncio.sleep(0.02)
+    await until_all_are(gateway, "asleep")
     assert await ask(gateway, "a") == "tok0 tok1"
-    async with asyncio.timeout(20):
-        while {one["state"] for one in await gateway.replicas()} != {"ready"}:
-            await asyncio.sleep(0.02)
+    await until_all_are(gateway, "ready")
     assert len(events_in(tmp_path / "a.events", "start")) == 2
 
 
@@ -620,9 +652,7 @@ async def test_a_reload_does_not_wait_for_copies_that_sleep_to_wake(
     gateway = await start_gateway(**swapping({}, ram_limit="3GB"), env=env)
     ((uid, wish),) = model("a", replica=2).items()
     assert (await gateway.post("/v1/models", wish | {"model_uid": uid})).status == 200
-    async with asyncio.timeout(20):
-        while {one["state"] for one in await gateway.replicas()} != {"ready"}:
-            await asyncio.sleep(0.02)
+    await until_all_are(gateway, "ready")
     assert (await gateway.post("/v1/models/a/sleep")).status == 200
     answer = await gateway.post("/v1/models/a/reload", {"model_config": {"sleep_after_s": 100}})
     assert answer.status in (200, 202), answer.body
