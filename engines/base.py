@@ -210,15 +210,17 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True):
 
     `name`: "ram" where its weights are kept in the machine's memory, "disk" where they are read again from their files.
     `sleep` are the calls by which it falls asleep, `wake` those by which it comes back, each in their order; `warm_up`
-    asks for one token, which nobody has to wait for then. Asleep it holds `residual_bytes` of each device that it has,
-    and `host_bytes` of the machine's memory, which it keeps when it is awake again. `is_first_slow`: that memory is
-    taken the first time, which may last seconds.
+    asks for one token, which nobody has to wait for then. `proof` is a completion that comes out the same each time,
+    asked before it sleeps and once it is awake: what may come back as garbage shows by that. Asleep it holds
+    `residual_bytes` of each device that it has, and `host_bytes` of the machine's memory, which it keeps when it is
+    awake again. `is_first_slow`: that memory is taken the first time, which may last seconds.
     """
 
     name: str
     sleep: tuple[Call, ...]
     wake: tuple[Call, ...]
     warm_up: tuple[Call, ...] = ()
+    proof: Call | None = None
     residual_bytes: int = 0
     host_bytes: int = 0
     is_first_slow: bool = False

@@ -40,7 +40,8 @@ IMMATERIAL = frozenset(
 class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What is known of one kind of launch: bytes at most and seconds until ready of its latest lives, on GPUs and not.
 
-    `at` is in seconds since the epoch. `wakes_s` is how long it took to wake, by the tier in which it slept.
+    `at` is in seconds since the epoch. `wakes_s` is how long it took to wake, by the tier in which it slept;
+    `unfit_tiers` are those out of which it came back answering garbage.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     ram_load_s: float | None = None
     gpu_load_s: float | None = None
     wakes_s: dict[str, float] = {}
+    unfit_tiers: list[str] = []
 
     def peaks(self, *, on_gpu: bool) -> list[int]:
         """Of lives there, oldest first."""
@@ -133,6 +135,18 @@ class Experience:
         """It woke in so long."""
         wakes_s = self._record(launch).wakes_s
         wakes_s[tier] = _smoothed(wakes_s.get(tier), wake_s)
+        self._is_changed = True
+
+    def is_unfit(self, launch: Launch, tier: str) -> bool:
+        """Whether it never sleeps in that tier."""
+        record = self._records.get(fingerprint(launch))
+        return record is not None and tier in record.unfit_tiers
+
+    def note_unfit(self, launch: Launch, tier: str) -> None:
+        """It came back from that tier otherwise than it was."""
+        record = self._record(launch)
+        if tier not in record.unfit_tiers:
+            record.unfit_tiers = [*record.unfit_tiers, tier]
         self._is_changed = True
 
     @contextlib.contextmanager

@@ -201,6 +201,7 @@ class Replica:
         self._turn = asyncio.Event()  # what it is to do has changed
         self._dozes_after: float | None = None  # when it was last used before its engine fell asleep by itself
         self.dozes_since = 0.0
+        self._proof: str | None = None  # what this life answered before it slept
         self._tier_failures: Counter[str] = Counter()
         self._needs_of_start: Needs | None = None
         self._own: Upstream | None = None  # also while nobody else may use it
@@ -298,6 +299,7 @@ class Replica:
         finally:
             self.process = self.placement = self.tier = self._awake = self._needs_of_start = None
             self.tiers, self.host_bytes, self.is_asleep, self.context_tokens = (), 0, False, None
+            self._proof = None
             self._changed()
 
     async def _run(self, paths: Sequence[Path], python: str | None) -> None:
@@ -535,7 +537,12 @@ class Replica:
         return tuple(tiers.bed(awake, one, self.host_bytes, self.wake_s(one.name)) for one in self._usable_tiers())
 
     def _usable_tiers(self) -> list[Tier]:
-        return [tier for tier in self.tiers if self._tier_failures[tier.name] < TIER_FAILURES]
+        return [tier for tier in self.tiers if self._is_usable(tier)]
+
+    def _is_usable(self, tier: Tier) -> bool:
+        if self._tier_failures[tier.name] >= TIER_FAILURES:
+            return False
+        return tier.proof is None or not self._experience.is_unfit(self.tried, tier.name)
 
     def wake_s(self, tier: str) -> float | None:
         """How long it takes to wake, as far as earlier times tell."""
@@ -680,9 +687,29 @@ class Replica:
                 if ends_asleep:
                     raise
                 # Else, whoever takes it over finds it asleep as told, or sees that it is not.
+            if ends_asleep:
+                await self._give_proof()
             await tiers.carry_out(self._own, calls, self.engine.is_asleep, ends_asleep=ends_asleep)
+            if not ends_asleep:
+                await self._check_proof()
             with contextlib.suppress(OSError):  # it stays unsure: the next gateway starts it anew
                 await self._note_slumber(stage)
+
+    async def _give_proof(self) -> None:
+        assert self._own is not None
+        assert self.tier is not None
+        if self.tier.proof is not None and self._proof is None:
+            self._proof = await tiers.proof_of(self._own, self.tier.proof)
+
+    async def _check_proof(self) -> None:
+        """Raises NotDone if it does not answer as before it slept."""
+        assert self._own is not None
+        assert self.tier is not None
+        if self.tier.proof is None or self._proof is None:
+            return
+        if (now := await tiers.proof_of(self._own, self.tier.proof)) != self._proof:
+            self._experience.note_unfit(self.tried, self.tier.name)
+            raise tiers.NotDone(f"asked the same as before it slept, it answers {now!r} and not {self._proof!r}")
 
     async def _warm_up(self, tier: Tier) -> None:
         assert self._own is not None
@@ -690,7 +717,7 @@ class Replica:
 
     async def _note_slumber(self, stage: Stage) -> None:
         if isinstance(self.process, EngineProcess) and self.tier is not None:
-            slumber = Slumber(stage=stage, tier=self.tier.name, host_bytes=self.host_bytes)
+            slumber = Slumber(stage=stage, tier=self.tier.name, host_bytes=self.host_bytes, proof=self._proof)
             await asyncio.to_thread(note_slumber, self.process.folder, slumber)
 
     async def _give_up(self, exited: asyncio.Future[Exit], tier: Tier, why: str) -> NoReturn:
@@ -703,7 +730,7 @@ class Replica:
             rest = " Something else took memory of its GPU meanwhile, so it may sleep again."
         else:
             self._tier_failures[tier.name] += 1
-            is_last = self._tier_failures[tier.name] >= TIER_FAILURES
+            is_last = not self._is_usable(tier)
             rest = f" It does not sleep in tier {tier.name} any more." if is_last else ""
         tail = self.process.log_tail() if self.process else ()
         advice = f"Its engine is ended, and started anew when it is asked for.{rest}"
@@ -720,6 +747,7 @@ class Replica:
         was_asleep = slumber.stage is Stage.ASLEEP
         if not slumber.tier:
             return False
+        self._proof = slumber.proof
         says = await tiers.sleeps(upstream, self.engine.is_asleep)
         # Busy as it may be for the gateway before us, one that was left awake need not say so in time.
         if says is not was_asleep and (was_asleep or says is not None):

@@ -174,6 +174,37 @@ async def test_an_engine_that_fails_to_is_ended_and_started_anew(
     assert any("made to fail by FAKE_ENGINE" in text and "started anew" in text for text in told)
 
 
+async def test_who_comes_back_answering_garbage_is_started_anew_and_never_sleeps_so_again(
+    start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
+) -> None:
+    garbling = swapping(model("a", {"reload_garbles": 9}), model("b"), sleep_memory=0)
+    gateway = await start_gateway(**garbling, env=env)
+    for _ in range(3):
+        assert await ask(gateway, "a") == "tok0 tok1"
+        assert await ask(gateway, "b") == "tok0 tok1"
+    assert paths(tmp_path, "a").count("/sleep") == 1
+    assert paths(tmp_path, "b").count("/sleep") == 1  # nor do others that are made of the same files
+    told = [event["event_content"] for event in (await gateway.get("/v1/models/a/events")).json]
+    assert any("it answers 'garbage" in text and "does not sleep in tier disk any more" in text for text in told)
+    await ask(gateway, "a")
+    answer = await gateway.post("/v1/models/a/sleep")
+    assert (answer.status, "no bed" in answer.error["message"]) == (400, True)
+
+
+async def test_what_it_answered_before_its_sleep_is_known_to_the_next_gateway(
+    start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
+) -> None:
+    garbling = swapping(model("a", {"reload_garbles": 9}), sleep_memory=0)
+    gateway = await start_gateway(**garbling, env=env | KEEP)
+    await ask(gateway, "a")
+    assert (await gateway.post("/v1/models/a/sleep")).json["tier"] == "disk"
+    await gateway.end(signal.SIGKILL)
+    gateway = await start_gateway(**garbling, env=env, home=gateway.home)
+    await until_is(gateway, "a", "asleep", "disk")
+    assert await ask(gateway, "a") == "tok0 tok1"
+    assert len(events_in(tmp_path / "a.events", "start")) == 2
+
+
 async def test_whose_sleep_was_disturbed_by_others_on_its_gpu_is_put_to_sleep_again(
     start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
 ) -> None:
