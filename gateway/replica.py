@@ -56,6 +56,7 @@ SHARED_PAUSE_S = 0.2
 EXIT_LIMIT_S = 1.0  # for a process to be seen to end that has just broken a connection
 REHEARSE_AFTER_S = 20.0  # idle for so long, nobody is likely to ask in the next moment
 TIER_FAILURES = 2  # until a tier is not used any more
+TIER_REST_S, TIER_REST_LIMIT_S = 15.0, 600.0  # of one that the disk had no room for; each time twice as long
 OWN_TIER = "disk"  # of an engine that sleeps by itself: it reads its weights again from their files
 OWN_SLEEP_PAUSE_S = 0.5
 OWN_SLEEP_PAUSE_LIMIT_S = 30.0  # for one that should sleep by now, and does not say so
@@ -203,6 +204,7 @@ class Replica:
         self.dozes_since = 0.0
         self._proof: str | None = None  # what this life answered before it slept
         self._tier_failures: Counter[str] = Counter()
+        self._tier_rests: dict[str, tuple[float, float]] = {}  # until when, of the monotonic clock, and for how long
         self._needs_of_start: Needs | None = None
         self._own: Upstream | None = None  # also while nobody else may use it
         self._own_address: str | None = None
@@ -540,7 +542,8 @@ class Replica:
         return [tier for tier in self.tiers if self._is_usable(tier)]
 
     def _is_usable(self, tier: Tier) -> bool:
-        if self._tier_failures[tier.name] >= TIER_FAILURES:
+        rests_until, _ = self._tier_rests.get(tier.name, (0.0, 0.0))
+        if self._tier_failures[tier.name] >= TIER_FAILURES or time.monotonic() < rests_until:
             return False
         return tier.proof is None or not self._experience.is_unfit(self.tried, tier.name)
 
@@ -610,10 +613,13 @@ class Replica:
         try:
             await self._change(tier.sleep, Stage.ASLEEP, ends_asleep=True)
         except OSError as exc:  # nothing was asked of it yet
-            self._tell("WARNING", f"{self.name} stays awake: {exc}")
+            _, rest_s = self._tier_rests.get(tier.name, (0.0, TIER_REST_S / 2))
+            rest_s = min(2 * rest_s, TIER_REST_LIMIT_S)
+            self._tier_rests[tier.name] = time.monotonic() + rest_s, rest_s
+            again = f"Tier {tier.name} is tried again in {rest_s:g} s at the earliest"
+            self._tell("WARNING", f"{self.name} stays awake: what becomes of it cannot be written: {exc}. {again}")
             self.host_bytes, self.tier = self._host_bytes_before, None
             self.placement = tiers.awake_again(awake, self.host_bytes)
-            self._tier_failures[tier.name] += 1
             self._be_ready()
             return
         except tiers.NotDone as exc:
@@ -621,6 +627,7 @@ class Replica:
         if self._silence is not None:  # it is being killed
             return
         took_s = time.monotonic() - began
+        self._tier_rests.pop(tier.name, None)
         if self._is_rehearsal:
             await self._wake(exited)
             self.last_used, self.ready_since = last_used, ready_since

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import random
@@ -578,6 +579,40 @@ async def test_who_tries_its_first_sleep_as_another_gateway_takes_over_is_known_
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_what_cannot_sleep_while_the_disk_is_full_is_tried_again_later_and_less_and_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.replica.TIER_REST_S", 0.2)
+    is_full = True
+
+    def note(folder: Path, slumber: Slumber) -> None:
+        if is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        note_slumber(folder, slumber)
+
+    monkeypatch.setattr("gateway.replica.note_slumber", note)
+    async with a_replica(tmp_path) as (replica, _):
+        told: list[str] = []
+        replica._tell = lambda kind, text: told.append(text)
+        running = asyncio.create_task(replica.run())
+        try:
+            await until(lambda: replica.state is State.READY)
+            for _ in range(3):
+                await until(lambda: "ram" in [bed.tier for bed in replica.beds()])
+                replica.fall_asleep("ram")
+                await until(lambda: replica.state is State.READY)
+                assert [bed.tier for bed in replica.beds()] == ["disk"]
+            is_full = False
+            await until(lambda: "ram" in [bed.tier for bed in replica.beds()])
+            replica.fall_asleep("ram")
+            await until(lambda: replica.state is State.ASLEEP)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+    rests = [text.rpartition("again in ")[2] for text in told if "No space left" in text]
+    assert rests == [f"{rest_s} s at the earliest" for rest_s in (0.2, 0.4, 0.8)]
 
 
 @pytest.mark.parametrize(
