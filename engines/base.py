@@ -338,6 +338,10 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
         """How it could sleep, run by the `command` of the same launch and placement; who wakes quickest first."""
         return ()
 
+    def why_sleepless(self, launch: Launch) -> str | None:
+        """By which of its words the launch is never put to sleep, if that is not plain; part of a sentence."""
+        return None
+
     def own_sleep(self, launch: Launch) -> tuple[float, Call] | None:
         """After how long without a request it falls asleep by itself, so that whoever asks it then wakes it, and what
         tells whether it sleeps, as `is_asleep`, without waking it. None: it never does.

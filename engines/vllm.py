@@ -273,6 +273,12 @@ class Vllm(Engine, frozen=True, kw_only=True):
         reloads = _reloads(options, launch, self._folder())
         return sleep_levels(launch, weight_bytes, residual_bytes, reloads=reloads)
 
+    def why_sleepless(self, launch: Launch) -> str | None:
+        """It is forced to have no sleep mode: flags of that go last, so they hold."""
+        said = _by_name(launch.forced_options)
+        is_off = said.get("no_enable_sleep_mode") not in (None, False)
+        return "its forced options say --no-enable-sleep-mode" if is_off else None
+
     def safer(self, launch: Launch, said: Sequence[str]) -> tuple[Launch, str] | None:
         """No CUDA graphs, fewer requests at once, and no longer ones than it says that it has room for."""
         options = self.read_options(launch.options)
@@ -344,6 +350,8 @@ class Vllm(Engine, frozen=True, kw_only=True):
 
     def _sleeps(self, options: VllmOptions, launch: Launch, placement: Placement) -> bool:
         """Whether it is started so that it can sleep."""
+        if self.why_sleepless(launch):
+            return False
         if options.enable_sleep_mode is not None:
             return options.enable_sleep_mode
         folder = self._folder()

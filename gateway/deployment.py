@@ -570,6 +570,8 @@ class Deployment:
         """Why it is never put to sleep; a sentence."""
         if own := self.engine.own_sleep(self.launch):
             return f"it does so by itself, after {own[0]:g} s without a request."
+        if said := self.engine.why_sleepless(self.launch):
+            return f"{said}."
         if self.engine.is_asleep is None:
             return f"{self.engine.name} has no way to."
         if any(replica.tiers and not replica.beds() for replica in self.replicas):

@@ -98,6 +98,7 @@ class Experience:
         self._records: dict[str, Record] = _read(path) if path else {}
         self._lives: dict[int, Life] = {}
         self._is_changed = False
+        self._is_peak_told = False  # that some are not seen
         self._hurry = asyncio.Event()
 
     def peak_bytes(self, launch: Launch, *, on_gpu: bool = False) -> int | None:
@@ -221,11 +222,22 @@ class Experience:
             elif has := seen.footprints.get(pid):
                 new = set(life.pids).difference(known)
                 took = has.peak_bytes if life.tells_peak and not new else has.total_bytes
-                if new:
-                    life.tells_peak &= await asyncio.to_thread(forget_peaks, new)
+                if new and life.tells_peak and not await asyncio.to_thread(forget_peaks, new):
+                    life.tells_peak = False
+                    self._tell_of_peaks(life.record.name)
             else:
                 took = 0
             self._is_changed |= life.see(took)
+
+    def _tell_of_peaks(self, name: str) -> None:
+        if not self._is_peak_told:
+            self._is_peak_told = True
+            logger.warning(
+                "What %s takes of the machine's memory for a moment only is not seen, as the system does not measure "
+                "its peak anew (/proc/PID/clear_refs): it is known as of a look every %g s. Set `memory` of the launch "
+                "if it takes more. This is told once.",
+                *(name, SAMPLE_S),
+            )
 
     def _changes(self) -> bytes | None:
         """What is to be written, lives that still go on with the rest; None if nothing has changed."""

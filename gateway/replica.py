@@ -462,6 +462,8 @@ class Replica:
         metrics.LOAD_SECONDS.labels(self.launch.uid).observe(load_s)
         self._experience.note_load(self.tried, load_s, on_gpu=on_gpu)
         self._tell("INFO", f"{self.name} is ready")
+        if why := self.engine.why_sleepless(self.tried):
+            self._tell("INFO", f"{self.name} never sleeps: {why}")
 
     async def _read_context(self, upstream: Upstream) -> None:
         """Learn how long requests may be, and tell it where the wish left that to what there is room for."""

@@ -300,6 +300,19 @@ async def test_who_cannot_sleep_or_is_busy_says_so(
     assert (answer.status, "only a model that is ready" in answer.error["message"]) == (400, True)
 
 
+async def test_who_is_forced_to_stay_awake_says_so(
+    start_gateway: StartGateway, env: dict[str, str], model: Models
+) -> None:
+    forced = model("a", options={"no-sleep": True}, force_options=True, preload=True)
+    gateway = await start_gateway(**swapping(forced), env=env)
+    await gateway.until("a", state="ready")
+    answer = await gateway.post("/v1/models/a/sleep")
+    why = "its forced options say no-sleep"
+    assert (answer.status, f"a cannot sleep: {why}." in answer.error["message"]) == (400, True)
+    told = [event["event_content"] for event in (await gateway.get("/v1/models/a/events")).json]
+    assert f"a-rep0 never sleeps: {why}" in told
+
+
 async def test_a_gateway_that_was_killed_finds_its_models_asleep(
     start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
 ) -> None:
@@ -522,6 +535,15 @@ async def test_a_pause_waits_for_who_falls_asleep_and_lets_nobody_begin(tmp_path
         assert not begun.is_set()
         node.go_on()
         await second
+
+
+async def test_a_pause_that_goes_on_without_who_takes_too_long_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gateway.nodes.local.PAUSE_LIMIT_S", 0.05)
+    async with a_node(tmp_path) as node, node.change():
+        await node.pause()
+    assert "1 engines that start, fall asleep or wake were not done" in caplog.text
 
 
 @contextlib.asynccontextmanager
