@@ -15,8 +15,7 @@ import msgspec
 END_BYTES = 1024  # of the reply's beginning, and of its end
 
 # As OpenAI has it, as Anthropic and OpenAI's newer form have it, and what llama.cpp tells where nobody has asked.
-PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)": ?(\d{1,12})')
-COMPLETION = re.compile(rb'"(?:completion_tokens|output_tokens)": ?(\d{1,12})')
+TOKENS = re.compile(rb'"(prompt|input|completion|output)_tokens": ?(\d{1,12})')
 TIMINGS = re.compile(rb'"(cache_n|prompt_n|predicted_n)": ?(\d{1,12})')
 REASON = re.compile(rb'"(?:finish|stop)_reason": ?"(\w{1,40})"')
 REASONS = {
@@ -69,14 +68,14 @@ def read(begin: bytes, end: bytes) -> tuple[int | None, int | None, str | None]:
     prompt = completion = None
     at = end.rfind(b'"usage"')
     if at >= 0:
-        prompt, completion = _number(PROMPT, end, at), _number(COMPLETION, end, at)
+        prompt, completion = _tokens(end, at)
     elif (at := end.rfind(b'"timings"')) >= 0:
         timings = {name: int(count) for name, count in TIMINGS.findall(end, at)}
         completion = timings.get(b"predicted_n")
         if b"prompt_n" in timings:
             prompt = timings[b"prompt_n"] + timings.get(b"cache_n", 0)
     if prompt is None and (at := begin.find(b'"usage"')) >= 0:
-        prompt = _number(PROMPT, begin, at)
+        prompt, _ = _tokens(begin, at)
     return prompt, completion, _reason(end) or _reason(begin)
 
 
@@ -95,9 +94,11 @@ def count_in(mark: bytes, begin: bytes, end: bytes) -> int:
     return end.count(mark) + (0 if end.startswith(begin) else begin.count(mark))
 
 
-def _number(pattern: re.Pattern[bytes], data: bytes, at: int) -> int | None:
-    found = pattern.search(data, at)
-    return int(found[1]) if found else None
+def _tokens(data: bytes, at: int) -> tuple[int | None, int | None]:
+    """Of the prompt and of the reply, as the first behind that place say."""
+    told = dict(reversed(TOKENS.findall(data, at)))
+    prompt, completion = told.get(b"prompt") or told.get(b"input"), told.get(b"completion") or told.get(b"output")
+    return prompt and int(prompt), completion and int(completion)
 
 
 def _reason(data: bytes) -> str | None:
