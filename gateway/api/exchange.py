@@ -238,7 +238,7 @@ class Exchange:
             chunk = usage.without(chunk)
         if way.chunk:
             chunk = way.chunk(chunk)
-        return self.renamed(chunk)
+        return self.renamed(chunk) if self.terms.changes_json else chunk
 
     @property
     def held(self) -> bytes:

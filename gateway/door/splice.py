@@ -186,6 +186,9 @@ class Splice(Exchange):
             chunk = self.streamed(parts[0] if len(parts) == 1 else b"".join(parts))
             if is_whole:
                 chunk += self.held
+            elif self._is_chunked and 0 < len(chunk) <= JOINED_BYTES and not self._top:  # most of a stream
+                self._client.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+                return
             parts = [chunk] if chunk else []
         else:
             for part in parts:
@@ -357,9 +360,6 @@ class Splice(Exchange):
         """Send some of the body, with the head if it has not gone yet."""
         size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
         if self._is_chunked:
-            if len(parts) == 1 and size <= JOINED_BYTES and not (is_last or self._top):  # most of a stream
-                self._client.transport.write(b"%x\r\n%b\r\n" % (size, parts[0]))
-                return
             if size:
                 parts = [b"%x\r\n" % size, *parts, b"\r\n"]
             if is_last:
