@@ -66,6 +66,12 @@ class KnownReply(KnownHead):
 class Connection(asyncio.Protocol):
     """One connection: a request at a time, and its reply."""
 
+    __slots__ = (
+        *("_connections", "_has_head", "_headers", "_idle_since", "_is_first", "_is_interim", "_is_kept", "_is_odd"),
+        *("_is_read_paused", "_is_upload", "_is_whole", "_parser", "_parts", "_rest", "_strange", "_taker"),
+        *("_transport", "is_known", "known", "status"),
+    )
+
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
         self._parser = httptools.HttpResponseParser(self)

@@ -106,8 +106,18 @@ class Lost(NamedTuple):
 class Exchange:
     """One request and its reply."""
 
+    # A stream is held for long, and there may be thousands.
+    __slots__ = (
+        *("_first", "_last", "_last_but_one", "_last_but_two", "body", "deployment", "events", "first_at", "fleet"),
+        *("has_left", "head", "headers", "hides_usage", "is_sse", "marks_seen", "phase", "replica_name", "request_id"),
+        *("started", "status", "stops", "terms", "way"),
+    )
+    scheme = "http"
+    queued_s = 0.0  # how long it has waited for a replica
+
     def __init__(self, fleet: Fleet, way: Way, asked: Asked, headers: Headers, request_id: bytes) -> None:
         """`headers` are the client's, with names in small letters."""
+        self.head: Any
         self.terms, self.head, self.body, self.hides_usage = asked
         self.deployment = self.terms.deployment
         self.stops = self.deployment.stops
@@ -116,20 +126,15 @@ class Exchange:
         self.headers = headers
         self.request_id = request_id
         self.started = time.perf_counter()
-
-    # What most requests never set is no attribute of their own.
-    head: Any
-    scheme = "http"
-    status = 0  # once the head of the reply is on its way
-    queued_s = 0.0  # how long it has waited for a replica
-    is_sse = False  # the reply's head says so
-    has_left = False  # the client has, before the end
-    phase = "queued"  # then "waiting" for the engine's first byte, then "answering"
-    replica_name = ""  # of the replica that answers
-    events: Events | None = None  # of a stream, once it has begun
-    first_at = 0.0  # when the engine's first bytes came
-    marks_seen = 0  # of tokens, in a stream
-    _first = _last_but_two = _last_but_one = _last = b""  # chunks of the reply's body
+        self.status = 0  # once the head of the reply is on its way
+        self.is_sse = False  # the reply's head says so
+        self.has_left = False  # the client has, before the end
+        self.phase = "queued"  # then "waiting" for the engine's first byte, then "answering"
+        self.replica_name = ""  # of the replica that answers
+        self.events: Events | None = None  # of a stream, once it has begun
+        self.first_at = 0.0  # when the engine's first bytes came
+        self.marks_seen = 0  # of tokens, in a stream
+        self._first = self._last_but_two = self._last_but_one = self._last = b""  # chunks of the reply's body
 
     @property
     def uid(self) -> str:

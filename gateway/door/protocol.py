@@ -115,6 +115,13 @@ class KnownRequest(KnownHead):
 class DoorProtocol(WatchedProtocol):
     """One connection."""
 
+    # There may be thousands, each with more attributes than Python shares the names of.
+    __slots__ = (
+        *("_awaits_word", "_begun", "_door", "_has_head", "_head_bytes", "_held", "_idle_since", "_inference"),
+        *("_is_coming", "_keeps_alive", "_known", "_last_look", "_length", "_look_at", "_parts", "_request_id"),
+        *("_size", "_splice", "_strange", "_upload"),
+    )
+
     def __init__(self, door: Door, **of_uvicorn: Any) -> None:
         super().__init__(**of_uvicorn)
         self._idle_since: float | None = time.monotonic()  # no request has come since; None where uvicorn has the clock

@@ -72,8 +72,12 @@ class _Nobody:
 class Splice(Exchange):
     """One request and its reply. For uvicorn it poses as the cycle that the connection is in."""
 
+    __slots__ = (
+        *("_client", "_connection", "_has_begun", "_is_chunked", "_is_second", "_life", "_parts", "_replica", "_size"),
+        *("_task", "_top", "_upstream", "disconnected", "keep_alive", "known", "response_complete", "rest", "sent"),
+    )
     message_event = _Nobody()
-    disconnected = more_body = False
+    more_body = False
 
     def __init__(
         self, fleet: Fleet, way: Way, asked: Asked, headers: Headers, request_id: bytes, client: Client, sent: bytes
@@ -82,22 +86,21 @@ class Splice(Exchange):
         super().__init__(fleet, way, asked, headers, request_id)
         self.sent = sent
         self._client = client
-
-    rest = 0  # bytes of the request's body that are still to come
-    keep_alive = True
-    known: KnownLines | None = None  # the client's headers, if they have been asked with before
-    response_complete = False
-    _replica: Replica  # once it begins
-    _upstream: Upstream
-    _life = 0
-    _connection: Connection | None = None
-    _task: asyncio.Task[None] | None = None
-    _is_second = False  # the request has been sent once before
-    _has_begun = False  # the reply's first bytes have come
-    _parts: list[bytes] | None = None  # of a reply that is needed as a whole
-    _size = 0
-    _top = b""  # the head that goes out with the next bytes
-    _is_chunked = False
+        self.rest = 0  # bytes of the request's body that are still to come
+        self.keep_alive = True
+        self.known: KnownLines | None = None  # the client's headers, if they have been asked with before
+        self.response_complete = self.disconnected = False
+        self._replica: Replica  # once it begins
+        self._upstream: Upstream
+        self._life = 0
+        self._connection: Connection | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._is_second = False  # the request has been sent once before
+        self._has_begun = False  # the reply's first bytes have come
+        self._parts: list[bytes] | None = None  # of a reply that is needed as a whole
+        self._size = 0
+        self._top = b""  # the head that goes out with the next bytes
+        self._is_chunked = False
 
     def begin(self, replica: Replica, upstream: Upstream) -> None:
         """Ask the replica, which is counted as in use."""

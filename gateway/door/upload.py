@@ -18,12 +18,11 @@ from gateway.upstream import Upstream
 class Upload(Splice):
     """One such request and its reply."""
 
-    _is_second = True  # it is never sent again from here
-    _is_under_way = False  # what has come of the body is with the engine, and no longer here
-
     def __init__(self, *of_splice: Any, fields: Fields, rest: int) -> None:
         """`fields` have seen the body so far, of which `rest` bytes are still to come."""
         super().__init__(*of_splice)
+        self._is_second = True  # it is never sent again from here
+        self._is_under_way = False  # what has come of the body is with the engine, and no longer here
         self.rest = rest
         self._fields = fields
 
