@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -54,7 +55,10 @@ def list_gpus(
         nvml: what to ask, with the functions of pynvml.
         environment: CUDA_VISIBLE_DEVICES in it names those that may be used.
     """
-    nvml = nvml or importlib.import_module("pynvml")  # only when asked
+    if nvml is None:
+        if not _has_driver():
+            return []
+        nvml = importlib.import_module("pynvml")
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:
@@ -69,6 +73,19 @@ def list_gpus(
     return _visible(gpus, environment.get("CUDA_VISIBLE_DEVICES"))
 
 
+def _has_driver() -> bool:
+    """Whether there is the library that pynvml would load: it takes 2 MiB itself, so it waits for that."""
+    if sys.platform != "linux":  # pynvml knows where it is there
+        return True
+    import ctypes
+
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def cuda_version() -> str | None:
     """The newest CUDA that the driver knows, such as "12.8"; None without a driver, and while that hangs."""
     try:
@@ -80,7 +97,9 @@ def cuda_version() -> str | None:
 
 @cache
 def _ask_cuda_version() -> str | None:
-    import pynvml  # only when asked
+    if not _has_driver():
+        return None
+    import pynvml
 
     try:
         pynvml.nvmlInit()

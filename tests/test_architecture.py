@@ -35,9 +35,10 @@ PACKAGE_MAY_IMPORT = {
 
 # Inside the gateway: a part may import those of the lines above its own. A package counts as one part.
 GATEWAY_LAYERS = (
-    ("amounts", "sentences", "limits", "keeper", "pace", "question", "stand_in", "yaml_text"),
+    ("amounts", "sentences", "limits", "keeper", "known_head", "pace", "question", "stand_in", "yaml_text"),
     ("connections", "passed_on"),
-    ("addresses", "errors", "events", "files", "gpus", "metrics", "queue", "upstream", "launch"),
+    ("addresses", "errors", "events", "files", "gpus", "metrics", "near", "queue", "launch"),
+    ("upstream",),
     ("calls", "causes", "crowd", "handover", "watchdog"),
     ("client", "async_client", "choice", "placement", "probe", "process", "store"),
     ("history", "lives"),
