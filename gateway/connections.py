@@ -7,7 +7,9 @@ may take its time; this one is for whoever holds the other end of the splice.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from contextlib import suppress
 from typing import Protocol
 
 import httptools
@@ -19,6 +21,7 @@ from gateway.limits import OUT_OF_FILES
 KEEPALIVE_S = 4.0
 CONNECT_LIMIT_S = 5.0
 DISCONNECTED = "Server disconnected"
+LAST_WORDS_BYTES = 64 * 1024  # at a time
 BROKE_OFF = "its connection broke in the middle of the reply"
 
 
@@ -140,6 +143,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.forget(self)
+        if self._taker is not None and exc is not None:
+            self._hear_last_words()
         if self._taker is None:
             return
         if exc is None and self._has_head and self._ends_with_connection():
@@ -149,6 +154,17 @@ class Connection(asyncio.Protocol):
             return
         why = BROKE_OFF if self._has_head else str(exc or "") or DISCONNECTED
         self._lose(UpstreamLost(why))
+
+    def _hear_last_words(self) -> None:
+        """An engine that refuses a body before it has all of it may answer and close, and it is our write that fails.
+
+        The loop then reads no more, but its socket is open until this returns.
+        """
+        if (socket := self._transport.get_extra_info("socket")) is None:
+            return
+        with suppress(OSError):
+            while self._taker is not None and (data := os.read(socket.fileno(), LAST_WORDS_BYTES)):
+                self.data_received(data)
 
     def pause_writing(self) -> None:
         if self._taker:

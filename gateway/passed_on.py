@@ -75,8 +75,10 @@ async def take(channel: socket.socket, protocol: Callable[[], asyncio.Protocol])
 
 
 def _close_if_idle(loop: asyncio.AbstractEventLoop, connection: Any) -> None:
-    """As it would be after an answer; a new connection has no such limit."""
-    if type(connection) is HttpToolsProtocol and connection.scope is None:
+    """As it would be after an answer; a new connection of uvicorn's has no such limit, and ours knows its own."""
+    if not isinstance(connection, HttpToolsProtocol) or hasattr(connection, "end_if_quiet"):
+        return
+    if connection.scope is None:
         connection.timeout_keep_alive_task = loop.call_later(
             connection.timeout_keep_alive, connection.timeout_keep_alive_handler
         )

@@ -230,7 +230,7 @@ class _Yard:
         self._promised = Counter[str]()  # in this round: to those that start, and to those that wait for it
         self._coming: dict[str, str | None] = {}  # uid -> group, of these
         self._starting: dict[str, str | None] = {}  # and of those that start now
-        self._is_closed = False  # somebody who has waited too long waits for all there is
+        self._closed: frozenset[str] = frozenset()  # devices of which who has waited too long waits for all there is
         self._start: dict[Key, Placement] = {}
         self._evict: dict[Key, Key] = {}
         self._sleep: dict[Key, str] = {}
@@ -273,13 +273,14 @@ class _Yard:
         claim = self._in_its_best_way(claim)
         staying = [one for one in self._staying.values() if one.key != claim.key]
         found = self._fit(claim, staying, (*self._leaving, *self._waking))
-        if isinstance(found, Placement) and not (self._is_closed and any(found.memory.values())):
-            if falling := [one for one in self._falling if one.shares_gpu(found.memory)]:
+        if isinstance(found, Placement) and not any(found.memory.get(key) for key in self._closed):
+            reach = self._reach(claim, found)
+            if falling := [one for one in self._falling if one.shares_gpu(reach)]:
                 self._wait[claim.key] = _of(falling, "falls asleep", "fall asleep")
                 self._book(claim, found)
                 return
             self._start[claim.key] = found
-            self._rising.append(Holder(key=claim.key, memory=found.memory))
+            self._rising.append(Holder(key=claim.key, memory=reach))
             self._starting[claim.key[0]] = claim.group
             self._staying.pop(claim.key, None)
             self._book(claim, found)
@@ -413,8 +414,31 @@ class _Yard:
                 self._leaving += victims  # they stay until they are idle, but nobody else gets their room
                 self._book(claim, placement)
                 return
-            self._is_closed = True
+            self._closed |= self._coveted(claim)
         self._wait[claim.key] = self._blockers(claim) or why
+
+    def _reach(self, claim: Claim, found: Placement) -> Mapping[str, int]:
+        """What it will hold, and all GPUs for an engine that is left to choose among them."""
+        if found.gpu_uuids is not None or claim.awake is not None or claim.needs.is_for_cpu:
+            return found.memory
+        return {device.key: 0 for device in self._devices if device.gpu} | dict(found.memory)
+
+    def _coveted(self, claim: Claim) -> frozenset[str]:
+        """The devices that may become its own, or whose models count among those of which there are too many."""
+        needs = claim.needs
+        if claim.awake is not None:
+            keys = frozenset(claim.awake.memory)
+        elif needs.is_for_cpu:
+            keys = frozenset({RAM})
+        else:
+            may_split = needs.may_split or needs.gpu_layers is not None
+            keys = frozenset(
+                device.key
+                for device in self._devices
+                if (may_split or claim.cpu_fallback if device.gpu is None else _is_named(device, needs))
+            )
+        is_counted = self._rules.max_loaded is not None or bool(self._rules.groups)
+        return frozenset(device.key for device in self._devices) if is_counted or not keys else keys
 
     # --- what fits
 
@@ -673,6 +697,11 @@ class _Yard:
 def _is_modest(claim: Claim) -> bool:
     """Whether nobody makes room for it, and it takes only what is left."""
     return claim.is_extra or not claim.is_wished
+
+
+def _is_named(gpu: Device, needs: Needs) -> bool:
+    """Whether it is one of those that may meet the needs."""
+    return needs.gpu_idx is None or (gpu.gpu is not None and gpu.gpu.index in needs.gpu_idx)
 
 
 def over(claim: Claim, loaded: Mapping[str, str | None], rules: Rules) -> str | None:

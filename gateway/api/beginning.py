@@ -5,15 +5,22 @@ A client may say fields in any order. So whoever passes the rest on goes on look
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 import msgspec
+
+from gateway.api.affinity import MESSAGES_READ
+from gateway.api.heads import ChatHead, PromptHead
 
 STRUCTURE = re.compile(rb'["{}\[\]]')
 # Runs of what is short, where looking for each quote would cost more; what is long is jumped over.
 TEXTS = re.compile(rb'(?:[^"{}\[\]]*+"[^"\\]{0,200}+")++')
 ESCAPES = re.compile(rb'(?:[^"\\]{0,200}+\\.)++', re.DOTALL)
 EMPTY = {b"[": b"[]", b"{": b"{}", b'"': b'""'}
+BETWEEN = re.compile(r"[\s,]*")  # two items
+DECODER = json.JSONDecoder()
 NAME_LIMIT_BYTES = 300  # longer ones are none that we know
 BACKSLASH = ord("\\")
 
@@ -104,6 +111,33 @@ def as_whole(begun: bytes, fields: Fields) -> bytes | None:
     if colon.strip() or empty is None:
         return None
     return begun[: fields.name_end] + b":" + empty + b"}"
+
+
+def with_last_value(head: Any, begun: bytes, fields: Fields) -> Any:
+    """The head with what has come of its last value, where `as_whole` has an empty one: conversations are told apart
+    by how they begin.
+    """
+    value = begun[fields.name_end :].partition(b":")[2].lstrip()
+    if isinstance(head, ChatHead) and not head.messages:
+        return msgspec.structs.replace(head, messages=_items(value))
+    if isinstance(head, PromptHead) and bytes(head.prompt) == EMPTY[b'"']:
+        return msgspec.structs.replace(head, prompt=msgspec.Raw(value))
+    return head
+
+
+def _items(array: bytes) -> list[msgspec.Raw]:
+    """The first items of an array, of which the last may be one that has only begun."""
+    text = array.decode("latin-1")  # a character for each byte
+    items: list[msgspec.Raw] = []
+    at = 1
+    while len(items) < MESSAGES_READ and (at := BETWEEN.match(text, at).end()) < len(text):  # type: ignore[union-attr]
+        try:
+            _, end = DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            end = len(text)
+        items.append(msgspec.Raw(array[at:end]))
+        at = end
+    return items
 
 
 def _unescaped(name: bytes) -> bytes:

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
 from gateway.api import alias, usage
-from gateway.api.beginning import Fields, as_whole
+from gateway.api.beginning import Fields, as_whole, with_last_value
 from gateway.api.body import read_body
 from gateway.api.exchange import (
     ENGINE_ERROR_LIMIT_BYTES,
@@ -126,7 +126,8 @@ class Inference:
         if asked.terms.is_asked_late or not asked.body.endswith(own):
             return None
         before = asked.body[: len(asked.body) - len(own)]
-        return asked._replace(body=before + begun[begun.index(b"{") + 1 :])
+        head = with_last_value(asked.head, begun, fields)
+        return asked._replace(head=head, body=before + begun[begun.index(b"{") + 1 :])
 
     def _with_adapter(self, body: bytes, lora_name: str, deployment: Deployment) -> bytes:
         try:

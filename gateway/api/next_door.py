@@ -84,6 +84,8 @@ async def _relay_unless_left(door: Upstream, scope: Scope, body: bytes, receive:
         leaving.cancel()
         relaying.cancel()  # which does nothing if it is done
         await asyncio.gather(relaying, leaving, return_exceptions=True)
+    if not relaying.cancelled():
+        relaying.result()  # a fault of ours is told as any other
 
 
 async def _relay(door: Upstream, scope: Scope, body: bytes, send: Send) -> None:

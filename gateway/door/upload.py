@@ -39,7 +39,7 @@ class Upload(Splice):
             names = self._fields.feed(part)
             if b"stream_options" in names:  # the client's own count, as the last ones; else nobody has asked, and
                 self.hides_usage = False  # the tokens of a `stream` that comes late are counted by their events
-            if not self.terms.asked_by.isdisjoint(names):
+            if not self.status and not self.terms.asked_by.isdisjoint(names):
                 self._have_it_sent_again()
             elif self._is_under_way and self._connection is not None:
                 self._connection.more(part)
@@ -49,11 +49,11 @@ class Upload(Splice):
     def _have_it_sent_again(self) -> None:
         """What we would have had to know before stands behind what has gone already."""
         self.terms.is_asked_late = True
+        self._cancel()
+        self._drop()
         if not self._is_under_way:
-            self._cancel()
             self._give_up(None)
             return
-        self._drop()
         known = ", ".join(sorted(name.decode() for name in self.terms.asked_by))
         self._refuse(
             SendAgain(
@@ -72,10 +72,11 @@ class Upload(Splice):
         super()._ask(connection)
         self._is_under_way = True
         self.sent = self.body = b""
+        self.head = None  # which holds some of it, too
         self._client.flow.resume_reading()
 
     def write_paused(self, *, is_paused: bool) -> None:
-        if is_paused and self.rest and not self.response_complete:
+        if is_paused and self.rest:  # else nothing of it is read any more but that the client leaves
             self._client.flow.pause_reading()
         elif not is_paused:
             self._client.flow.resume_reading()

@@ -12,8 +12,10 @@ from typing import Any, cast
 
 import pytest
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway import passed_on
+from gateway.door.leaving import WatchedProtocol
 from gateway.handover import HandoverFailed
 from gateway.server import Server
 
@@ -41,6 +43,26 @@ async def test_who_ends_has_all_that_was_passed_on_and_is_given_no_more() -> Non
             connection.shutdown()
         for client in clients:
             client.close()
+
+
+@pytest.mark.parametrize("protocol", [HttpToolsProtocol, WatchedProtocol])
+async def test_who_asks_nothing_by_a_connection_that_was_passed_on_is_not_kept_for_ever(
+    protocol: type[asyncio.Protocol],
+) -> None:
+    config = uvicorn.Config(cast(Any, None), lifespan="off", http=protocol, timeout_keep_alive=1)
+    config.load()
+    ours, theirs = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as listener, ours:
+        server = Server(config, cast(Any, None), listener, -1)
+        server.lifespan = config.lifespan_class(config)
+        taking = asyncio.create_task(server.take(theirs.detach()))
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        with listener.accept()[0] as accepted:
+            socket.send_fds(ours, [b"c"], [accepted.fileno()])
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+        await server.end_taking()
+        await taking
 
 
 async def test_the_more_connections_there_are_the_less_often_all_are_looked_at(

@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import struct
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,10 @@ import pytest
 from both_ends import STREAM, WHOLE, Wire, ends
 from harness import StartGateway, events_in
 
+from engines.base import Endpoint
+from gateway.api.affinity import key_of
 from gateway.api.beginning import Fields, as_whole
+from gateway.api.exchange import RESTARTED_MIDWAY
 from gateway.connections import Connection, Connections, UpstreamLost
 from gateway.door.protocol import FIRST_LOOK_BYTES, UPLOAD_BYTES
 
@@ -63,6 +67,44 @@ def test_the_names_of_an_object_are_found_in_whatever_parts_it_comes(seed: int) 
     assert fields.size == len(data)
 
 
+@pytest.mark.parametrize("cut", [9_000, 100_000])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "mock", "prompt": "p" * 200_000}),
+        ("/v1/chat/completions", {"model": "mock", "messages": [{"role": "user", "content": "p" * 200_000}]}),
+        (
+            "/v1/chat/completions",
+            {
+                "model": "mock",
+                "messages": [
+                    {"role": "system", "content": "\u00e9]," * 200},
+                    {"role": "user", "content": [{"type": "text", "text": "p" * 200_000}]},
+                    {"role": "assistant", "content": "p"},
+                ],
+            },
+        ),
+        (
+            "/v1/chat/completions",
+            {"model": "mock", "messages": [{"role": "user", "content": "p" * 2000}], "tools": ["t" * 200_000]},
+        ),
+    ],
+)
+async def test_a_large_conversation_is_drawn_to_the_replica_of_its_earlier_turns(
+    ends: SimpleNamespace, path: str, body: Any, cut: int
+) -> None:
+    inference = ends.client._door.inferences[path.encode()]
+    data = json.dumps(body, ensure_ascii=False).encode()
+    fields = Fields()
+    fields.feed(data[:cut])
+    asked = inference.asked_by_beginning([], data[:cut], fields)
+    whole = inference.asked([], data)
+    key = key_of([], whole.head, reads_opening=True)
+    assert key is not None
+    assert key_of([], asked.head, reads_opening=True) == key
+    assert asked.body + data[cut:] == whole.body
+
+
 # --- with both ends in hand
 
 
@@ -100,6 +142,8 @@ async def test_a_large_request_passes_on_while_it_comes_by_a_fresh_connection(
     assert b"content-length: %d\r\n" % len(LARGE) in sent
     body = sent.partition(b"\r\n\r\n")[2]
     assert len(body) == PART
+    splice = ends.client._splice
+    assert (splice.sent, splice.body, splice.head) == (b"", b"", None)  # the engine has it
     while left:
         ends.client.data_received(left[:PART])
         body += (part := fresh.wires[0].taken())
@@ -126,9 +170,35 @@ async def test_an_engine_that_takes_it_slowly_slows_the_client(ends: SimpleNames
     assert not ends.to_client.is_read_paused
 
 
+async def test_whoever_has_sent_it_all_is_listened_to(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
+    ends.client.data_received(await begin(ends))
+    fresh.engines[0].pause_writing()
+    assert not ends.to_client.is_read_paused
+
+
+async def test_what_comes_before_there_is_a_connection_goes_out_by_it(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    ends.client.data_received(HEAD % len(LARGE) + LARGE[:PART])
+    ends.client.data_received(LARGE[PART:])
+    await asyncio.sleep(0)
+    assert fresh.wires[0].taken().partition(b"\r\n\r\n")[2] == LARGE
+    fresh.engines[0].data_received(WHOLE)
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 200")
+
+
+async def test_what_is_all_there_at_once_goes_out_as_any_other(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
+    ends.client.data_received(HEAD % len(LARGE) + LARGE)
+    assert ends.to_engine.taken().endswith(LARGE)
+    assert not fresh.engines
+
+
 async def test_whoever_leaves_in_the_middle_has_asked_nothing(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
     await begin(ends)
+    tally = ends.client._splice.terms.tally
+    answered = sum(tally.answered.values())
     ends.client.connection_lost(None)
+    assert sum(tally.answered.values()) == answered
     assert fresh.wires[0].end == "aborted"
     assert ends.replica.in_flight == ends.connections.asking == 0
 
@@ -155,7 +225,8 @@ async def test_what_cannot_be_connected_is_the_plain_routes_with_all_of_its_body
     ends: SimpleNamespace, fresh: SimpleNamespace
 ) -> None:
     fresh.refuses = True
-    ends.client.data_received(HEAD % len(LARGE) + LARGE[:PART])
+    ends.client.data_received(HEAD % len(LARGE) + LARGE[: PART // 2])
+    ends.client.data_received(LARGE[PART // 2 : PART])
     await asyncio.sleep(0)
     assert not ends.to_client.is_read_paused
     ends.client.data_received(LARGE[PART:])
@@ -180,6 +251,56 @@ async def test_a_field_that_changes_the_request_and_comes_late_is_asked_for_agai
     assert b'"chat_template_kwargs"' in ends.to_engine.taken()
     ends.engine.data_received(WHOLE)
     assert ends.to_client.taken().startswith(b"HTTP/1.1 200")
+    assert ends.replica.in_flight == 0
+
+
+async def test_a_field_that_comes_late_after_the_engine_is_lost_makes_no_second_answer(
+    ends: SimpleNamespace, fresh: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_confirmed = asyncio.Event()
+    ends.replica.confirm = is_confirmed.wait
+    ends.replica.failure = None
+    left = await begin(ends, LARGE[:-1] + b',"enable_thinking":true}')
+    fresh.engines[0].connection_lost(None)
+    await asyncio.sleep(0)
+    ends.client.data_received(left)
+    is_confirmed.set()
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+    assert ends.to_client.taken().count(b"HTTP/1.1 ") == 1
+    assert (ends.replica.in_flight, ends.replica.served) == (0, 0)
+
+
+@pytest.mark.parametrize("is_handed_over", [False, True])
+@pytest.mark.parametrize("begun", [b"", STREAM[: STREAM.index(b"3e\r\n")]])
+async def test_an_engine_that_is_lost_in_the_middle_is_told_once(
+    ends: SimpleNamespace, fresh: SimpleNamespace, begun: bytes, is_handed_over: bool
+) -> None:
+    ends.replica.confirm, ends.replica.failure = partial(asyncio.sleep, 0), None
+    left = await begin(ends)
+    fresh.engines[0].data_received(begun)
+    fresh.engines[0].connection_lost(None)
+    ends.client._splice.deployment.is_handed_over = is_handed_over
+    await asyncio.gather(*ends.client.tasks)
+    told = ends.to_client.taken()
+    assert told.count(b"HTTP/1.1 ") == 1
+    assert told.startswith(b"HTTP/1.1 200" if begun else b"HTTP/1.1 503" if is_handed_over else b"HTTP/1.1 502")
+    assert ((RESTARTED_MIDWAY if is_handed_over else "went away while it answered").encode()) in told
+    assert (ends.replica.in_flight, ends.replica.served) == (0, 0)
+    ends.client.data_received(left)  # nobody needs it
+    assert ends.client.is_between_requests()
+
+
+async def test_a_field_that_comes_late_changes_nothing_of_an_answer_that_has_begun(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    left = await begin(ends, LARGE[:-1] + b',"enable_thinking":true}')
+    middle = STREAM.index(b"3e\r\n")
+    fresh.engines[0].data_received(STREAM[:middle])
+    ends.client.data_received(left)
+    fresh.engines[0].data_received(STREAM[middle:])
+    told = ends.to_client.taken()
+    assert told.count(b"HTTP/1.1 ") == 1
+    assert told.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     assert ends.replica.in_flight == 0
 
 
@@ -269,6 +390,49 @@ async def test_a_stream_is_an_answer_too(ends: SimpleNamespace, fresh: SimpleNam
 
 
 # --- on real sockets
+
+
+class _Taken:
+    """What becomes of one request."""
+
+    def __init__(self) -> None:
+        self.end: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def took(self, connection: Connection, parts: list[bytes], *, is_whole: bool) -> None:
+        if is_whole:
+            self.end.set_result(connection.status)
+
+    def lost(self, why: UpstreamLost) -> None:
+        self.end.set_exception(why)
+
+    def write_paused(self, *, is_paused: bool) -> None:
+        """Nobody sends faster than it is taken."""
+
+
+def _refuse_in_the_middle(listener: socket.socket, times: int) -> None:
+    listener.settimeout(5)
+    for _ in range(times):
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.recv(1000)
+            accepted.sendall(b"HTTP/1.1 413 No\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}")
+
+
+async def test_what_an_engine_says_before_it_closes_in_the_middle_of_a_request_is_heard() -> None:
+    times = 20
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections = Connections(Endpoint(port=listener.getsockname()[1]))
+        engine = asyncio.create_task(asyncio.to_thread(_refuse_in_the_middle, listener, times))
+        for _ in range(times):
+            connection, taken = await connections.connect(), _Taken()
+            connection.ask(taken, HEAD % 10_000_000, b"y" * PART, 10_000_000 - PART)
+            for _ in range(99):
+                if not taken.end.done():
+                    connection.more(b"y" * PART)
+                    await asyncio.sleep(0)
+            assert await asyncio.wait_for(taken.end, 5) == 413
+        await engine
+    assert connections.asking == 0
 
 
 @pytest.mark.both_doors

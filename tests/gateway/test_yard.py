@@ -175,6 +175,57 @@ def test_beside_who_is_late_and_waits_for_all_there_is_nobody_starts() -> None:
     assert plan.wait["small", 0] == "another model has waited for longer"
 
 
+def test_who_is_late_and_waits_for_all_of_a_gpu_closes_no_other_device() -> None:
+    gpus = [
+        Gpu(index=index, uuid=f"GPU-{index}", name="made up", total_bytes=10 * GB, used_bytes=0) for index in (0, 1)
+    ]
+    devices = [MACHINE, *(Device(key=gpu.uuid, total_bytes=gpu.total_bytes, gpu=gpu) for gpu in gpus)]
+    busy = Holder(key=("busy", 0), memory={"GPU-0": 8 * GB}, ready_since=0.0, work=1)
+
+    def on_gpu(gpu: int, gigabytes: int) -> Needs:
+        return Needs(gpu_idx=(gpu,), memory_bytes=gigabytes * GB)
+
+    late = [claim(0, key=(uid, 0), since=1.0, needs=on_gpu(0, 9)) for uid in ("first", "second")]
+    others = [
+        claim(2, key=("on cpu", 0), since=39.0),
+        claim(0, key=("on another", 0), since=39.0, needs=on_gpu(1, 2)),
+        claim(0, key=("beside", 0), since=39.0, needs=on_gpu(0, 1)),
+    ]
+    plan = decide([*late, *others], [busy], devices, Rules(), 40.0)
+    assert plan.hold == {("busy", 0)}
+    assert plan.start.keys() == {("on cpu", 0), ("on another", 0)}
+    assert plan.wait["beside", 0] == "another model has waited for longer"
+    awake = Placement(memory={"GPU-0": 9 * GB})
+    asleep = Holder(key=("second", 0), memory={"GPU-0": GB}, is_asleep=True, ready_since=0.0)
+    sleeping = msgspec.structs.replace(late[1], awake=awake)
+    plan = decide([late[0], sleeping, *others], [busy, asleep], devices, Rules(), 40.0)
+    assert plan.start.keys() == {("on cpu", 0), ("on another", 0)}
+    for rules in (Rules(max_loaded=5), Rules(groups={"few": (5, False)})):  # each of them counts
+        assert not decide([*late, *others], [busy], devices, rules, 40.0).start
+
+
+@pytest.mark.parametrize("wish", [{"may_split": True}, {"gpu_layers": 9}, {"n_gpu": 1, "gpu_idx": None}])
+def test_the_late_close_the_machines_memory_where_they_may_come_to_need_it(wish: dict[str, Any]) -> None:
+    gpu = Gpu(index=0, uuid="GPU-0", name="made up", total_bytes=10 * GB, used_bytes=0)
+    devices = [MACHINE, Device(key="GPU-0", total_bytes=10 * GB, gpu=gpu)]
+    on_card = Needs(gpu_idx=(0,), memory_bytes=9 * GB)
+    busy = [Holder(key=(key, 0), memory={key: 8 * GB}, ready_since=0.0, work=1) for key in (RAM, "GPU-0")]
+    late = [claim(0, key=("first", 0), since=1.0, needs=on_card), claim(9, key=("other", 0), since=1.0)]
+    second = claim(0, key=("second", 0), since=2.0, needs=msgspec.structs.replace(on_card, **wish))
+    small = claim(1, key=("small", 0), since=39.0)
+    assert list(
+        decide([*late, msgspec.structs.replace(second, needs=on_card), small], busy, devices, Rules(), 40.0).start
+    )
+    may_fall_back = msgspec.structs.replace(second, cpu_fallback="n_gpu" in wish)
+    assert not decide([*late, may_fall_back, small], busy, devices, Rules(), 40.0).start
+
+
+def test_where_there_is_no_gpu_the_late_close_the_machines_memory() -> None:
+    busy = Holder(key=("busy", 0), memory={RAM: 8 * GB}, ready_since=0.0, work=1)
+    late = [claim(0, key=(uid, 0), since=1.0, needs=Needs(memory_bytes=9 * GB)) for uid in ("first", "second")]
+    assert not decide([*late, claim(1, since=39.0)], [busy], [MACHINE], Rules(), 40.0).start
+
+
 def test_who_is_held_back_goes_though_another_has_come_to_be_idle_meanwhile() -> None:
     held = Holder(key=("held", 0), memory={RAM: 5 * GB}, ready_since=0.0, idle_since=99.0, load_s=60.0, is_held=True)
     other = Holder(key=("other", 0), memory={RAM: 5 * GB}, ready_since=0.0, idle_since=98.0)
@@ -813,6 +864,17 @@ def test_who_waits_until_another_sleeps_keeps_its_room() -> None:
     assert decide([on_both, on_second], [falling("other")], TWO_CARDS, ROOMY, 100.0).start == {}
 
 
+def test_who_chooses_its_gpu_by_itself_may_come_to_any() -> None:
+    chooses = claim(0, needs=Needs(chooses=True), since=90.0)
+    plan = decide([chooses], [falling("other")], TWO_CARDS, ROOMY, 100.0)
+    assert (plan.start, plan.wait) == ({}, {("new", 0): "other falls asleep"})
+    plan = decide([chooses, on_card(40, key=("later", 0))], [sleeper("idle", 60)], CARDS, ROOMY, 100.0)
+    assert (list(plan.start), plan.sleep) == ([("new", 0)], {})
+    on_cpu = claim(0, key=("cpu", 0), needs=Needs(chooses=True, n_gpu=0), since=90.0)
+    assert list(decide([on_cpu], [falling("other")], TWO_CARDS, ROOMY, 100.0).start) == [("cpu", 0)]
+    assert decide([chooses], [], TWO_CARDS, ROOMY, 100.0).start == {("new", 0): Placement()}
+
+
 def test_on_another_gpu_they_start_and_wake_as_ever() -> None:
     elsewhere = on_card(10, needs=Needs(n_gpu=1, gpu_idx=(1,), memory_bytes=10 * GB))
     wakes = claim(0, key=("old", 0), since=95.0, awake=awake_on("GPU-1"))
@@ -867,6 +929,8 @@ def test_a_first_sleep_is_tried_where_nobody_takes_of_the_gpu() -> None:
     loading = sleeper("b", 20, ready_since=None, beds=())
     for other in (waking("b"), trying("b"), falling("b"), loading):
         assert decide([], [new, other], CARDS, ROOMY, 100.0).rehearse == {}
+    plan = decide([on_card(5)], [new], CARDS, ROOMY, 100.0)
+    assert (list(plan.start), plan.rehearse) == ([("new", 0)], {})
     tired = sleeper("b", 20, is_tired=True)
     plan = decide([], [new, tired], CARDS, ROOMY, 100.0)
     assert (plan.sleep, plan.rehearse) == ({("b", 0): "ram"}, {})
