@@ -14,6 +14,7 @@ import os
 import random
 import re
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +31,7 @@ SEED = int(os.environ.get("HOSTLER_FUZZ_SEED", "1"))
 KEY = "a-key"
 LIMIT_BYTES = 2_000_000
 UPLOAD_BYTES = 1_200_000  # passed on while it comes, if the head stands before what is large
+LEFT_S = 10.0  # until all is quiet behind a case
 QUIET_S = 8.0  # a connection that says nothing for so long is a fault
 # Each in the same engine; what the second one says by its own name is read as a whole, as clients are told ours.
 MODELS = {"fake": "fake", "named": "theirs"}
@@ -41,6 +43,10 @@ COUNTED = re.compile(
 )
 HEAD = re.compile(r"HTTP/1\.[01] [2-5]\d\d .*?\r\n\r\n", re.DOTALL)
 OF_TOKENS = re.compile("token|finish")
+
+
+class LeftOver(Exception):
+    """A request has not come to its end, though its client and its script have; the text says what is known."""
 
 
 class Case(NamedTuple):
@@ -436,12 +442,18 @@ class Replies:
         return [one for one in self.found if one.get("status", 200) >= 200]
 
 
-async def play(gateway: Gateway, case: Case) -> dict[str, Any]:
+async def play(gateway: Gateway, case: Case, diary: list[tuple[float, str]]) -> dict[str, Any]:
     """Be the client; what it is told."""
+
+    def note(what: str) -> None:
+        diary.append((round(time.monotonic() % 1000, 3), what))
+
     port = int(gateway.address.rpartition(":")[2])
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
     replies, is_open, read = Replies(), True, 0
     sending = asyncio.ensure_future(_send(writer, case.sent))
+    sending.add_done_callback(lambda _: note("sent"))
+    note(f"port {writer.get_extra_info('sockname')[1]}")
     try:
         if case.leaves and not case.reads:
             await sending
@@ -455,7 +467,10 @@ async def play(gateway: Gateway, case: Case) -> dict[str, Any]:
             except ConnectionError:
                 data = b""
             except TimeoutError:
+                note("nothing is said")
+                writer.transport.abort()  # to close it would wait for what the gateway does not read
                 return {"replies": replies.told(), "is_open": "it says nothing"}
+            note(f"{len(data)} bytes")
             if not data:
                 is_open = False
                 break
@@ -468,6 +483,7 @@ async def play(gateway: Gateway, case: Case) -> dict[str, Any]:
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
         writer.close()
+        note("closed")
     if case.leaves:
         return {}
     return {"replies": replies.told(), "is_open": is_open}
@@ -488,25 +504,38 @@ async def look(gateway: Gateway) -> dict[str, Any]:
     headers = {"authorization": f"Bearer {KEY}"}
     seen: list[dict[str, Any]] = []
     gone = 0
-    async with asyncio.timeout(10):
-        while True:
-            replicas = (await gateway.get("/v1/replicas", headers=headers)).json
-            if not any(replica["in_flight"] for replica in replicas):
-                break
-            await asyncio.sleep(0.01)
-    async with asyncio.timeout(10):
-        for replica in replicas:
-            is_at_work = True
-            while is_at_work:
-                engine = await ask_engine(replica["address"])
-                seen += engine["seen"]
-                gone += engine["gone"]
-                if is_at_work := engine["at_work"]:
-                    await asyncio.sleep(0.01)
+    limit_at = time.monotonic() + LEFT_S
+    while True:
+        replicas = (await gateway.get("/v1/replicas", headers=headers)).json
+        if not any(replica["in_flight"] for replica in replicas):
+            break
+        if time.monotonic() > limit_at:
+            raise LeftOver(await left_over(gateway, replicas))
+        await asyncio.sleep(0.01)
+    for replica in replicas:
+        is_at_work = True
+        while is_at_work:
+            engine = await ask_engine(replica["address"])
+            seen += engine["seen"]
+            gone += engine["gone"]
+            if is_at_work := engine["at_work"]:
+                if time.monotonic() > limit_at:
+                    raise LeftOver(await left_over(gateway, replicas))
+                await asyncio.sleep(0.01)
     text = (await gateway.get("/metrics", headers=headers)).body.decode()
     lines = [line.rpartition(" ") for line in text.splitlines() if COUNTED.match(line)]
     counts = Counter({name: float(count) for name, _, count in lines})
     return {"counts": counts, "seen": seen, "gone": gone, "starts": [replica["starts"] for replica in replicas]}
+
+
+async def left_over(gateway: Gateway, replicas: list[dict[str, Any]]) -> str:
+    """Who has not seen the end of a request: the gateway, its engine, or the system that holds what nobody reads."""
+    counts = {replica["uid"]: replica["in_flight"] for replica in replicas}
+    engines = {replica["uid"]: await ask_engine(replica["address"]) for replica in replicas}
+    ours = f":{int(gateway.address.rpartition(':')[2]):04X}"
+    sockets = [line.split()[1:5] for line in Path("/proc/net/tcp").read_text().splitlines() if ours in line]
+    log = gateway.log.read_text()[-2000:]
+    return f"{gateway.home.name}: in flight {counts}; engines {engines}; sockets {sockets}; log {log}"
 
 
 async def ask_engine(address: str) -> dict[str, Any]:
@@ -552,10 +581,14 @@ async def both(tmp_path: Path, start_gateway: StartGateway) -> tuple[Gateway, Ga
 async def differences(gateways: tuple[Gateway, Gateway], case: Case) -> dict[str, Any]:
     """What the case shows of one and not of the other."""
     before = [await look(gateway) for gateway in gateways]
-    told = await asyncio.gather(*(play(gateway, case) for gateway in gateways))
+    diaries: list[list[tuple[float, str]]] = [[], []]
+    told = await asyncio.gather(*map(play, gateways, (case, case), diaries))
     found = []
-    for gateway, was, one in zip(gateways, before, told, strict=True):
-        now = await look(gateway)
+    for gateway, was, one, diary in zip(gateways, before, told, diaries, strict=True):
+        try:
+            now = await look(gateway)
+        except LeftOver as exc:
+            raise LeftOver(f"{exc}\nclient {diary}") from exc
         for name, count in was["counts"].items():
             now["counts"][name] -= count
         if case.leaves:  # how much of what came had been read by then is not told
@@ -571,7 +604,11 @@ async def test_random_requests_and_engines_see_no_difference(tmp_path: Path, sta
     wrong = []
     for number in range(CASES):
         case = case_of(random.Random(f"{SEED}-{number}"))
-        if found := await differences(gateways, case):
+        try:
+            found = await differences(gateways, case)
+        except LeftOver as exc:
+            raise AssertionError(f"case {number}: {short(case)}\n{short(exc)}") from exc
+        if found:
             wrong.append((number, case, found))
             if len(wrong) >= 5:
                 break
