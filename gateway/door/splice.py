@@ -67,7 +67,7 @@ class Splice(Exchange):
     """One request and its reply. For uvicorn it poses as the cycle that the connection is in."""
 
     message_event = _Nobody()
-    disconnected = more_body = False
+    disconnected = more_body = waiting_for_100_continue = False
 
     def __init__(
         self, fleet: Fleet, way: Way, asked: Asked, headers: Headers, request_id: bytes, client: Client, sent: bytes

@@ -19,7 +19,7 @@ from uvicorn.protocols.http import httptools_impl
 
 from gateway import metrics, passed_on, server
 from gateway.config import Settings
-from gateway.door import contract, protocol
+from gateway.door import contract, protocol, watched
 from gateway.errors import BadRequest
 
 __all__ = ["ends"]
@@ -202,7 +202,7 @@ async def test_connections_that_are_kept_for_nothing_or_do_not_come_on_are_close
     for after_s in (60, 119):
         ends.client.end_if_quiet(now + after_s)
     assert ends.to_client.end is None  # more has come in between
-    ends.client.end_if_quiet(now + 60 + protocol.STALL_LIMIT_S + 1)
+    ends.client.end_if_quiet(now + 60 + watched.STALL_LIMIT_S + 1)
     assert ends.to_client.end == "closed"
 
 
