@@ -6,7 +6,6 @@ asked as others are. What is not easy is told to uvicorn as if we had not been t
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 import time
@@ -19,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.api.auth import Guard
 from gateway.api.beginning import Fields
-from gateway.api.exchange import Asked, Headers, Lost
+from gateway.api.exchange import SAYS_NO_MORE, Asked, Headers, Lost
 from gateway.api.inference import Inference
 from gateway.api.trace import id_of, new_id, write_line
 from gateway.api.ways import WAYS, Way
@@ -41,7 +40,8 @@ GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 # Headers that are looked at. What to do about some of them, or about one that stands twice, the plain route knows.
 TELLING = frozenset(
-    b"authorization content-encoding content-length expect host origin upgrade x-api-key x-request-id".split()
+    b"authorization connection content-encoding content-length expect host origin upgrade x-api-key "
+    b"x-request-id".split()
 )
 
 
@@ -209,6 +209,8 @@ class DoorProtocol(WatchedProtocol):
                 has_other_key = True
             elif name == b"expect" and value.lower() == b"100-continue":
                 self._awaits_word = True
+            elif name == b"connection" and value.lower() in SAYS_NO_MORE:
+                continue
             else:
                 return False
         if not has_other_key and door.guard.knows(host or b"", authorization):

@@ -22,6 +22,7 @@ from gateway.api.exchange import (
     Exchange,
     Headers,
     Lost,
+    in_utf8,
     with_length,
 )
 from gateway.api.ways import Way
@@ -127,7 +128,10 @@ class Splice(Exchange):
             if name not in NOT_FORWARDED and name not in own:
                 lines += (name, b": ", value, b"\r\n")
         lines += (b"x-request-id: ", self.request_id, b"\r\ncontent-length: %d\r\n\r\n" % (len(self.body) + self.rest))
-        connection.ask(self, b"".join(lines), self.body, self.rest)
+        head = b"".join(lines)
+        if not head.isascii():
+            head = b"\r\n".join(map(in_utf8, head.split(b"\r\n")))
+        connection.ask(self, head, self.body, self.rest)
 
     def _connect(self) -> None:
         self._task = self._client.loop.create_task(self._ask_anew())

@@ -85,6 +85,8 @@ def head(rng: random.Random, status: int, *lines: str, version: str = "HTTP/1.1"
         "Cache-Control: max-age=1",
         "Retry-After: 7",
         "Trailer: x",
+        "Connection: x-hop, Keep-Alive\r\nX-Hop: 1",
+        "X-Text: caf\xc3\xa9",
     ]
     chosen = [*lines, *rng.sample(more, rng.choice((0, 0, 1, 3)))]
     rng.shuffle(chosen)
@@ -123,9 +125,11 @@ def chunks(rng: random.Random, text: str, *, is_ended: bool = True) -> str:
     places = sorted({0, len(text), *(rng.randrange(len(text) + 1) for _ in range(rng.randrange(5)))})
     parts = [text[begin:end] for begin, end in itertools.pairwise(places)]
     mark = rng.choice(("", "", ";a=b"))
-    return "".join(f"{len(part):x}{mark}\r\n{part}\r\n" for part in parts) + ("0\r\n\r\n" if is_ended else "")
+    said = "".join(f"{len(part):x}{mark}\r\n{part}\r\n" for part in parts)
+    return said + (f"0\r\n{rng.choice(TRAILERS)}\r\n" if is_ended else "")
 
 
+TRAILERS = ("", "", "", "x-trailer: 1\r\n", "Retry-After: 9\r\nSet-Cookie: t=1\r\n", "x-trailer: caf\xe9\r\n")
 JSON = ("Content-Type: application/json", "content-type: application/json; charset=utf-8", "Content-Type: text/plain")
 
 
@@ -355,6 +359,10 @@ def request(rng: random.Random, script: list[Any], path: str, *, is_last: bool) 
             body = json.dumps(fields | {"stream": True})
         case 19:
             more.append("Host: second.example")
+        case 25:
+            more += [rng.choice(("Connection: X-Hop, keep-alive", "Connection: ,x-hop\r\nConnection: te")), "X-Hop: 1"]
+        case 26:
+            more.append(rng.choice(("X-Text: caf\xe9", "X-Text: caf\xc3\xa9", "X-Text: \xff \xc3", "cookie: \x80")))
         case 20 | 21 | 22 | 23 | 24 if HEAD.search("".join(step for step in script if isinstance(step, str))):
             # else it may be sent twice by one way, as only what is at hand can be
             large = {"pad": 'p\\"' * (UPLOAD_BYTES // 5)}
@@ -372,7 +380,7 @@ def request(rng: random.Random, script: list[Any], path: str, *, is_last: bool) 
     places = sorted({0, len(data), *(rng.randrange(len(data) + 1) for _ in range(rng.randrange(4)))})
     parts = [data[begin:end] for begin, end in itertools.pairwise(places)]
     sent = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
-    trailer = rng.choice((b"", b"", b"x-trailer: 1\r\n"))
+    trailer = rng.choice((b"", b"", b"x-trailer: 1\r\n", b"authorization: no\r\nhost: evil\r\nx-one: caf\xe9\r\n"))
     return top + b"\r\nTransfer-Encoding: chunked\r\n\r\n" + sent + b"0\r\n" + trailer + b"\r\n"
 
 
