@@ -72,6 +72,7 @@ class Terms:
         self.upstream_path = engine.routes.get(path, path)  # where the engine answers
         self.tally = metrics.tally_of(launch.uid)
         self.asks_for_usage = engine.asks_for_usage and way.tells_usage
+        self.takes_chunks = engine.takes_chunks
         self.changes_json = bool(way.rewrite or way.opening or self.words or self.back)
         self.is_read_whole = bool(way.rewrite or self.words or self.back)  # a reply that differs is needed as a whole
 

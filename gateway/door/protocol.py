@@ -18,13 +18,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.api.auth import Guard
 from gateway.api.beginning import Fields
+from gateway.api.body import too_large
 from gateway.api.exchange import SAYS_NO_MORE, Asked, Headers, Lost
 from gateway.api.inference import Inference
 from gateway.api.trace import id_of, new_id, write_line
 from gateway.api.ways import WAYS, Way
 from gateway.crowd import Crowd
 from gateway.door.splice import Splice
-from gateway.door.upload import Upload
+from gateway.door.upload import ENDLESS, Upload
 from gateway.door.watched import Sweeper, WatchedProtocol
 from gateway.errors import HostlerError, RequestRefused
 from gateway.fleet import Fleet
@@ -135,7 +136,10 @@ class DoorProtocol(WatchedProtocol):
                 self.transport.write(GO_ON)
             self._keeps_alive = self.parser.should_keep_alive()
             self._parts = []
-            self._look_at = FIRST_LOOK_BYTES if self._length > UPLOAD_BYTES else NEVER
+            if self._length:
+                self._look_at = FIRST_LOOK_BYTES if self._length > UPLOAD_BYTES else NEVER
+            else:  # who sends chunks does not say how many
+                self._look_at = UPLOAD_BYTES
         else:
             self._pass_on(self.url, self.headers)
 
@@ -146,6 +150,8 @@ class DoorProtocol(WatchedProtocol):
             else:
                 self._size += len(body)
                 self._upload.more(body)
+                if self._size > (limit_bytes := self._door.fleet.settings.max_body_bytes) and self._upload:
+                    self._upload.refuse(too_large(limit_bytes))
             return
         self._parts.append(body)
         self._size += len(body)
@@ -162,6 +168,8 @@ class DoorProtocol(WatchedProtocol):
                 super().on_message_complete()
             elif self._upload.response_complete:  # before the request was whole
                 self._idle_since = time.monotonic()
+            else:
+                self._upload.ends()
             self._upload = None
             return
         self._inference = None
@@ -233,13 +241,18 @@ class DoorProtocol(WatchedProtocol):
         begun = b"".join(self._parts)
         self._parts = [begun]
         self._look_at = 2 * self._size if self._size < LAST_LOOK_BYTES else NEVER
-        rest = self._length - self._size
+        rest = self._length - self._size if self._length else ENDLESS
         if rest <= 0:  # it is all there
             return False
         fields = Fields()
         fields.feed(begun)
         make = partial(Upload, fields=fields, rest=rest)
-        return self._begins(inference, lambda: inference.asked_by_beginning(self.headers, begun, fields), make, begun)
+
+        def asked() -> Asked | None:
+            found = inference.asked_by_beginning(self.headers, begun, fields)
+            return found if found is None or self._length or found.terms.takes_chunks else None
+
+        return self._begins(inference, asked, make, begun)
 
     def _begins(
         self, inference: Inference, ask: Callable[[], Asked | None], make: Callable[..., Splice], sent: bytes
