@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import struct
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -419,3 +420,32 @@ async def test_a_client_that_leaves_an_engine_that_takes_nothing_is_noticed(star
         await gateway.until(in_flight=0, limit_s=2)
     finally:
         os.kill(engine, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+@pytest.mark.parametrize("door", ["auto"], indirect=True)
+async def test_a_large_request_takes_about_as_much_memory_as_any(
+    start_gateway: StartGateway, tmp_path: Path, *, is_chunked: bool
+) -> None:
+    events = tmp_path / "events"
+    gateway = await start_gateway(fake={"events_file": str(events)}, max_body_bytes=2**27)
+    proc = Path(f"/proc/{gateway.process.pid}")
+
+    async def send(size: int) -> None:
+        body = b'{"model":"fake","stream":false,"prompt":"' + b"y" * size + b'"}'
+
+        async def parts() -> AsyncIterator[bytes]:
+            for begin in range(0, len(body), PART):
+                yield body[begin : begin + PART]
+
+        assert (await gateway.request("POST", "/v1/completions", data=parts() if is_chunked else body)).status == 200
+        assert events_in(events, "request")[-1]["bytes"] == len(body)
+
+    def peak_kib() -> int:
+        return int((proc / "status").read_text().partition("VmHWM:")[2].split()[0])
+
+    await send(2_000_000)
+    (proc / "clear_refs").write_text("5")
+    before = peak_kib()
+    await send(100_000_000)
+    assert peak_kib() - before < 12 * 1024
