@@ -18,7 +18,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.api.auth import Guard
 from gateway.api.beginning import Fields
-from gateway.api.body import too_large
 from gateway.api.exchange import SAYS_NO_MORE, Asked, Headers, Lost
 from gateway.api.inference import Inference
 from gateway.api.trace import id_of, new_id, write_line
@@ -151,7 +150,7 @@ class DoorProtocol(WatchedProtocol):
                 self._size += len(body)
                 self._upload.more(body)
                 if self._size > (limit_bytes := self._door.fleet.settings.max_body_bytes) and self._upload:
-                    self._upload.refuse(too_large(limit_bytes))
+                    self._upload.refuse_size(limit_bytes)
             return
         self._parts.append(body)
         self._size += len(body)

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from gateway.api.beginning import Fields
+from gateway.api.body import too_large
 from gateway.api.exchange import RESTARTED_MIDWAY
 from gateway.connections import Connection, UpstreamLost
 from gateway.door.splice import Splice
@@ -23,6 +24,7 @@ class Upload(Splice):
     """One such request and its reply."""
 
     _is_second = True  # it is never sent again from here
+    _is_too_large = False
     _is_under_way = False  # what has come of the body is with the engine, and no longer here
 
     def __init__(self, *of_splice: Any, fields: Fields, rest: int) -> None:
@@ -60,7 +62,12 @@ class Upload(Splice):
         if self._is_under_way and self._connection is not None:
             self._connection.more(b"\r\n0\r\n\r\n", is_last=True)
 
-    def refuse(self, reason: HostlerError) -> None:
+    def refuse_size(self, limit_bytes: int) -> None:
+        """More has come than may."""
+        self._is_too_large = True
+        self._refuse_midway(too_large(limit_bytes))
+
+    def _refuse_midway(self, reason: HostlerError) -> None:
         """It cannot go on so; the plain route says it where nothing has gone yet."""
         if self.response_complete:
             return
@@ -75,7 +82,7 @@ class Upload(Splice):
         """What we would have had to know before stands behind what has gone already."""
         self.terms.is_asked_late = True
         known = ", ".join(sorted(name.decode() for name in self.terms.asked_by))
-        self.refuse(
+        self._refuse_midway(
             SendAgain(
                 f"Send it again, and it is taken as it is. The request was on its way already when one of {known} "
                 "came. Such fields cost less where they stand before what is large."
@@ -94,10 +101,10 @@ class Upload(Splice):
         return super().measure()
 
     def _ask(self, connection: Connection) -> None:
+        self._client.flow.resume_reading()  # before the engine may pause it
         super()._ask(connection)
         self._is_under_way = True
         self.sent = self.body = b""
-        self._client.flow.resume_reading()
 
     def write_paused(self, *, is_paused: bool) -> None:
         if is_paused and self.rest and not self.response_complete:
@@ -137,5 +144,5 @@ class Upload(Splice):
         self._end(reason.status, was_served=False)
 
     def count(self, outcome: int) -> float:
-        """Who leaves before the whole request has come has asked nothing."""
-        return 0.0 if self.has_left and self.rest else super().count(outcome)
+        """Who leaves before the whole request has come, or sends too much, has asked nothing."""
+        return 0.0 if self.rest and (self.has_left or self._is_too_large) else super().count(outcome)

@@ -18,6 +18,7 @@ import pytest
 from both_ends import STREAM, WHOLE, Wire, ends
 from harness import StartGateway, events_in
 
+from gateway import metrics
 from gateway.api.beginning import Fields, as_whole
 from gateway.connections import Connection, Connections, UpstreamLost
 from gateway.door.protocol import FIRST_LOOK_BYTES, UPLOAD_BYTES
@@ -122,6 +123,16 @@ async def test_an_engine_that_takes_it_slowly_slows_the_client(ends: SimpleNames
     await asyncio.sleep(0)
     assert not ends.to_client.is_read_paused
     fresh.engines[0].pause_writing()
+    assert ends.to_client.is_read_paused
+    fresh.engines[0].resume_writing()
+    assert not ends.to_client.is_read_paused
+
+
+async def test_an_engine_that_takes_even_the_beginning_slowly_slows_the_client(
+    ends: SimpleNamespace, fresh: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Wire, "writelines", lambda wire, parts: fresh.engines[0].pause_writing())
+    await begin(ends)
     assert ends.to_client.is_read_paused
     fresh.engines[0].resume_writing()
     assert not ends.to_client.is_read_paused
@@ -336,6 +347,7 @@ async def test_what_was_all_there_before_there_was_a_connection_says_how_long_it
 
 
 async def test_a_large_request_in_chunks_has_its_limit_too(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
+    before = metrics.tally_of("mock").answered.copy()
     left = await begin_in_chunks(ends)
     limit_bytes = ends.client._door.fleet.settings.max_body_bytes
     for _ in range((limit_bytes - len(LARGE) + len(left)) // 1_000_000 + 1):
@@ -345,6 +357,7 @@ async def test_a_large_request_in_chunks_has_its_limit_too(ends: SimpleNamespace
     told = ends.to_client.taken()
     assert told.startswith(b"HTTP/1.1 413")
     assert b"`max_body_bytes` (%d bytes)" % limit_bytes in told
+    assert metrics.tally_of("mock").answered == before  # as on the plain way, which reads it before all else
     assert fresh.wires[0].end == "aborted"
     assert ends.replica.in_flight == ends.connections.asking == 0
     ends.client.data_received(chunk(PAD) + chunk(b""))  # nobody needs it
