@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from socket import SO_LINGER, SOL_SOCKET
+from socket import SHUT_WR, SO_LINGER, SOL_SOCKET
 from typing import Any, NamedTuple
 
 import httptools
@@ -464,20 +464,20 @@ async def play(gateway: Gateway, case: Case, diary: list[tuple[float, str]]) -> 
     note(f"port {writer.get_extra_info('sockname')[1]}")
     try:
         if case.leaves and not case.reads:
-            await sending
+            await asyncio.wait_for(sending, QUIET_S)
             await asyncio.sleep(0.4)  # until the engine has it, on a busy machine too
         while not (case.leaves and read >= case.reads):
-            if replies.is_whole and len(replies.told()) >= case.asked:
-                await sending
-                break
             try:
+                if replies.is_whole and len(replies.told()) >= case.asked:
+                    await asyncio.wait_for(sending, QUIET_S)
+                    break
                 data = await asyncio.wait_for(reader.read(2**16), QUIET_S)
             except ConnectionError:
                 data = b""
             except TimeoutError:
-                note("nothing is said")
+                note("nothing is said, or taken")
                 writer.transport.abort()  # to close it would wait for what the gateway does not read
-                return {"replies": replies.told(), "is_open": "it says nothing"}
+                return {"replies": replies.told(), "is_open": "it says nothing, or does not take what is sent"}
             note(f"{len(data)} bytes")
             if not data:
                 is_open = False
@@ -614,6 +614,8 @@ async def test_random_requests_and_engines_see_no_difference(tmp_path: Path, sta
         case = case_of(random.Random(f"{SEED}-{number}"))
         try:
             found = await differences(gateways, case)
+            if '"send_again"' in str(found):  # once for a model, of what changes a request and comes too late
+                found = await differences(gateways, case)
         except LeftOver as exc:
             raise AssertionError(f"case {number}: {short(case)}\n{short(exc)}") from exc
         if found:
@@ -622,6 +624,36 @@ async def test_random_requests_and_engines_see_no_difference(tmp_path: Path, sta
                 break
             await asyncio.gather(*(look(gateway) for gateway in gateways))
     assert not wrong, "\n\n".join(f"case {number}: {short(case)}\n{short(found)}" for number, case, found in wrong)
+
+
+async def test_whoever_leaves_at_any_moment_leaves_nothing_in_flight(
+    tmp_path: Path, start_gateway: StartGateway
+) -> None:
+    gateways = await both(tmp_path, start_gateway)
+    for number, gateway in itertools.product(range(max(8, CASES // 20)), gateways):
+        await asyncio.gather(*(come_and_leave(gateway, random.Random(f"{SEED}-{number}-{one}")) for one in range(20)))
+        await look(gateway)
+        assert "Traceback" not in gateway.log.read_text()
+
+
+async def come_and_leave(gateway: Gateway, rng: random.Random) -> None:
+    """Leave in the middle of whatever is going on."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.address.rpartition(":")[2]), limit=2**24)
+    doing = [asyncio.ensure_future(_send(writer, case_of(rng).sent))]
+    if rng.randrange(6):  # else it does not even listen
+        doing.append(asyncio.ensure_future(reader.read()))
+    await asyncio.sleep(rng.choice((0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.4)) * rng.random())
+    how = rng.choice(("close", "reset", "half"))
+    if how == "half":
+        with suppress(OSError):
+            writer.get_extra_info("socket").shutdown(SHUT_WR)
+        await asyncio.sleep(0.05)
+    elif how == "reset":
+        writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+    for one in doing:
+        one.cancel()
+    await asyncio.gather(*doing, return_exceptions=True)
+    writer.transport.abort()
 
 
 async def test_no_request_is_sent_twice_as_the_engine_says_more_than_its_reply(
