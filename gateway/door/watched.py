@@ -16,7 +16,7 @@ from gateway.errors import HeadTooLarge, body_of, envelope
 logger = logging.getLogger("hostler.door")
 
 SWEEP_S = 1.0
-STALL_LIMIT_S = 60.0  # of a request that has begun to come
+STALL_LIMIT_S = 60.0  # of a request that has begun to come, and of an answer that waits to be read
 HEAD_LIMIT_BYTES = 128 * 1024  # what comes at once may be more
 
 
@@ -83,20 +83,24 @@ class WatchedProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def end_if_quiet(self, now: float) -> None:
-        """Close the connection if it is kept for nothing, or if its request does not come on."""
-        if self._idle_since is not None:
+        """End it if it is kept for nothing, if its request does not come on, or if nobody reads what is told."""
+        if unsent := self.transport.get_write_buffer_size():
+            if self._stands_still(now, -unsent):
+                logger.info("A client read nothing of its answer for %g s; its connection is ended.", STALL_LIMIT_S)
+                self.transport.abort()
+        elif self._idle_since is not None:
             if now - self._idle_since > self.timeout_keep_alive:
                 self.transport.close()
-            return
-        if not self._is_owed():
+        elif not self._is_owed():
             self._last_look = None
-            return
-        progress = len(self.headers) + self._size
-        if self._last_look is None or self._last_look[1] != progress:
-            self._last_look = now, progress
-        elif now - self._last_look[0] > STALL_LIMIT_S:
+        elif self._stands_still(now, len(self.headers) + self._size):
             logger.info("A client sent nothing more of its request for %g s; its connection is closed.", STALL_LIMIT_S)
             self.transport.close()
+
+    def _stands_still(self, now: float, progress: int) -> bool:
+        if self._last_look is None or self._last_look[1] != progress:
+            self._last_look = now, progress
+        return now - self._last_look[0] > STALL_LIMIT_S
 
     def _is_owed(self) -> bool:
         """Whether it is the client's turn to go on with its request."""

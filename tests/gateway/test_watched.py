@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import uvicorn
@@ -131,6 +132,18 @@ async def test_an_answer_before_the_end_of_the_request_stops_neither_clock(clien
     client.data_received(b"x" * 99_999)
     assert not is_closed_after(client, client.timeout_keep_alive - 1)
     assert is_closed_after(client, client.timeout_keep_alive + 1)
+
+
+async def test_an_answer_that_nobody_reads_ends(client: WatchedProtocol) -> None:
+    client.app.reads.set()  # type: ignore[attr-defined]
+    client.data_received(HEAD + b"x" * 100_000)
+    wire: Any = client.transport
+    for wire.unsent in (3000, 2000, 1000, 0):
+        assert not is_closed_after(client, 1000 - wire.unsent, 1000 - wire.unsent + STALL_LIMIT_S - 1)
+    assert not is_closed_after(client, 2000, 3000)
+    wire.unsent = 500
+    assert is_closed_after(client, 4000, 4000 + STALL_LIMIT_S + 1)
+    assert wire.end == "aborted"  # to close it would wait for who does not read
 
 
 async def test_what_stands_behind_a_body_has_no_say(client: WatchedProtocol) -> None:
