@@ -97,7 +97,6 @@ class Connection(asyncio.Protocol):
     def more(self, part: bytes) -> None:
         """More of the request's body."""
         self._rest -= len(part)
-        self._connections.heard += 1  # it took what came before
         self._transport.write(part)
 
     def pause(self, *, is_paused: bool) -> None:

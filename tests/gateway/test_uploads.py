@@ -229,6 +229,7 @@ async def test_what_cannot_be_connected_is_the_plain_routes_with_all_of_its_body
     ends.client.data_received(LARGE[PART // 2 : PART])
     await asyncio.sleep(0)
     assert not ends.to_client.is_read_paused
+    assert ends.client.cycle.more_body
     ends.client.data_received(LARGE[PART:])
     assert ends.client.cycle.body == LARGE
     assert not ends.client.cycle.more_body
@@ -354,6 +355,18 @@ async def test_it_passes_on_however_its_beginning_comes(
     assert fresh.wires[0].taken().endswith(LARGE)
 
 
+async def test_it_passes_on_though_its_beginning_tells_nothing_yet(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    body = b'{"model":"mock",%b"prompt":"%b"}' % (b" " * 2 * FIRST_LOOK_BYTES, PAD)
+    left = await begin(ends, body, size=FIRST_LOOK_BYTES + 100)
+    assert not fresh.engines
+    ends.client.data_received(left[:PART])
+    await asyncio.sleep(0)
+    ends.client.data_received(left[PART:])
+    assert fresh.wires[0].taken().endswith(body)
+
+
 @pytest.mark.parametrize("place", ["gateway.api.beginning.Fields.feed", "gateway.connections.Connection.more"])
 async def test_a_fault_of_ours_in_the_middle_is_answered_and_nothing_stays_in_use(
     ends: SimpleNamespace, fresh: SimpleNamespace, place: str, monkeypatch: pytest.MonkeyPatch
@@ -370,13 +383,16 @@ async def test_a_fault_of_ours_in_the_middle_is_answered_and_nothing_stays_in_us
 async def test_a_client_that_sends_nothing_more_is_not_waited_for_but_an_engine_is(
     ends: SimpleNamespace, fresh: SimpleNamespace
 ) -> None:
-    await begin(ends)
-    fresh.engines[0].pause_writing()
+    left = await begin(ends)
     for after_s in (0, 100, 200):
+        ends.client.data_received(left[after_s : after_s + 100])
+        ends.client.end_if_quiet(after_s)
+    fresh.engines[0].pause_writing()
+    for after_s in (300, 400, 500):
         ends.client.end_if_quiet(after_s)
     assert ends.to_client.end is None
     fresh.engines[0].resume_writing()
-    for after_s in (300, 400):
+    for after_s in (600, 700):
         ends.client.end_if_quiet(after_s)
     assert ends.to_client.end == "closed"
 
@@ -468,3 +484,24 @@ async def test_a_client_that_leaves_an_engine_that_takes_nothing_is_noticed(star
         await gateway.until(in_flight=0, limit_s=2)
     finally:
         os.kill(engine, signal.SIGCONT)
+
+
+@pytest.mark.both_doors
+async def test_an_engine_that_hangs_is_ended_though_a_client_goes_on_sending(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={}, probe_interval_s=0.3, probe_failures=2)
+    await gateway.complete()
+    engine = (await gateway.replicas())[0]["pid"]
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.address.rpartition(":")[2]))
+    body = b'{"model":"fake","prompt":"' + b"y" * 1_500_000 + b'"}'
+    writer.write(HEAD % len(body) + body[:PART])
+    await asyncio.sleep(0.2)
+    os.kill(engine, signal.SIGSTOP)
+    at = PART
+    async with asyncio.timeout(10):
+        while (await gateway.replicas())[0]["pid"] == engine:
+            writer.write(body[at : at + 1])
+            at += 1
+            await asyncio.sleep(0.05)
+    writer.write(body[at:])
+    assert (await reader.readline()).split()[1] in (b"200", b"502")
+    writer.close()
