@@ -210,15 +210,17 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True):
 
     `name`: "ram" where its weights are kept in the machine's memory, "disk" where they are read again from their files.
     `sleep` are the calls by which it falls asleep, `wake` those by which it comes back, each in their order; `warm_up`
-    asks for one token, which nobody has to wait for then. Asleep it holds `residual_bytes` of each device that it has,
-    and `host_bytes` of the machine's memory, which it keeps when it is awake again. `is_first_slow`: that memory is
-    taken the first time, which may last seconds.
+    asks for one token, which nobody has to wait for then. `proof` is a completion that comes out the same each time,
+    asked before it sleeps and once it is awake: what may come back as garbage shows by that. Asleep it holds
+    `residual_bytes` of each device that it has, and `host_bytes` of the machine's memory, which it keeps when it is
+    awake again. `is_first_slow`: that memory is taken the first time, which may last seconds.
     """
 
     name: str
     sleep: tuple[Call, ...]
     wake: tuple[Call, ...]
     warm_up: tuple[Call, ...] = ()
+    proof: Call | None = None
     residual_bytes: int = 0
     host_bytes: int = 0
     is_first_slow: bool = False
@@ -335,6 +337,10 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     def tiers(self, launch: Launch, placement: Placement, needs: Needs) -> tuple[Tier, ...]:
         """How it could sleep, run by the `command` of the same launch and placement; who wakes quickest first."""
         return ()
+
+    def why_sleepless(self, launch: Launch) -> str | None:
+        """By which of its words the launch is never put to sleep, if that is not plain; part of a sentence."""
+        return None
 
     def own_sleep(self, launch: Launch) -> tuple[float, Call] | None:
         """After how long without a request it falls asleep by itself, so that whoever asks it then wakes it, and what

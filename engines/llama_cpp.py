@@ -41,6 +41,7 @@ from registry.schema import EmbeddingFamily, RerankFamily
 GPU_LIBRARIES = (b"libcuda.so", b"libvulkan.so", b"libamdhip64.so")
 CONTEXT_LENGTH = 4096  # of one request, where the launch does not say; the engine caps it at the model's own
 LEAST_CONTEXT_LENGTH = 2048  # that a launch is cut down to where the memory does not suffice
+ALL_LAYERS = 999  # less than 0, or nothing, means all to one build, none to another, and "see what fits" to a third
 CACHE_RAM_MIB = 1024  # the engine's own default of 8 GiB is a surprise on a small machine
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
@@ -267,8 +268,10 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
             launch = msgspec.structs.replace(launch, n_gpu=0)
         if placement.gpu_layers is not None:
             options = msgspec.structs.replace(options, n_gpu_layers=placement.gpu_layers)
-        elif options.n_gpu_layers == "auto":
-            options = msgspec.structs.replace(options, n_gpu_layers=-1)
+        elif options.n_gpu_layers in (-1, "auto") or (options.n_gpu_layers is None and placement.gpu_uuids):
+            options = msgspec.structs.replace(options, n_gpu_layers=ALL_LAYERS)
+        if options.draft_n_gpu_layers == -1:
+            options = msgspec.structs.replace(options, draft_n_gpu_layers=ALL_LAYERS)
         if python_server := self._python_server():
             return _of_python_server(python_server, options, launch, model_path, placement, endpoint)
         binary = self.settings.binary or find_binary("llama-server", None)

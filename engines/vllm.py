@@ -55,6 +55,7 @@ ASLEEP_BYTES, ASLEEP_SHARE = 1_500_000_000, 0.05
 BACKUP_BYTES, BACKUP_FACTOR = 300_000_000, 1.05
 SLEEP_LIMIT_S, SLOWEST_BYTES_S = 60.0, 200_000_000  # to take pinned memory, and to copy
 WARM_UP_LIMIT_S = 60.0
+PROOF = {"prompt": "One, two, three,", "max_tokens": 4, "temperature": 0}  # shorter than a block, so never from a cache
 WORKER_FILE, RELOAD = "v1/worker/gpu_worker.py", "def reload_weights("
 # What makes of a model more, or something else, than what its files say.
 NOT_OF_FILES = ("lora_list", "enable_lora", "speculative_config", "quantization")
@@ -272,6 +273,12 @@ class Vllm(Engine, frozen=True, kw_only=True):
         reloads = _reloads(options, launch, self._folder())
         return sleep_levels(launch, weight_bytes, residual_bytes, reloads=reloads)
 
+    def why_sleepless(self, launch: Launch) -> str | None:
+        """It is forced to have no sleep mode: flags of that go last, so they hold."""
+        said = _by_name(launch.forced_options)
+        is_off = said.get("no_enable_sleep_mode") not in (None, False)
+        return "its forced options say --no-enable-sleep-mode" if is_off else None
+
     def safer(self, launch: Launch, said: Sequence[str]) -> tuple[Launch, str] | None:
         """No CUDA graphs, fewer requests at once, and no longer ones than it says that it has room for."""
         options = self.read_options(launch.options)
@@ -343,6 +350,8 @@ class Vllm(Engine, frozen=True, kw_only=True):
 
     def _sleeps(self, options: VllmOptions, launch: Launch, placement: Placement) -> bool:
         """Whether it is started so that it can sleep."""
+        if self.why_sleepless(launch):
+            return False
         if options.enable_sleep_mode is not None:
             return options.enable_sleep_mode
         folder = self._folder()
@@ -390,6 +399,11 @@ def sleep_levels(launch: Launch, weight_bytes: int, residual_bytes: int, *, relo
             Call(path="/wake_up?tags=kv_cache", limit_s=SLEEP_LIMIT_S),
         ),
         warm_up=warm_up,
+        proof=Call(
+            path="/v1/completions",
+            body=json.dumps({"model": launch.uid} | PROOF).encode(),
+            limit_s=WARM_UP_LIMIT_S,
+        ),
         residual_bytes=residual_bytes,
     )
     return (in_ram, on_disk) if reloads else (in_ram,)

@@ -570,6 +570,8 @@ class Deployment:
         """Why it is never put to sleep; a sentence."""
         if own := self.engine.own_sleep(self.launch):
             return f"it does so by itself, after {own[0]:g} s without a request."
+        if said := self.engine.why_sleepless(self.launch):
+            return f"{said}."
         if self.engine.is_asleep is None:
             return f"{self.engine.name} has no way to."
         if any(replica.tiers and not replica.beds() for replica in self.replicas):
@@ -676,6 +678,11 @@ class Deployment:
                 return
             await self.changed(limit_s=min(filter(None, (rest_s, self._drowsy_in_s())), default=None))
 
+    @property
+    def _is_renewed(self) -> bool:
+        """Whether all that slept has ended because other options are wished for now."""
+        return not any(replica.placement or replica.starts for replica in self.replicas)
+
     def _drowsy_in_s(self) -> float | None:
         """How long until it may be well to put it to sleep; who decides that is told when it is."""
         now = time.monotonic()
@@ -756,6 +763,8 @@ class Deployment:
         """Something has changed: requests get what there is for them, and all others look again for themselves."""
         if self._is_resting and any(replica.state is State.READY for replica in self.replicas):
             self._is_resting = False
+        elif self._is_resting and self._is_renewed and self.launch.preload:
+            self._is_resting, self._start_wanted = False, True
         self._serve()
         self._change.set()
         self._change = asyncio.Event()

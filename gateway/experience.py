@@ -40,7 +40,8 @@ IMMATERIAL = frozenset(
 class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What is known of one kind of launch: bytes at most and seconds until ready of its latest lives, on GPUs and not.
 
-    `at` is in seconds since the epoch. `wakes_s` is how long it took to wake, by the tier in which it slept.
+    `at` is in seconds since the epoch. `wakes_s` is how long it took to wake, by the tier in which it slept;
+    `unfit_tiers` are those out of which it came back answering garbage.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     ram_load_s: float | None = None
     gpu_load_s: float | None = None
     wakes_s: dict[str, float] = {}
+    unfit_tiers: list[str] = []
 
     def peaks(self, *, on_gpu: bool) -> list[int]:
         """Of lives there, oldest first."""
@@ -96,6 +98,7 @@ class Experience:
         self._records: dict[str, Record] = _read(path) if path else {}
         self._lives: dict[int, Life] = {}
         self._is_changed = False
+        self._is_peak_told = False  # that some are not seen
         self._hurry = asyncio.Event()
 
     def peak_bytes(self, launch: Launch, *, on_gpu: bool = False) -> int | None:
@@ -133,6 +136,18 @@ class Experience:
         """It woke in so long."""
         wakes_s = self._record(launch).wakes_s
         wakes_s[tier] = _smoothed(wakes_s.get(tier), wake_s)
+        self._is_changed = True
+
+    def is_unfit(self, launch: Launch, tier: str) -> bool:
+        """Whether it never sleeps in that tier."""
+        record = self._records.get(fingerprint(launch))
+        return record is not None and tier in record.unfit_tiers
+
+    def note_unfit(self, launch: Launch, tier: str) -> None:
+        """It came back from that tier otherwise than it was."""
+        record = self._record(launch)
+        if tier not in record.unfit_tiers:
+            record.unfit_tiers = [*record.unfit_tiers, tier]
         self._is_changed = True
 
     @contextlib.contextmanager
@@ -207,11 +222,22 @@ class Experience:
             elif has := seen.footprints.get(pid):
                 new = set(life.pids).difference(known)
                 took = has.peak_bytes if life.tells_peak and not new else has.total_bytes
-                if new:
-                    life.tells_peak &= await asyncio.to_thread(forget_peaks, new)
+                if new and life.tells_peak and not await asyncio.to_thread(forget_peaks, new):
+                    life.tells_peak = False
+                    self._tell_of_peaks(life.record.name)
             else:
                 took = 0
             self._is_changed |= life.see(took)
+
+    def _tell_of_peaks(self, name: str) -> None:
+        if not self._is_peak_told:
+            self._is_peak_told = True
+            logger.warning(
+                "What %s takes of the machine's memory for a moment only is not seen, as the system does not measure "
+                "its peak anew (/proc/PID/clear_refs): it is known as of a look every %g s. Set `memory` of the launch "
+                "if it takes more. This is told once.",
+                *(name, SAMPLE_S),
+            )
 
     def _changes(self) -> bytes | None:
         """What is to be written, lives that still go on with the rest; None if nothing has changed."""

@@ -84,13 +84,14 @@ def footprint(pids: Iterable[int]) -> Footprint:
 
 
 def forget_peaks(pids: Iterable[int]) -> bool:
-    """Have the system measure their peaks anew from now on; whether it does for all of them."""
-    try:
-        for pid in pids:
+    """Have the system measure their peaks anew from now on; whether it does for all of them that are there."""
+    for pid in pids:
+        try:
             with open(f"/proc/{pid}/clear_refs", "w") as file:
                 file.write("5")  # of all that can be cleared, the peak of resident memory
-    except OSError:  # gone, or a system without
-        return False
+        except OSError:
+            if os.path.exists(f"/proc/{pid}") or not os.path.exists("/proc/self"):
+                return False
     return True
 
 

@@ -146,6 +146,9 @@ class Successor:
         except subprocess.TimeoutExpired:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
+        except asyncio.CancelledError:
+            self._process.kill()
+            raise
 
     async def _hear(self, wanted: str, limit_s: float) -> None:
         try:

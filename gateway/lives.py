@@ -79,11 +79,15 @@ class Stage(enum.StrEnum):
 
 
 class Slumber(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether an engine sleeps, in which tier, and what it has taken of the machine's memory for that."""
+    """Whether an engine sleeps, in which tier, and what it has taken of the machine's memory for that.
+
+    `proof` is what it answered to the tier's before it slept.
+    """
 
     stage: Stage = Stage.AWAKE
     tier: str = ""
     host_bytes: int = 0
+    proof: str | None = None
 
 
 class Started(msgspec.Struct, frozen=True):

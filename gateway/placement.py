@@ -128,6 +128,7 @@ def place(
     *,
     cpu_fallback: bool = False,
     apart_from: Collection[str] = (),
+    way: int | None = None,
 ) -> Placement | NoRoom:
     """The placement, or why there is none.
 
@@ -142,12 +143,20 @@ def place(
         promised: bytes by device that our replicas hold or were promised.
         cpu_fallback: whether the machine's memory will do where the GPUs have no room.
         apart_from: devices to take last, such as those of the other copies.
+        way: the only one of its ways that will do, from 0, the best; else the first that has room.
     """
-    found = _try(needs, devices, promised, cpu_fallback, apart_from)
+    ways = _all_ways(needs, cpu_fallback=cpu_fallback)
+    ways = ways if way is None else ways[way : way + 1]
+    found = _try(ways, needs, devices, promised, apart_from)
     if isinstance(found, Placement):
         return found
-    for_ever = isinstance(_try(needs, [device.at_best for device in devices], {}, cpu_fallback, ()), NoRoom)
+    for_ever = isinstance(_try(ways, needs, [device.at_best for device in devices], {}, ()), NoRoom)
     return msgspec.structs.replace(found, for_ever=for_ever)
+
+
+def count_ways(needs: Needs, *, cpu_fallback: bool = False) -> int:
+    """In how many ways it may be placed, of which each is worth less than the one before."""
+    return len(_all_ways(needs, cpu_fallback=cpu_fallback))
 
 
 def regain(awake: Placement, devices: Sequence[Device], promised: Mapping[str, int]) -> Placement | NoRoom:
@@ -168,19 +177,23 @@ def regain(awake: Placement, devices: Sequence[Device], promised: Mapping[str, i
     return _refusal(f"to wake, it needs {wanted} again, but {told}", ends)
 
 
+def _all_ways(needs: Needs, *, cpu_fallback: bool) -> list[tuple[_Way, bool]]:
+    """The best first, and each with whether the CPU will do; those without it go first."""
+    ways = _ways(needs)
+    plain = [way for way in ways if way.gpu_layers is None] or [_Way(needs=_whole(needs))]
+    return [(way, False) for way in ways] + ([(way, True) for way in plain] if cpu_fallback else [])
+
+
 def _try(
+    ways: Sequence[tuple[_Way, bool]],
     needs: Needs,
     devices: Sequence[Device],
     promised: Mapping[str, int],
-    cpu_fallback: bool,
     apart_from: Collection[str],
 ) -> Placement | NoRoom:
-    """The first of all ways that has room, those without the CPU first; else why the last one has none."""
-    ways = _ways(needs)
-    plain = [way for way in ways if way.gpu_layers is None] or [_Way(needs=_whole(needs))]
-    tries = [(way, False) for way in ways] + ([(way, True) for way in plain] if cpu_fallback else [])
+    """The first that has room; else why the last one has none."""
     refusal = NoRoom(reason="")
-    for way, may_fall_back in tries:
+    for way, may_fall_back in ways:
         found = _try_way(way, devices, promised, may_fall_back, apart_from)
         if isinstance(found, Placement):
             return found

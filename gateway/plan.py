@@ -51,7 +51,8 @@ def draw_up(
 ) -> tuple[Row, ...]:
     """A row for each copy, in the order in which they would be started: preloaded ones first, by priority.
 
-    What comes on demand is taken to be asked for in that order too, and to stay, idle.
+    What is preloaded is loaded at the same time. What comes on demand is taken to be asked for in that order too, and
+    to stay, idle.
 
     Args:
         tiers_of: as engines tell, how a copy could sleep.
@@ -127,6 +128,10 @@ def _row(
 
     holders = [one for _, one in placed]
     plan = decide([claim], holders, devices, rules, LATER_S)
+    if launch.preload and plan.evict:  # all of them are loading then: nobody makes room for who will do with less
+        loading = [msgspec.structs.replace(one, ready_since=None) for one in holders]
+        at_once = decide([claim], loading, devices, rules, LATER_S)
+        plan = at_once if at_once.start else plan
     if (placement := plan.start.get(claim.key)) is not None:
         said = ["On the CPU, as cpu_fallback allows: the GPUs have no room."] if fell_back(needs, placement) else []
         if differs := how(placement):

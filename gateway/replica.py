@@ -56,6 +56,7 @@ SHARED_PAUSE_S = 0.2
 EXIT_LIMIT_S = 1.0  # for a process to be seen to end that has just broken a connection
 REHEARSE_AFTER_S = 20.0  # idle for so long, nobody is likely to ask in the next moment
 TIER_FAILURES = 2  # until a tier is not used any more
+TIER_REST_S, TIER_REST_LIMIT_S = 15.0, 600.0  # of one that the disk had no room for; each time twice as long
 OWN_TIER = "disk"  # of an engine that sleeps by itself: it reads its weights again from their files
 OWN_SLEEP_PAUSE_S = 0.5
 OWN_SLEEP_PAUSE_LIMIT_S = 30.0  # for one that should sleep by now, and does not say so
@@ -201,7 +202,9 @@ class Replica:
         self._turn = asyncio.Event()  # what it is to do has changed
         self._dozes_after: float | None = None  # when it was last used before its engine fell asleep by itself
         self.dozes_since = 0.0
+        self._proof: str | None = None  # what this life answered before it slept
         self._tier_failures: Counter[str] = Counter()
+        self._tier_rests: dict[str, tuple[float, float]] = {}  # until when, of the monotonic clock, and for how long
         self._needs_of_start: Needs | None = None
         self._own: Upstream | None = None  # also while nobody else may use it
         self._own_address: str | None = None
@@ -298,6 +301,7 @@ class Replica:
         finally:
             self.process = self.placement = self.tier = self._awake = self._needs_of_start = None
             self.tiers, self.host_bytes, self.is_asleep, self.context_tokens = (), 0, False, None
+            self._proof = None
             self._changed()
 
     async def _run(self, paths: Sequence[Path], python: str | None) -> None:
@@ -458,6 +462,8 @@ class Replica:
         metrics.LOAD_SECONDS.labels(self.launch.uid).observe(load_s)
         self._experience.note_load(self.tried, load_s, on_gpu=on_gpu)
         self._tell("INFO", f"{self.name} is ready")
+        if why := self.engine.why_sleepless(self.tried):
+            self._tell("INFO", f"{self.name} never sleeps: {why}")
 
     async def _read_context(self, upstream: Upstream) -> None:
         """Learn how long requests may be, and tell it where the wish left that to what there is room for."""
@@ -535,7 +541,13 @@ class Replica:
         return tuple(tiers.bed(awake, one, self.host_bytes, self.wake_s(one.name)) for one in self._usable_tiers())
 
     def _usable_tiers(self) -> list[Tier]:
-        return [tier for tier in self.tiers if self._tier_failures[tier.name] < TIER_FAILURES]
+        return [tier for tier in self.tiers if self._is_usable(tier)]
+
+    def _is_usable(self, tier: Tier) -> bool:
+        rests_until, _ = self._tier_rests.get(tier.name, (0.0, 0.0))
+        if self._tier_failures[tier.name] >= TIER_FAILURES or time.monotonic() < rests_until:
+            return False
+        return tier.proof is None or not self._experience.is_unfit(self.tried, tier.name)
 
     def wake_s(self, tier: str) -> float | None:
         """How long it takes to wake, as far as earlier times tell."""
@@ -603,10 +615,13 @@ class Replica:
         try:
             await self._change(tier.sleep, Stage.ASLEEP, ends_asleep=True)
         except OSError as exc:  # nothing was asked of it yet
-            self._tell("WARNING", f"{self.name} stays awake: {exc}")
+            _, rest_s = self._tier_rests.get(tier.name, (0.0, TIER_REST_S / 2))
+            rest_s = min(2 * rest_s, TIER_REST_LIMIT_S)
+            self._tier_rests[tier.name] = time.monotonic() + rest_s, rest_s
+            again = f"Tier {tier.name} is tried again in {rest_s:g} s at the earliest"
+            self._tell("WARNING", f"{self.name} stays awake: what becomes of it cannot be written: {exc}. {again}")
             self.host_bytes, self.tier = self._host_bytes_before, None
             self.placement = tiers.awake_again(awake, self.host_bytes)
-            self._tier_failures[tier.name] += 1
             self._be_ready()
             return
         except tiers.NotDone as exc:
@@ -614,6 +629,7 @@ class Replica:
         if self._silence is not None:  # it is being killed
             return
         took_s = time.monotonic() - began
+        self._tier_rests.pop(tier.name, None)
         if self._is_rehearsal:
             await self._wake(exited)
             self.last_used, self.ready_since = last_used, ready_since
@@ -680,9 +696,29 @@ class Replica:
                 if ends_asleep:
                     raise
                 # Else, whoever takes it over finds it asleep as told, or sees that it is not.
+            if ends_asleep:
+                await self._give_proof()
             await tiers.carry_out(self._own, calls, self.engine.is_asleep, ends_asleep=ends_asleep)
+            if not ends_asleep:
+                await self._check_proof()
             with contextlib.suppress(OSError):  # it stays unsure: the next gateway starts it anew
                 await self._note_slumber(stage)
+
+    async def _give_proof(self) -> None:
+        assert self._own is not None
+        assert self.tier is not None
+        if self.tier.proof is not None and self._proof is None:
+            self._proof = await tiers.proof_of(self._own, self.tier.proof)
+
+    async def _check_proof(self) -> None:
+        """Raises NotDone if it does not answer as before it slept."""
+        assert self._own is not None
+        assert self.tier is not None
+        if self.tier.proof is None or self._proof is None:
+            return
+        if (now := await tiers.proof_of(self._own, self.tier.proof)) != self._proof:
+            self._experience.note_unfit(self.tried, self.tier.name)
+            raise tiers.NotDone(f"asked the same as before it slept, it answers {now!r} and not {self._proof!r}")
 
     async def _warm_up(self, tier: Tier) -> None:
         assert self._own is not None
@@ -690,7 +726,7 @@ class Replica:
 
     async def _note_slumber(self, stage: Stage) -> None:
         if isinstance(self.process, EngineProcess) and self.tier is not None:
-            slumber = Slumber(stage=stage, tier=self.tier.name, host_bytes=self.host_bytes)
+            slumber = Slumber(stage=stage, tier=self.tier.name, host_bytes=self.host_bytes, proof=self._proof)
             await asyncio.to_thread(note_slumber, self.process.folder, slumber)
 
     async def _give_up(self, exited: asyncio.Future[Exit], tier: Tier, why: str) -> NoReturn:
@@ -703,7 +739,7 @@ class Replica:
             rest = " Something else took memory of its GPU meanwhile, so it may sleep again."
         else:
             self._tier_failures[tier.name] += 1
-            is_last = self._tier_failures[tier.name] >= TIER_FAILURES
+            is_last = not self._is_usable(tier)
             rest = f" It does not sleep in tier {tier.name} any more." if is_last else ""
         tail = self.process.log_tail() if self.process else ()
         advice = f"Its engine is ended, and started anew when it is asked for.{rest}"
@@ -720,6 +756,7 @@ class Replica:
         was_asleep = slumber.stage is Stage.ASLEEP
         if not slumber.tier:
             return False
+        self._proof = slumber.proof
         says = await tiers.sleeps(upstream, self.engine.is_asleep)
         # Busy as it may be for the gateway before us, one that was left awake need not say so in time.
         if says is not was_asleep and (was_asleep or says is not None):

@@ -46,6 +46,7 @@ BACKLOG = 2048
 GC_THRESHOLD = 50_000  # objects between two collections; requests leave none behind that only it could free
 KEEPALIVE_S = 75  # longer than most clients keep idle connections, so that it is they who close them
 DRAIN_PAUSE_S = 0.05
+PASS_PAUSE = 20  # between two looks at all connections, as many times what a look takes
 SUCCESSOR_PAUSE_S = 1.0  # between two looks at whether it lives
 CLOSE_LIMIT_S = 2  # for connections that linger once nothing is in flight
 
@@ -67,6 +68,7 @@ class Server(uvicorn.Server):
         self._should_drain = True
         self._signalled_at: float | None = None
         self._look_at = 0.0
+        self._pass_at = 0.0
         self._closed_at = 0.0  # the door, of the monotonic clock
         self._busy_at = 0.0  # when somebody was answered last
         self._taken_from: socket.socket
@@ -107,10 +109,12 @@ class Server(uvicorn.Server):
             await node.pause()
             await successor.go()
         except BaseException:
-            await successor.give_up()
-            node.go_on()
-            fleet.next_door = None
-            door.set_result(None)
+            try:
+                await successor.give_up()
+            finally:  # whatever becomes of that: requests wait for the answer
+                node.go_on()
+                fleet.next_door = None
+                door.set_result(None)
             raise
         adopt_heirs()
         node.leaves_engines = node.has_successor = True
@@ -188,10 +192,17 @@ class Server(uvicorn.Server):
         await asyncio.wait([self._taking], timeout=CLOSE_LIMIT_S)
 
     def _pass_connections_on(self) -> None:
-        """Who waits with the next request is served next door from now on."""
+        """Who waits with the next request is served next door from now on.
+
+        All connections are looked at for that, so the more there are the less often.
+        """
         assert self.successor is not None
+        if (began := time.monotonic()) < self._pass_at:
+            return
         with contextlib.suppress(OSError):  # nobody takes them: who asks by them is answered from here
             passed_on.pass_on(self.server_state.connections, self.successor.channel)
+        now = time.monotonic()
+        self._pass_at = now + (now - began) * PASS_PAUSE
 
     def _end_with(self, successor: Successor) -> None:
         """Whoever started us is to learn, by our end, that nobody serves any more."""

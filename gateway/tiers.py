@@ -94,8 +94,29 @@ async def warm_up(upstream: Upstream, calls: Sequence[Call]) -> None:
             logger.info("A warm-up was refused: %s %s: %d: %s", call.method, call.path, status, _shown(body))
 
 
+async def proof_of(upstream: Upstream, call: Call) -> str | None:
+    """The text of a completion; None if it is refused, or cannot be read: it proves nothing then.
+
+    Raises:
+        NotDone: it does not answer in time.
+    """
+    status, body = await _send(upstream, call)
+    try:
+        return msgspec.json.decode(body, type=_Completion).choices[0].text if status == 200 else None
+    except (msgspec.MsgspecError, IndexError):
+        return None
+
+
 class _Says(msgspec.Struct):
     is_sleeping: bool
+
+
+class _Choice(msgspec.Struct):
+    text: str
+
+
+class _Completion(msgspec.Struct):
+    choices: list[_Choice]
 
 
 async def _expect(upstream: Upstream, call: Call) -> bytes:

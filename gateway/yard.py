@@ -10,6 +10,10 @@ those by the ones that have been idle longest for what it costs to have them bac
 somebody has waited for `max_wait_s`, the busy are given no more requests, and answer what they have. Nobody goes for a
 model for which nobody waits, unless it is to be loaded in any case.
 
+A claim that will do with less (a shorter context, fewer layers on GPUs, the CPU) gets the best that there is room for
+once all have gone that are idle, and those go for it; before it has waited too long, it waits for those that were used
+a moment ago, too. Nobody who is busy is waited for: rather it gets less.
+
 A holder that can sleep keeps a little of its room and is back soon, so it sleeps rather than it ends, in the lightest
 *bed* that suffices. One that sleeps claims the rest again, on the same devices, once it is asked for; and it is ended
 where even what it has kept is needed.
@@ -28,7 +32,7 @@ from typing import NamedTuple, TypedDict
 import msgspec
 
 from engines.base import RAM, Needs, Placement
-from gateway.placement import Device, NoRoom, place, regain
+from gateway.placement import Device, NoRoom, count_ways, place, regain
 from gateway.sentences import listed, said_of
 
 SETTLE_S = 5.0  # memory that just came back is not everywhere told at once
@@ -71,13 +75,15 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     `is_extra`: another copy of the model has a place, or waits for it before this one, for which nobody else has to go
     then. It rather goes to other devices than those that the other copies have, `apart_from`. `is_wished`: somebody
     waits for it, or it is to be loaded in any case; else it gets only what is left. `awake`: it sleeps, and has to have
-    all of this to wake; `needs` are those of a start anew.
+    all of this to wake; `needs` are those of a start anew. `way`: of the ways in which those may be met, the one
+    that is settled on.
     """
 
     key: Key
     needs: Needs
     since: float
     awake: Placement | None = None
+    way: int | None = None
     cpu_fallback: bool = False
     is_wished: bool = True
     is_extra: bool = False
@@ -194,6 +200,7 @@ def decide(
 class _Wishes(TypedDict):
     cpu_fallback: bool
     apart_from: Sequence[str]
+    way: int | None
 
 
 class _Yard:
@@ -263,6 +270,7 @@ class _Yard:
         if claim.awake is not None and claim.key not in self._staying:
             self._wait[claim.key] = "it makes room for another model, and is loaded anew"
             return
+        claim = self._in_its_best_way(claim)
         staying = [one for one in self._staying.values() if one.key != claim.key]
         found = self._fit(claim, staying, (*self._leaving, *self._waking))
         if isinstance(found, Placement) and not any(found.memory.get(key) for key in self._closed):
@@ -294,6 +302,18 @@ class _Yard:
             self._book(claim, soon)
             return
         self._make_room(claim, found)
+
+    def _in_its_best_way(self, claim: Claim) -> Claim:
+        """The claim for the best that it can have once the idle have gone; as it is if that gives it nothing."""
+        count = 1 if _is_modest(claim) or claim.awake else count_ways(claim.needs, cpu_fallback=claim.cpu_fallback)
+        if count == 1:
+            return claim
+        others = (one for one in self._staying.values() if one.key != claim.key)
+        rests_s = {one.key: self._free_in_s(Move(one, None, one.load_s), claim) for one in others}
+        idle = {key: None for key, rest_s in rests_s.items() if rest_s == 0 or (rest_s and not self.is_late(claim))}
+        staying = self._without(claim, idle)
+        ways = (msgspec.structs.replace(claim, way=way) for way in range(count))
+        return next((one for one in ways if isinstance(self._fit(one, staying), Placement)), claim)
 
     def put_to_bed(self) -> None:
         """The tired, all copies of a model or none; and where nobody waits, who is to try what takes long."""
@@ -479,7 +499,7 @@ class _Yard:
         """Copies that start in the same round are as far apart as others."""
         beside = [one for key, one in self._start.items() if key[0] == claim.key[0]]
         starting = tuple(uuid for placement in beside for uuid in placement.gpu_uuids or ())
-        return _Wishes(cpu_fallback=claim.cpu_fallback, apart_from=(*claim.apart_from, *starting))
+        return _Wishes(cpu_fallback=claim.cpu_fallback, apart_from=(*claim.apart_from, *starting), way=claim.way)
 
     def _never(self, claim: Claim, devices: Sequence[Device]) -> NoRoom | None:
         """Why it cannot have room whoever of ours goes, and whether that is for ever."""

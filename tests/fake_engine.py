@@ -70,6 +70,7 @@ BEHAVIOUR = {
     "sleep_fails": 0,  # so many are answered with 500, and nothing is done
     "sleep_says": "made to fail by FAKE_ENGINE",  # with that
     "wake_fails": 0,
+    "reload_garbles": 0,  # after so many, all goes well but for what is answered then
     # Telling
     "events_file": None,  # one JSON line for each event
 }
@@ -395,7 +396,8 @@ class Engine:
                 self.awake.set()
         elif method == "reload_weights":
             await self.pause(behaviour.wake_s)
-            self.has_weights |= "weights" not in self.sleeping_tags
+            self.has_weights |= "weights" not in self.sleeping_tags and not behaviour.reload_garbles
+            behaviour.reload_garbles = max(0, behaviour.reload_garbles - 1)
         self.events.add("slept" if self.sleeping_tags else "awake")
         return {}
 

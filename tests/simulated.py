@@ -51,6 +51,7 @@ class Model(msgspec.Struct, kw_only=True):
 
     uid: str
     memory: int = GB
+    shrinks: bool = False  # it will do with half of that
     load_s: float = 5.0
     stop_s: float = 0.5
     replica: int = 1
@@ -72,7 +73,9 @@ class SimulatedEngine(Engine, frozen=True, kw_only=True):
 
     def needs(self, launch: Launch) -> Needs:
         """The launch's own word."""
-        return Needs(n_gpu=launch.n_gpu, gpu_idx=launch.gpu_idx, memory_bytes=launch.memory_bytes or 0)
+        size = launch.memory_bytes or 0
+        shorter = {1024: size // 2} if launch.options.get("shrinks") else {}
+        return Needs(n_gpu=launch.n_gpu, gpu_idx=launch.gpu_idx, memory_bytes=size, shorter=shorter)
 
     def tiers(self, launch: Launch, placement: Placement, needs: Needs) -> tuple[Tier, ...]:
         """Those of the launch's options."""
@@ -319,7 +322,7 @@ class World:
             engine="simulated",
             replica=model.replica,
             memory_bytes=model.memory,
-            options={"tiers": model.tiers, "residual": model.residual},
+            options={"tiers": model.tiers, "residual": model.residual, "shrinks": model.shrinks},
             **model.fields,
         )
         deployment = Deployment(

@@ -20,6 +20,7 @@ class Sleepy(Engine, frozen=True, kw_only=True):
     name = "sleepy"
     model_types = ("LLM",)
     asks_for_usage = True
+    takes_flags = True
     is_asleep = Call(method="GET", path="/is_sleeping", limit_s=5.0)
     disturbed_sleep = "Memory usage increased after sleeping"
     context_from = ("/v1/models", ("data", 0, "max_model_len"))
@@ -38,7 +39,13 @@ class Sleepy(Engine, frozen=True, kw_only=True):
 
     def tiers(self, launch: Launch, placement: Placement, needs: Needs) -> tuple[Tier, ...]:
         """As vLLM's."""
+        if self.why_sleepless(launch):
+            return ()
         return sleep_levels(launch, needs.weight_bytes, RESIDUAL_BYTES, reloads=True)
+
+    def why_sleepless(self, launch: Launch) -> str | None:
+        """Whatever is forced."""
+        return f"its forced options say {', '.join(launch.forced_options)}" if launch.forced_options else None
 
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from urllib.parse import quote
 
 import msgspec
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api.body import read_body
+from gateway.api.ways import WAYS, WEBUI_WAYS
 from gateway.connections import UpstreamLost
-from gateway.errors import HostlerError, ModelFailed, ShuttingDown, answer
+from gateway.errors import HandedOver, HostlerError, ModelFailed, ShuttingDown, answer
 from gateway.fleet import Fleet
 from gateway.replica import State
 from gateway.upstream import Upstream
@@ -19,6 +21,8 @@ from gateway.upstream import Upstream
 OF_THE_CONNECTION = frozenset(
     b"connection content-length expect keep-alive te trailer transfer-encoding upgrade".split()
 )
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+RELAYED = frozenset(way.path for way in (*WAYS, *WEBUI_WAYS))  # by `is_answered_next_door`
 ASK_PAUSE_S = 0.3
 CLOSE = (b"connection", b"close")  # so that the client's next request goes to the new gateway itself
 
@@ -43,7 +47,23 @@ class NextDoor:
                     else:
                         await _relay_unless_left(door, scope, body, receive, send)
                     return
-        await self._app(scope, receive, send)
+        if scope["type"] == "http" and scope["method"] not in SAFE and scope["path"] not in RELAYED:
+            await self._app(scope, partial(self._receive_here, receive), send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _receive_here(self, receive: Receive) -> Message:
+        """What is asked for is done here, unless it was only known once the other gateway had taken over.
+
+        Raises:
+            HandedOver: it was; done here, it would be lost.
+        """
+        message = await receive()
+        if self._fleet.next_door is not None and message["type"] == "http.request" and not message.get("more_body"):
+            async with self._fleet.relaying() as door:
+                if door is not None:
+                    raise HandedOver("The gateway was restarted before the whole request had come. Send it again.")
+        return message
 
 
 async def is_answered_next_door(fleet: Fleet, scope: Scope, body: bytes, receive: Receive, send: Send) -> bool:

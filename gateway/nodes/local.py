@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import shutil
 import socket
@@ -19,6 +20,8 @@ from gateway.kept import EngineProcess, end_life, kept, launch
 from gateway.lives import Found, Life, RunFolder, Safer
 from gateway.process import CannotStart, NoProcess, watchdog
 from gateway.question import NoAnswer, Question
+
+logger = logging.getLogger("hostler.nodes.local")
 
 START_PAUSE_S = 0.01
 PAUSE_LIMIT_S = 40.0  # more than a start may take
@@ -153,7 +156,15 @@ class LocalNode:
         """
         self._is_open.clear()
         deadline = time.monotonic() + PAUSE_LIMIT_S
-        while self._busy and time.monotonic() < deadline:
+        while self._busy:
+            if time.monotonic() >= deadline:
+                logger.warning(
+                    "%d engines that start, fall asleep or wake were not done with that within %g s. The next gateway "
+                    "takes over all the same: it ends those of which it does not know how far they came, and starts "
+                    "them anew.",
+                    *(self._busy, PAUSE_LIMIT_S),
+                )
+                return
             await asyncio.sleep(START_PAUSE_S)
 
     def go_on(self) -> None:

@@ -317,7 +317,9 @@ def test_it_listens_where_it_is_told(endpoint: EngineEndpoint, host: str, port: 
         ({"n_batch": 64, "n_ubatch": 32}, {"--batch-size": "64", "--ubatch-size": "32"}),
         ({"n_gpu_layers": 12}, {"--n-gpu-layers": "12"}),
         ({"n_gpu_layers": "12"}, {"--n-gpu-layers": "12"}),
-        ({"n_gpu_layers": "auto"}, {"--n-gpu-layers": "-1"}),
+        ({"n_gpu_layers": "auto"}, {"--n-gpu-layers": "999"}),
+        ({"n_gpu_layers": -1}, {"--n-gpu-layers": "999"}),
+        ({"draft_n_gpu_layers": -1}, {"--n-gpu-layers-draft": "999"}),
         ({"n_gpu_layers": 0}, {"--n-gpu-layers": "0"}),
         ({"flash_attn": "off"}, {"--flash-attn": "off"}),
         ({"cache_type_k": "q8_0", "cache_type_v": "q4_0"}, {"--cache-type-k": "q8_0", "--cache-type-v": "q4_0"}),
@@ -387,6 +389,16 @@ def test_the_layers_that_have_room_are_told(binary: LlamaCpp) -> None:
     assert argv[argv.index("--n-gpu-layers") + 1] == "7"
 
 
+@pytest.mark.parametrize("options", [{}, {"n_gpu_layers": "auto"}, {"n_gpu_layers": -1}], ids=str)
+def test_what_was_given_room_for_all_layers_is_told_so(
+    options: dict[str, Any], binary: LlamaCpp, python_server: LlamaCpp
+) -> None:
+    placement = Placement(gpu_uuids=("U0",))
+    assert flags_of(binary.command(a_launch(options), MODEL, placement, SOCKET, None).argv)["--n-gpu-layers"] == "999"
+    argv = python_server.command(a_launch(options), MODEL, placement, PORT, None).argv
+    assert flags_of(argv)["--n_gpu_layers"] == "999"
+
+
 @pytest.mark.parametrize("options", [{}, {"n_gpu_layers": 99}], ids=str)
 def test_without_gpus_no_layer_goes_to_one(options: dict[str, Any], binary: LlamaCpp) -> None:
     command = binary.command(a_launch(options, n_gpu=0), MODEL, Placement(gpu_uuids=()), SOCKET, None)
@@ -445,7 +457,7 @@ def test_the_workers_parser_takes_every_flag_that_the_engine_can_emit(worker: Ll
         "threads_batch": 6,
         "batch_size": 512,
         "ubatch_size": 256,
-        "n_gpu_layers": -1,
+        "n_gpu_layers": 999,
         "flash_attn": "on",
         "cache_type_k": "q8_0",
         "cache_type_v": "f16",

@@ -332,6 +332,17 @@ def test_it_can_sleep_where_that_is_known_to_work(
     assert bool(gpu.tiers(launch, placement, Needs())) is does
 
 
+@pytest.mark.parametrize("spelled", ["no-enable-sleep-mode", "no_enable_sleep_mode"])
+def test_who_forces_it_off_has_it_without(spelled: str, gpu: Vllm) -> None:
+    launch = a_launch(forced_options={spelled: True})
+    command = gpu.command(launch, FOLDER, ON_GPU, SOCKET, None)
+    assert "--enable-sleep-mode" not in command.argv
+    assert "VLLM_SERVER_DEV_MODE" not in command.env
+    assert gpu.tiers(launch, ON_GPU, Needs()) == ()
+    assert gpu.why_sleepless(launch) == "its forced options say --no-enable-sleep-mode"
+    assert gpu.why_sleepless(a_launch()) is None
+
+
 def test_a_site_that_does_not_want_it_has_no_model_asleep(gpu: Vllm, cpu: Vllm) -> None:
     awake = msgspec.structs.replace(gpu, settings=msgspec.structs.replace(gpu.settings, sleep=False))
     assert "--enable-sleep-mode" not in awake.command(a_launch(), FOLDER, ON_GPU, SOCKET, None).argv

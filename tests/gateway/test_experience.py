@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Collection
 from functools import partial
@@ -19,7 +20,7 @@ from engines.base import RAM
 from gateway import experience
 from gateway.devices import Seen, look_here
 from gateway.experience import Experience, fingerprint
-from gateway.footprint import Footprint, footprint
+from gateway.footprint import Footprint, footprint, forget_peaks
 from gateway.gpus import Gpu, GpuProcess
 
 GB = 10**9
@@ -106,7 +107,7 @@ input()
 
 @pytest.mark.parametrize("can_forget", [True, False])
 async def test_what_only_loading_took_is_not_asked_for_again_but_what_a_request_took_is(
-    can_forget: bool, monkeypatch: pytest.MonkeyPatch
+    can_forget: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if not can_forget:
         monkeypatch.setattr(experience, "forget_peaks", lambda pids: False)
@@ -126,10 +127,17 @@ async def test_what_only_loading_took_is_not_asked_for_again_but_what_a_request_
         assert await process.stdout.readline() == b"served\n"
     took = known.peak_bytes(launch) or 0
     assert (140_000_000 < took < 170_000_000) if can_forget else (60_000_000 < took < 90_000_000)
+    assert ("for a moment only is not seen" in caplog.text) is not can_forget
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     process.stdin.write(b"\n")
     await process.wait()
+
+
+async def test_a_process_that_has_ended_keeps_no_other_from_being_measured() -> None:
+    ended = await asyncio.create_subprocess_exec("true")
+    await ended.wait()
+    assert forget_peaks([ended.pid, os.getpid()])
 
 
 @pytest.mark.engine

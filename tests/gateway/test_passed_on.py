@@ -6,6 +6,8 @@ import asyncio
 import os
 import resource
 import socket
+import time
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway import passed_on
 from gateway.door.leaving import WatchedProtocol
+from gateway.handover import HandoverFailed
 from gateway.server import Server
 
 
@@ -60,6 +63,68 @@ async def test_who_asks_nothing_by_a_connection_that_was_passed_on_is_not_kept_f
         writer.close()
         await server.end_taking()
         await taking
+
+
+async def test_the_more_connections_there_are_the_less_often_all_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = uvicorn.Config(cast(Any, None), lifespan="off")
+    config.load()
+    looks = 0
+
+    def look(connections: object, channel: object) -> int:
+        nonlocal looks
+        looks += 1
+        time.sleep(0.02)
+        return 0
+
+    monkeypatch.setattr(passed_on, "pass_on", look)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Server(config, cast(Any, None), listener, -1)
+        server.successor = cast(Any, SimpleNamespace(channel=None))
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            server._pass_connections_on()
+            await asyncio.sleep(0.005)
+    assert 2 <= looks <= 4
+
+
+async def test_a_handover_that_is_cancelled_while_it_is_given_up_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = uvicorn.Config(cast(Any, None), lifespan="off")
+    config.load()
+    doors: list[asyncio.Future[object]] = []
+
+    class Failing:
+        async def until_prepared(self) -> None:
+            return
+
+        async def go(self) -> None:
+            doors.append(fleet.next_door)
+            raise HandoverFailed("it does not serve")
+
+        async def give_up(self) -> None:
+            await asyncio.Event().wait()
+
+    async def start(*args: object, **more: object) -> Failing:
+        return Failing()
+
+    async def pause() -> None:
+        return
+
+    monkeypatch.setattr("gateway.server.Successor.start", start)
+    fleet: Any = SimpleNamespace(next_door=None, node=SimpleNamespace(pause=pause, go_on=lambda: None))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Server(config, fleet, listener, -1)
+        handing = asyncio.create_task(server._hand_over())
+        while not doors:
+            await asyncio.sleep(0)
+        handing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await handing
+    assert fleet.next_door is None
+    assert await asyncio.wait_for(doors[0], 1) is None
 
 
 async def test_who_has_too_many_files_open_tells_what_is_lost_and_takes_what_comes_later(

@@ -182,12 +182,13 @@ def test_gpus_in_a_word_and_what_is_preloaded_first(tmp_path: Path) -> None:
         late=QWEN | {"model_size_in_billions": 7},
         early=QWEN | {"model_size_in_billions": 7, "preload": True},
         first=QWEN | {"model_size_in_billions": 7, "preload": True, "priority": 1},
-        allowed=QWEN | {"model_size_in_billions": 7, "cpu_fallback": True},
+        allowed=QWEN | {"model_size_in_billions": 7, "cpu_fallback": True, "preload": True, "priority": -1},
+        asked=QWEN | {"model_size_in_billions": 7, "cpu_fallback": True},
     )
     done = run(tmp_path, file, "--gpus", "1x24GiB", "--json")
     rows = rows_of(done)
-    assert [*rows] == ["first/0", "early/0", "late/0", "allowed/0"]
-    assert [row["status"] for row in rows.values()] == ["placed", "placed", "in turn", "placed"]
+    assert [*rows] == ["first/0", "early/0", "allowed/0", "late/0", "asked/0"]
+    assert [row["status"] for row in rows.values()] == ["placed", "placed", "placed", "in turn", "in turn"]
     assert rows["allowed/0"]["devices"] == ["GPU 0", "the machine's memory"]
     assert "of its layers on GPUs, and the others on the CPU" in rows["allowed/0"]["text"]
     assert done.exit_code == 0

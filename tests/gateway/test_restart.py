@@ -134,10 +134,11 @@ class Wire:
 BODY = b'{"model":"fake","prompt":"x"}'
 
 
-def request(body: bytes) -> bytes:
-    return (
-        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-        b"content-length: %d\r\n\r\n%s" % (len(body), body)
+def request(body: bytes, path: bytes = b"/v1/completions") -> bytes:
+    return b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (
+        path,
+        len(body),
+        body,
     )
 
 
@@ -209,6 +210,37 @@ async def test_half_a_request_is_waited_for_and_answered(start_gateway: StartGat
     await until(lambda: is_stand_in(gateway.process.pid), limit_s=5)
     begun.close()
     answered.close()
+
+
+async def test_half_a_request_to_change_something_is_to_be_sent_again(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={"tokens": 1})
+    file = str(gateway.home.parent / "fake.gguf")
+    spec = {"model_format": "ggufv2", "model_size_in_billions": 1, "model_uri": file, "quantizations": ["q"]}
+    own = {
+        "version": 2,
+        "model_name": "own",
+        "model_family": "own",
+        "model_ability": ["generate"],
+        "model_lang": ["en"],
+    }
+    family = own | {"model_ability": ["generate"], "context_length": 2048, "model_specs": [spec]}
+    asked = {
+        b"/v1/models": {"model_uid": "late", "model_path": file},
+        b"/v1/model_registrations/LLM": {"model": family, "persist": True},
+    }
+    wires = []
+    for path, body in asked.items():
+        wires.append((wire := await Wire.to(gateway), whole := request(json.dumps(body).encode(), path)))
+        wire.say(whole[:-5])
+    await asyncio.sleep(0.2)
+    await restart(gateway)
+    for wire, whole in wires:
+        wire.say(whole[-5:])
+        status, head = await wire.answer()
+        assert (status, b"retry-after: " in head) == (503, True), head
+        wire.close()
+    assert "own" not in [one["model_name"] for one in (await gateway.get("/v1/model_registrations/LLM")).json]
+    assert "late" not in [one["id"] for one in (await gateway.get("/v1/models")).json["data"]]
 
 
 async def test_a_request_that_is_sent_on_after_its_answer_stays_where_it_was(start_gateway: StartGateway) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import random
@@ -89,6 +90,12 @@ def paths(tmp_path: Path, name: str) -> list[str]:
     ]
 
 
+async def until_all_are(gateway: Gateway, state: str) -> None:
+    async with asyncio.timeout(20):
+        while {one["state"] for one in await gateway.replicas()} != {state}:
+            await asyncio.sleep(0.02)
+
+
 async def until_is(gateway: Gateway, uid: str, status: str, tier: str | None = None) -> None:
     async with asyncio.timeout(20):
         while await state_of(gateway, uid) != (status, tier):
@@ -166,6 +173,37 @@ async def test_an_engine_that_fails_to_is_ended_and_started_anew(
     assert len(events_in(tmp_path / "a.events", "start")) == 2
     told = [event["event_content"] for event in (await gateway.get("/v1/models/a/events")).json]
     assert any("made to fail by FAKE_ENGINE" in text and "started anew" in text for text in told)
+
+
+async def test_who_comes_back_answering_garbage_is_started_anew_and_never_sleeps_so_again(
+    start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
+) -> None:
+    garbling = swapping(model("a", {"reload_garbles": 9}), model("b"), sleep_memory=0)
+    gateway = await start_gateway(**garbling, env=env)
+    for _ in range(3):
+        assert await ask(gateway, "a") == "tok0 tok1"
+        assert await ask(gateway, "b") == "tok0 tok1"
+    assert paths(tmp_path, "a").count("/sleep") == 1
+    assert paths(tmp_path, "b").count("/sleep") == 1  # nor do others that are made of the same files
+    told = [event["event_content"] for event in (await gateway.get("/v1/models/a/events")).json]
+    assert any("it answers 'garbage" in text and "does not sleep in tier disk any more" in text for text in told)
+    await ask(gateway, "a")
+    answer = await gateway.post("/v1/models/a/sleep")
+    assert (answer.status, "no bed" in answer.error["message"]) == (400, True)
+
+
+async def test_what_it_answered_before_its_sleep_is_known_to_the_next_gateway(
+    start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
+) -> None:
+    garbling = swapping(model("a", {"reload_garbles": 9}), sleep_memory=0)
+    gateway = await start_gateway(**garbling, env=env | KEEP)
+    await ask(gateway, "a")
+    assert (await gateway.post("/v1/models/a/sleep")).json["tier"] == "disk"
+    await gateway.end(signal.SIGKILL)
+    gateway = await start_gateway(**garbling, env=env, home=gateway.home)
+    await until_is(gateway, "a", "asleep", "disk")
+    assert await ask(gateway, "a") == "tok0 tok1"
+    assert len(events_in(tmp_path / "a.events", "start")) == 2
 
 
 async def test_whose_sleep_was_disturbed_by_others_on_its_gpu_is_put_to_sleep_again(
@@ -260,6 +298,19 @@ async def test_who_cannot_sleep_or_is_busy_says_so(
     assert (answer.status, "llama.cpp has no way to" in answer.error["message"]) == (400, True)
     answer = await gateway.post("/v1/models/tight/sleep")
     assert (answer.status, "only a model that is ready" in answer.error["message"]) == (400, True)
+
+
+async def test_who_is_forced_to_stay_awake_says_so(
+    start_gateway: StartGateway, env: dict[str, str], model: Models
+) -> None:
+    forced = model("a", options={"no-sleep": True}, force_options=True, preload=True)
+    gateway = await start_gateway(**swapping(forced), env=env)
+    await gateway.until("a", state="ready")
+    answer = await gateway.post("/v1/models/a/sleep")
+    why = "its forced options say no-sleep"
+    assert (answer.status, f"a cannot sleep: {why}." in answer.error["message"]) == (400, True)
+    told = [event["event_content"] for event in (await gateway.get("/v1/models/a/events")).json]
+    assert f"a-rep0 never sleeps: {why}" in told
 
 
 async def test_a_gateway_that_was_killed_finds_its_models_asleep(
@@ -394,6 +445,38 @@ async def test_a_reload_gives_a_model_that_sleeps_its_new_options(
     assert await ask(gateway, "a") == "tok0 tok1"
 
 
+@pytest.mark.parametrize("replica", [1, 2])
+async def test_what_is_preloaded_and_slept_is_loaded_again_once_its_options_change(
+    replica: int, start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
+) -> None:
+    gateway = await start_gateway(**swapping({}, ram_limit="3GB"), env=env)
+    ((uid, wish),) = model("a", preload=True, replica=replica).items()
+    assert (await gateway.post("/v1/models", wish | {"model_uid": uid})).status == 200
+    await until_all_are(gateway, "ready")
+    assert (await gateway.post("/v1/models/a/sleep")).status == 200
+    await until_all_are(gateway, "asleep")
+    answer = await gateway.post("/v1/models/a/reload", {"model_config": {"request_limits": 7}})
+    assert answer.status in (200, 202), answer.body
+    await until(lambda: len(events_in(tmp_path / "a.events", "start")) == 2 * replica)
+    await until_all_are(gateway, "ready")
+    async with asyncio.timeout(20):
+        while (await gateway.get("/v1/models/a/reload")).json["stage"] != "ready":
+            await asyncio.sleep(0.05)
+
+
+async def test_what_is_preloaded_and_was_left_asleep_with_other_options_is_loaded(
+    start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
+) -> None:
+    gateway = await start_gateway(**swapping(model("a", preload=True)), env=env | KEEP)
+    await gateway.until("a", state="ready")
+    assert (await gateway.post("/v1/models/a/sleep")).status == 200
+    await gateway.end(signal.SIGKILL)
+    changed = swapping(model("a", {"wake_s": 0.01}, preload=True))
+    gateway = await start_gateway(**changed, env=env, home=gateway.home)
+    await until_is(gateway, "a", "ready")
+    assert len(events_in(tmp_path / "a.events", "start")) == 2
+
+
 async def test_operators_and_programs_have_it_sleep_and_wake(
     start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
 ) -> None:
@@ -454,6 +537,15 @@ async def test_a_pause_waits_for_who_falls_asleep_and_lets_nobody_begin(tmp_path
         await second
 
 
+async def test_a_pause_that_goes_on_without_who_takes_too_long_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gateway.nodes.local.PAUSE_LIMIT_S", 0.05)
+    async with a_node(tmp_path) as node, node.change():
+        await node.pause()
+    assert "1 engines that start, fall asleep or wake were not done" in caplog.text
+
+
 @contextlib.asynccontextmanager
 async def a_replica(tmp_path: Path) -> AsyncIterator[tuple[Replica, LocalNode]]:
     """One whose engine takes half a second to fall asleep; nobody runs it yet."""
@@ -509,6 +601,40 @@ async def test_who_tries_its_first_sleep_as_another_gateway_takes_over_is_known_
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_what_cannot_sleep_while_the_disk_is_full_is_tried_again_later_and_less_and_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.replica.TIER_REST_S", 0.2)
+    is_full = True
+
+    def note(folder: Path, slumber: Slumber) -> None:
+        if is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        note_slumber(folder, slumber)
+
+    monkeypatch.setattr("gateway.replica.note_slumber", note)
+    async with a_replica(tmp_path) as (replica, _):
+        told: list[str] = []
+        replica._tell = lambda kind, text: told.append(text)
+        running = asyncio.create_task(replica.run())
+        try:
+            await until(lambda: replica.state is State.READY)
+            for _ in range(3):
+                await until(lambda: "ram" in [bed.tier for bed in replica.beds()])
+                replica.fall_asleep("ram")
+                await until(lambda: replica.state is State.READY)
+                assert [bed.tier for bed in replica.beds()] == ["disk"]
+            is_full = False
+            await until(lambda: "ram" in [bed.tier for bed in replica.beds()])
+            replica.fall_asleep("ram")
+            await until(lambda: replica.state is State.ASLEEP)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+    rests = [text.rpartition("again in ")[2] for text in told if "No space left" in text]
+    assert rests == [f"{rest_s} s at the earliest" for rest_s in (0.2, 0.4, 0.8)]
 
 
 @pytest.mark.parametrize(
@@ -568,17 +694,11 @@ async def test_two_copies_sleep_and_wake_together(
     start_gateway: StartGateway, env: dict[str, str], model: Models, tmp_path: Path
 ) -> None:
     gateway = await start_gateway(**swapping(model("a", replica=2, preload=True), ram_limit="3GB"), env=env)
-    async with asyncio.timeout(20):
-        while {one["state"] for one in await gateway.replicas()} != {"ready"}:
-            await asyncio.sleep(0.02)
+    await until_all_are(gateway, "ready")
     assert (await gateway.post("/v1/models/a/sleep")).json["status"] == "asleep"
-    async with asyncio.timeout(20):
-        while {one["state"] for one in await gateway.replicas()} != {"asleep"}:
-            await asyncio.sleep(0.02)
+    await until_all_are(gateway, "asleep")
     assert await ask(gateway, "a") == "tok0 tok1"
-    async with asyncio.timeout(20):
-        while {one["state"] for one in await gateway.replicas()} != {"ready"}:
-            await asyncio.sleep(0.02)
+    await until_all_are(gateway, "ready")
     assert len(events_in(tmp_path / "a.events", "start")) == 2
 
 
@@ -620,9 +740,7 @@ async def test_a_reload_does_not_wait_for_copies_that_sleep_to_wake(
     gateway = await start_gateway(**swapping({}, ram_limit="3GB"), env=env)
     ((uid, wish),) = model("a", replica=2).items()
     assert (await gateway.post("/v1/models", wish | {"model_uid": uid})).status == 200
-    async with asyncio.timeout(20):
-        while {one["state"] for one in await gateway.replicas()} != {"ready"}:
-            await asyncio.sleep(0.02)
+    await until_all_are(gateway, "ready")
     assert (await gateway.post("/v1/models/a/sleep")).status == 200
     answer = await gateway.post("/v1/models/a/reload", {"model_config": {"sleep_after_s": 100}})
     assert answer.status in (200, 202), answer.body

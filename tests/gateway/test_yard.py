@@ -18,6 +18,7 @@ from gateway.gpus import Gpu
 from gateway.placement import Device
 from gateway.replica import PLACE_RETRY_S, REHEARSE_AFTER_S
 from gateway.yard import RISE_PAUSE_S, SETTLE_PAUSE_S, Bed, Claim, Holder, Plan, Rules, decide
+from registry.memory import Cache
 
 MACHINE = Device(key=RAM, total_bytes=10 * GB)
 
@@ -56,6 +57,77 @@ def wait_beside(load: list[tuple[str, float]], models: list[Model], *, gigabytes
 
 
 # At most: 5 s until it is late, 5 s for what the others have begun, 0.5 s to unload, 5 s to load, 1 s to answer.
+
+
+SHRINKS = Needs(
+    n_gpu=0, memory_bytes=8 * GB, cache=Cache(tokens=4096), shorter={2048: 5 * GB, 1024: 3 * GB}, can_shorten=True
+)
+
+
+@pytest.mark.parametrize(
+    ("holders", "evicted", "tokens"),
+    [
+        ([], [], 4096),
+        ([6], ["a"], 4096),
+        ([6, 1, 1], ["a"], 4096),
+        ([3, -3], ["a"], 2048),  # one of two is busy
+        ([-2, -3], [], 2048),
+        ([-3, -3], [], 1024),
+        ([-3, 3], ["b"], 2048),
+        ([-6, 1], [], 1024),  # whose end would not help stays
+    ],
+    ids=str,
+)
+def test_who_will_do_with_less_gets_less_only_where_the_end_of_the_idle_does_not_give_it_more(
+    holders: list[int], evicted: list[str], tokens: int
+) -> None:
+    there = [
+        Holder(key=(uid, 0), memory={RAM: abs(size) * GB}, ready_since=0.0, work=int(size < 0))
+        for uid, size in zip("abc", holders, strict=False)
+    ]
+    new = claim(8, needs=SHRINKS, since=95.0)
+    plan = decide([new], there, [MACHINE], Rules(), 100.0)
+    assert [key[0] for key in plan.evict] == evicted
+    left = [one for one in there if one.key not in plan.evict]
+    leaving = [msgspec.structs.replace(one, is_leaving=True) for one in there if one.key in plan.evict]
+    if leaving:
+        waiting = decide([new], [*left, *leaving], [MACHINE], Rules(), 100.0)
+        assert not waiting.start  # though a shorter one has room beside who goes
+        assert not waiting.evict
+    (placement,) = decide([new], left, [MACHINE], Rules(), 100.0).start.values()
+    assert (placement.context_tokens or 4096) == tokens
+
+
+def test_who_will_do_with_less_waits_for_who_was_used_a_moment_ago_but_not_for_long() -> None:
+    used = Holder(key=("a", 0), memory={RAM: 3 * GB}, ready_since=0.0, idle_since=99.0, load_s=20.0)
+    new = claim(8, needs=SHRINKS, since=99.0)
+    plan = decide([new], [used], [MACHINE], Rules(), 100.0)
+    assert (plan.start, plan.evict, plan.look_again_s) == ({}, {}, 4.0)
+    assert decide([new], [used], [MACHINE], Rules(), 104.0).evict
+    kept = Rules(min_residency_s=1000.0, max_wait_s=30.0)
+    assert decide([new], [used], [MACHINE], kept, 128.9).start == {}
+    (placement,) = decide([new], [used], [MACHINE], kept, 129.1).start.values()
+    assert placement.context_tokens == 2048
+
+
+def test_another_copy_gets_what_there_is_and_nobody_goes_for_it() -> None:
+    idle = Holder(key=("a", 0), memory={RAM: 6 * GB}, ready_since=0.0)
+    plan = decide([claim(8, needs=SHRINKS, is_extra=True)], [idle], [MACHINE], Rules(), 100.0)
+    assert ([one.context_tokens for one in plan.start.values()], plan.evict) == ([1024], {})
+
+
+def test_a_full_gpu_is_freed_of_the_idle_before_layers_or_all_go_to_the_cpu() -> None:
+    gpu = Device(
+        key="GPU-0", total_bytes=10 * GB, gpu=Gpu(index=0, uuid="GPU-0", name="made up", total_bytes=0, used_bytes=0)
+    )
+    splits = {2: (6 * GB, 2 * GB), 1: (4 * GB, 4 * GB)}
+    needs = Needs(memory_bytes=8 * GB, can_split=True, may_split=True, splits=splits)
+    idle = Holder(key=("a", 0), memory={"GPU-0": 6 * GB}, ready_since=0.0)
+    busy = msgspec.structs.replace(idle, work=1)
+    new = claim(8, needs=needs, cpu_fallback=True)
+    assert [*decide([new], [idle], [MACHINE, gpu], Rules(), 100.0).evict] == [("a", 0)]
+    (placement,) = decide([new], [busy], [MACHINE, gpu], Rules(), 100.0).start.values()
+    assert placement.gpu_layers == 1
 
 
 def test_one_that_needs_the_room_of_two_busy_models_gets_it() -> None:

@@ -34,8 +34,9 @@ RUNNING = (State.STARTING, State.READY, State.FALLING_ASLEEP, State.ASLEEP, Stat
 uids = st.sampled_from(UIDS)
 devices = st.sampled_from([RAM, "GPU-0", "GPU-1"])
 models = st.builds(
-    lambda memory, load_s, stop_s, replica, fails, tiers, residual, sleep_s, wake_s, sleeps_fail, **fields: {
+    lambda memory, shrinks, load_s, stop_s, replica, fails, tiers, residual, sleep_s, wake_s, sleeps_fail, **fields: {
         "memory": memory * GB,
+        "shrinks": shrinks,
         "load_s": load_s,
         "stop_s": stop_s,
         "replica": replica,
@@ -48,6 +49,7 @@ models = st.builds(
         "fields": fields,
     },
     memory=st.integers(0, 6),
+    shrinks=st.sampled_from([False, False, True]),
     load_s=st.floats(0.1, 30),
     stop_s=st.floats(0, 3),
     replica=st.sampled_from([1, 1, 1, 2, 3]),
