@@ -105,6 +105,15 @@ async def test_a_large_conversation_is_drawn_to_the_replica_of_its_earlier_turns
     assert asked.body + data[cut:] == whole.body
 
 
+def test_of_a_name_that_is_long_or_no_text_nothing_is_kept() -> None:
+    fields = Fields()
+    fields.feed(b'{"')
+    for _ in range(1000):
+        fields.feed(b"n" * 1000)
+    assert sum(len(one) for one in vars(fields).values() if isinstance(one, bytes)) < 10_000
+    assert len(fields.feed(b'":1,"\\ud800":2,"\\x":3,"model":"')) == 4
+
+
 # --- with both ends in hand
 
 
@@ -168,6 +177,30 @@ async def test_an_engine_that_takes_it_slowly_slows_the_client(ends: SimpleNames
     assert ends.to_client.is_read_paused
     fresh.engines[0].resume_writing()
     assert not ends.to_client.is_read_paused
+
+
+async def test_what_is_changed_for_the_engine_as_a_whole_is_read_whole(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    body = b'{"model":"mock","content":"%b","prompt":"x"}' % PAD
+    head = (HEAD % len(body)).replace(b"/v1/completions", b"/tokenize")
+    ends.client.data_received(head + body[:PART])
+    await asyncio.sleep(0)
+    ends.client.data_received(body[PART:])
+    assert not fresh.engines
+    assert ends.to_engine.sent
+
+
+async def test_an_answer_before_the_request_has_gone_out_leaves_a_connection_that_nobody_waits_behind(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    ends.connections.idle.clear()
+    ends.client.data_received(await begin(ends))
+    fresh.wires[0].unsent = 1
+    fresh.engines[0].data_received(WHOLE)
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 200")
+    assert fresh.wires[0].end == "aborted"
+    assert not ends.connections.idle
 
 
 async def test_whoever_has_sent_it_all_is_listened_to(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
@@ -248,7 +281,9 @@ async def test_a_field_that_changes_the_request_and_comes_late_is_asked_for_agai
     assert b"send_again" in told
     assert b"retry-after: 0" in told
     assert fresh.wires[0].end == "aborted"
-    ends.client.data_received(HEAD % len(body) + body)  # from now on they are read whole
+    left = await begin(ends, body)  # from now on they are read whole
+    ends.client.data_received(left)
+    assert len(fresh.engines) == 1
     assert b'"chat_template_kwargs"' in ends.to_engine.taken()
     ends.engine.data_received(WHOLE)
     assert ends.to_client.taken().startswith(b"HTTP/1.1 200")
@@ -317,8 +352,9 @@ async def test_a_field_that_comes_late_changes_nothing_of_an_answer_that_has_beg
 async def test_what_is_not_known_from_the_beginning_is_read_whole(
     ends: SimpleNamespace, fresh: SimpleNamespace, body: bytes
 ) -> None:
-    ends.client.data_received(HEAD % len(body) + body[:PART])
-    ends.client.data_received(body[PART:-1])
+    left = await begin(ends, body)
+    ends.client.data_received(left[:-1])
+    await asyncio.sleep(0)
     assert not ends.to_engine.sent
     assert not fresh.engines
     ends.client.data_received(body[-1:])
