@@ -288,6 +288,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """What is replaced in replies to chats, whole and streamed, where the engine's word is not that of clients."""
     asks_for_usage: ClassVar[bool] = False
     """Whether it tells how many tokens a stream took only where `stream_options` ask for it, as OpenAI's API has it."""
+    takes_chunks: ClassVar[bool] = False
+    """Whether its server takes bodies that do not say before how long they are (`transfer-encoding: chunked`)."""
     less_memory: ClassVar[str] = ""
     """Which options make it need less memory; users read the sentence when it had too little."""
 

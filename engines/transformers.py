@@ -73,6 +73,7 @@ class Transformers(Engine, frozen=True, kw_only=True):
     name = "transformers"
     model_types = ("LLM",)
     asks_for_usage = True
+    takes_chunks = True
     overhead_bytes = TORCH_BYTES
     options = TransformersOptions
     less_memory = "Lower kv_cache_tokens, max_num_seqs or context_length, or say dtype: bfloat16."

@@ -22,6 +22,7 @@ from gateway.api.exchange import (
     Exchange,
     Headers,
     Lost,
+    in_utf8,
     with_length,
 )
 from gateway.api.ways import Way
@@ -67,7 +68,7 @@ class Splice(Exchange):
     """One request and its reply. For uvicorn it poses as the cycle that the connection is in."""
 
     message_event = _Nobody()
-    disconnected = more_body = False
+    disconnected = more_body = waiting_for_100_continue = False
 
     def __init__(
         self, fleet: Fleet, way: Way, asked: Asked, headers: Headers, request_id: bytes, client: Client, sent: bytes
@@ -126,8 +127,15 @@ class Splice(Exchange):
         for name, value in self.headers:
             if name not in NOT_FORWARDED and name not in own:
                 lines += (name, b": ", value, b"\r\n")
-        lines += (b"x-request-id: ", self.request_id, b"\r\ncontent-length: %d\r\n\r\n" % (len(self.body) + self.rest))
-        connection.ask(self, b"".join(lines), self.body, self.rest)
+        lines += (b"x-request-id: ", self.request_id, b"\r\n", self.measure())
+        head = b"".join(lines)
+        if not head.isascii():
+            head = b"\r\n".join(map(in_utf8, head.split(b"\r\n")))
+        connection.ask(self, head, self.body, self.rest)
+
+    def measure(self) -> bytes:
+        """The end of the head, which says how long the body is."""
+        return b"content-length: %d\r\n\r\n" % (len(self.body) + self.rest)
 
     def _connect(self) -> None:
         self._task = self._client.loop.create_task(self._ask_anew())
