@@ -97,7 +97,6 @@ class Connection(asyncio.Protocol):
     def more(self, part: bytes, *, is_last: bool = False) -> None:
         """More of the request's body; the end of one whose length was not told says so."""
         self._rest = 0 if is_last else self._rest - len(part)
-        self._connections.heard += 1  # it took what came before
         self._transport.write(part)
 
     def pause(self, *, is_paused: bool) -> None:

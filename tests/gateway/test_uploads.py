@@ -107,6 +107,15 @@ async def test_a_large_conversation_is_drawn_to_the_replica_of_its_earlier_turns
     assert asked.body + data[cut:] == whole.body
 
 
+def test_of_a_name_that_is_long_or_no_text_nothing_is_kept() -> None:
+    fields = Fields()
+    fields.feed(b'{"')
+    for _ in range(1000):
+        fields.feed(b"n" * 1000)
+    assert sum(len(one) for one in vars(fields).values() if isinstance(one, bytes)) < 10_000
+    assert len(fields.feed(b'":1,"\\ud800":2,"\\x":3,"model":"')) == 4
+
+
 # --- with both ends in hand
 
 
@@ -170,6 +179,30 @@ async def test_an_engine_that_takes_it_slowly_slows_the_client(ends: SimpleNames
     assert ends.to_client.is_read_paused
     fresh.engines[0].resume_writing()
     assert not ends.to_client.is_read_paused
+
+
+async def test_what_is_changed_for_the_engine_as_a_whole_is_read_whole(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    body = b'{"model":"mock","content":"%b","prompt":"x"}' % PAD
+    head = (HEAD % len(body)).replace(b"/v1/completions", b"/tokenize")
+    ends.client.data_received(head + body[:PART])
+    await asyncio.sleep(0)
+    ends.client.data_received(body[PART:])
+    assert not fresh.engines
+    assert ends.to_engine.sent
+
+
+async def test_an_answer_before_the_request_has_gone_out_leaves_a_connection_that_nobody_waits_behind(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    ends.connections.idle.clear()
+    ends.client.data_received(await begin(ends))
+    fresh.wires[0].unsent = 1
+    fresh.engines[0].data_received(WHOLE)
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 200")
+    assert fresh.wires[0].end == "aborted"
+    assert not ends.connections.idle
 
 
 async def test_whoever_has_sent_it_all_is_listened_to(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
@@ -241,6 +274,7 @@ async def test_what_cannot_be_connected_is_the_plain_routes_with_all_of_its_body
     ends.client.data_received(LARGE[PART // 2 : PART])
     await asyncio.sleep(0)
     assert not ends.to_client.is_read_paused
+    assert ends.client.cycle.more_body
     ends.client.data_received(LARGE[PART:])
     assert ends.client.cycle.body == LARGE
     assert not ends.client.cycle.more_body
@@ -259,7 +293,9 @@ async def test_a_field_that_changes_the_request_and_comes_late_is_asked_for_agai
     assert b"send_again" in told
     assert b"retry-after: 0" in told
     assert fresh.wires[0].end == "aborted"
-    ends.client.data_received(HEAD % len(body) + body)  # from now on they are read whole
+    left = await begin(ends, body)  # from now on they are read whole
+    ends.client.data_received(left)
+    assert len(fresh.engines) == 1
     assert b'"chat_template_kwargs"' in ends.to_engine.taken()
     ends.engine.data_received(WHOLE)
     assert ends.to_client.taken().startswith(b"HTTP/1.1 200")
@@ -328,8 +364,9 @@ async def test_a_field_that_comes_late_changes_nothing_of_an_answer_that_has_beg
 async def test_what_is_not_known_from_the_beginning_is_read_whole(
     ends: SimpleNamespace, fresh: SimpleNamespace, body: bytes
 ) -> None:
-    ends.client.data_received(HEAD % len(body) + body[:PART])
-    ends.client.data_received(body[PART:-1])
+    left = await begin(ends, body)
+    ends.client.data_received(left[:-1])
+    await asyncio.sleep(0)
     assert not ends.to_engine.sent
     assert not fresh.engines
     ends.client.data_received(body[-1:])
@@ -366,6 +403,18 @@ async def test_it_passes_on_however_its_beginning_comes(
     assert fresh.wires[0].taken().endswith(LARGE)
 
 
+async def test_it_passes_on_though_its_beginning_tells_nothing_yet(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    body = b'{"model":"mock",%b"prompt":"%b"}' % (b" " * 2 * FIRST_LOOK_BYTES, PAD)
+    left = await begin(ends, body, size=FIRST_LOOK_BYTES + 100)
+    assert not fresh.engines
+    ends.client.data_received(left[:PART])
+    await asyncio.sleep(0)
+    ends.client.data_received(left[PART:])
+    assert fresh.wires[0].taken().endswith(body)
+
+
 @pytest.mark.parametrize("place", ["gateway.api.beginning.Fields.feed", "gateway.connections.Connection.more"])
 async def test_a_fault_of_ours_in_the_middle_is_answered_and_nothing_stays_in_use(
     ends: SimpleNamespace, fresh: SimpleNamespace, place: str, monkeypatch: pytest.MonkeyPatch
@@ -382,13 +431,16 @@ async def test_a_fault_of_ours_in_the_middle_is_answered_and_nothing_stays_in_us
 async def test_a_client_that_sends_nothing_more_is_not_waited_for_but_an_engine_is(
     ends: SimpleNamespace, fresh: SimpleNamespace
 ) -> None:
-    await begin(ends)
-    fresh.engines[0].pause_writing()
+    left = await begin(ends)
     for after_s in (0, 100, 200):
+        ends.client.data_received(left[after_s : after_s + 100])
+        ends.client.end_if_quiet(after_s)
+    fresh.engines[0].pause_writing()
+    for after_s in (300, 400, 500):
         ends.client.end_if_quiet(after_s)
     assert ends.to_client.end is None
     fresh.engines[0].resume_writing()
-    for after_s in (300, 400):
+    for after_s in (600, 700):
         ends.client.end_if_quiet(after_s)
     assert ends.to_client.end == "closed"
 
@@ -597,6 +649,27 @@ async def test_a_client_that_leaves_an_engine_that_takes_nothing_is_noticed(star
         await gateway.until(in_flight=0, limit_s=2)
     finally:
         os.kill(engine, signal.SIGCONT)
+
+
+@pytest.mark.both_doors
+async def test_an_engine_that_hangs_is_ended_though_a_client_goes_on_sending(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={}, probe_interval_s=0.3, probe_failures=2)
+    await gateway.complete()
+    engine = (await gateway.replicas())[0]["pid"]
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.address.rpartition(":")[2]))
+    body = b'{"model":"fake","prompt":"' + b"y" * 1_500_000 + b'"}'
+    writer.write(HEAD % len(body) + body[:PART])
+    await asyncio.sleep(0.2)
+    os.kill(engine, signal.SIGSTOP)
+    at = PART
+    async with asyncio.timeout(10):
+        while (await gateway.replicas())[0]["pid"] == engine:
+            writer.write(body[at : at + 1])
+            at += 1
+            await asyncio.sleep(0.05)
+    writer.write(body[at:])
+    assert (await reader.readline()).split()[1] in (b"200", b"502")
+    writer.close()
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
