@@ -60,7 +60,10 @@ class Upload(Splice):
             return
         self.rest = 0
         if self._is_under_way and self._connection is not None:
-            self._connection.more(b"\r\n0\r\n\r\n", is_last=True)
+            try:
+                self._connection.more(b"\r\n0\r\n\r\n", is_last=True)
+            except Exception:
+                self.fail()
 
     def refuse_size(self, limit_bytes: int) -> None:
         """More has come than may."""

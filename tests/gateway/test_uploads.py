@@ -556,6 +556,17 @@ async def test_chunks_that_an_engine_may_not_take_are_read_whole(
     assert b"content-length: %d\r\n\r\n" % len(LARGE) in ends.to_engine.taken()
 
 
+async def test_a_fault_of_ours_at_the_end_of_what_comes_in_chunks(
+    ends: SimpleNamespace, fresh: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends.client.data_received(chunk(await begin_in_chunks(ends)))
+    monkeypatch.setattr("gateway.connections.Connection.more", lambda *of_it, **named: 1 / 0)
+    ends.client.data_received(chunk(b""))
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 500")
+    assert fresh.wires[0].end == "aborted"
+    assert ends.replica.in_flight == ends.connections.asking == 0
+
+
 async def test_chunks_that_cannot_go_on_are_the_plain_routes(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
     fresh.refuses = True
     ends.client.data_received(CHUNKED_HEAD + chunk(LARGE[:UPLOAD_BYTES]))
