@@ -83,7 +83,8 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     `is_elastic`: it fills what it is given, so that what it was seen to take tells nothing.
 
     Its cache of keys and values: `cache` as it is set up at the start, None where the engine does not say, in whole
-    ones of `cache_unit_bytes`, and for at least `cache_tokens` of all sequences; or else `cache_bytes`. `attention` is
+    ones of `cache_unit_bytes`, and for at least `cache_tokens` of all sequences; or else `cache_bytes`. `copies_cache`:
+    each step takes a copy of one layer's. `attention` is
     what it keeps of a token, `lighter` has the bytes that other specs of the family would take, by name. `weight_bytes`
     are those of its files, 0 where nobody knows.
 
@@ -108,6 +109,7 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     cache_tokens: int = 0
     cache_unit_bytes: int = 1
     cache_bytes: int | None = None
+    copies_cache: bool = False
     attention: tuple[Attention, ...] = ()
     lighter: Mapping[str, int] = {}
     weight_bytes: int = 0
@@ -288,6 +290,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """What is replaced in replies to chats, whole and streamed, where the engine's word is not that of clients."""
     asks_for_usage: ClassVar[bool] = False
     """Whether it tells how many tokens a stream took only where `stream_options` ask for it, as OpenAI's API has it."""
+    takes_chunks: ClassVar[bool] = False
+    """Whether its server takes bodies that do not say before how long they are (`transfer-encoding: chunked`)."""
     less_memory: ClassVar[str] = ""
     """Which options make it need less memory; users read the sentence when it had too little."""
 

@@ -156,6 +156,7 @@ class LlamaCpp(Engine, frozen=True, kw_only=True):
     name = "llama.cpp"
     model_types = ("LLM", "embedding", "rerank")
     keeps_prefixes = True
+    takes_chunks = True
     takes_flags = True
     options = LlamaCppOptions
     context_from = ("/props", ("default_generation_settings", "n_ctx"))

@@ -49,6 +49,7 @@ class SentenceTransformers(Engine, frozen=True, kw_only=True):
     aliases = ("transformers", "flag")
     model_types = ("embedding", "rerank")
     overhead_bytes = TORCH_BYTES
+    takes_chunks = True
     options = SentenceTransformersOptions
     less_memory = "Lower batch_tokens or max_tokens, or say dtype: bfloat16."
 

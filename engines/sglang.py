@@ -125,6 +125,7 @@ class Sglang(Engine, frozen=True, kw_only=True):
     model_types = ("LLM", "embedding")
     keeps_prefixes = True
     asks_for_usage = True
+    takes_chunks = True
     takes_flags = True
     options = SglangOptions
     context_from = ("/v1/models", ("data", 0, "max_model_len"))

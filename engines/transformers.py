@@ -30,11 +30,13 @@ from engines.base import (
 from engines.environments import find_python, why_no_python
 from engines.packages import package_folder
 from registry.decode import DecodeError
+from registry.memory import CACHE_BITS, Cache
 from registry.resolve import Artifact
 from registry.schema import LLMFamily
 
 FORMATS = ("pytorch", "gptq", "awq", "bnb", "fp4", "fp8")
 MODULES = ("torch", "transformers")
+CONTEXT_LENGTH = 4096  # where the launch says none; no longer than the model's own
 SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # values of device_map
 Positive = Annotated[int, Meta(ge=1)]
 
@@ -67,12 +69,34 @@ class TransformersOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
     lora_list: Annotated[tuple[Adapter, ...], Meta(description="one, merged into the model")] = ()
 
 
+def _context(options: TransformersOptions) -> int:
+    return options.context_length or CONTEXT_LENGTH
+
+
+def _cache_tokens(options: TransformersOptions) -> int:
+    return options.kv_cache_tokens or _context(options) * max(1, options.max_num_seqs // 2)
+
+
+def _cache(options: TransformersOptions) -> Cache:
+    """As the worker has it made."""
+    context, tokens = _context(options), _cache_tokens(options)
+    bits = CACHE_BITS.get(options.dtype or "auto", 16.0)
+    return Cache(
+        tokens=min(context, tokens),
+        sequences=-(-tokens // min(context, tokens)),
+        key_bits=bits,
+        value_bits=bits,
+        is_even=True,
+    )
+
+
 class Transformers(Engine, frozen=True, kw_only=True):
     """Whatever the library loads as a causal language model; slower than vLLM and SGLang, and at home everywhere."""
 
     name = "transformers"
     model_types = ("LLM",)
     asks_for_usage = True
+    takes_chunks = True
     overhead_bytes = TORCH_BYTES
     options = TransformersOptions
     less_memory = "Lower kv_cache_tokens, max_num_seqs or context_length, or say dtype: bfloat16."
@@ -110,9 +134,12 @@ class Transformers(Engine, frozen=True, kw_only=True):
         return family_ends(launch)
 
     def needs(self, launch: Launch) -> Needs:
-        """One GPU; several where the launch leaves it to the library to spread it."""
-        asked = super().needs(launch)
-        return msgspec.structs.replace(asked, can_spread=self.read_options(launch.options).device_map in SPREADING)
+        """One GPU; several where the launch leaves it to the library to spread it. The cache is made at the start."""
+        options: TransformersOptions = self.read_options(launch.options)
+        asked = msgspec.structs.replace(super().needs(launch), can_spread=options.device_map in SPREADING)
+        if not options.continuous_batching:
+            return asked
+        return msgspec.structs.replace(asked, cache=_cache(options), copies_cache=True)
 
     def command(
         self, launch: Launch, model_path: Path, placement: Placement, endpoint: Endpoint, python: str | None = None
@@ -121,6 +148,7 @@ class Transformers(Engine, frozen=True, kw_only=True):
         options = self.read_options(launch.options)
         family = launch.artifact.family
         given = {name: value for name, value in msgspec.to_builtins(options).items() if value not in (None, (), [])}
+        given |= {"context_length": _context(options), "kv_cache_tokens": _cache_tokens(options)}
         given.setdefault("n_threads", max(1, (os.cpu_count() or 2) - 1))
         if launch.n_gpu == 0:
             given.setdefault("device", "cpu")

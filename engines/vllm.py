@@ -178,6 +178,7 @@ class Vllm(Engine, frozen=True, kw_only=True):
     options = VllmOptions
     chat_words = ((b'"reasoning":', b'"reasoning_content":'),)  # its name for what others call reasoning_content
     asks_for_usage = True
+    takes_chunks = True
     less_memory = (
         "Lower max_model_len or max_num_seqs, say enforce_eager: true, or change gpu_memory_utilization (on a CPU: "
         "cpu_kv_cache_gib)."

@@ -122,10 +122,9 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.write(head + body)
 
-    def more(self, part: bytes) -> None:
-        """More of the request's body."""
-        self._rest -= len(part)
-        self._connections.heard += 1  # it took what came before
+    def more(self, part: bytes, *, is_last: bool = False) -> None:
+        """More of the request's body; the end of one whose length was not told says so."""
+        self._rest = 0 if is_last else self._rest - len(part)
         self._transport.write(part)
 
     def pause(self, *, is_paused: bool) -> None:

@@ -38,7 +38,7 @@ from gateway.upstream import Upstream
 from gateway.watch import Watch
 
 if TYPE_CHECKING:
-    from gateway.door.protocol import Door
+    from gateway.door.watched import Sweeper
 
 logger = logging.getLogger("hostler.server")
 
@@ -298,20 +298,20 @@ async def _serve(
     return server.successor
 
 
-def _open_door(config: uvicorn.Config, fleet: Fleet, crowd: Crowd) -> Door | None:
+def _open_door(config: uvicorn.Config, fleet: Fleet, crowd: Crowd) -> Sweeper | None:
     """Let easy requests take the short way, where uvicorn is as we know it."""
     if (why := breach()) is not None:
         logger.warning(
-            "All requests take the plain way, which costs more and notices some clients that leave too late: %s. "
-            "Install Hostler's own requirements.",
+            "All requests take the plain way, which costs more, notices some clients that leave too late, and waits "
+            "for those that send nothing more: %s. Install Hostler's own requirements.",
             why,
         )
         return None
     if fleet.settings.door == "plain":
-        from gateway.door.leaving import WatchedProtocol
+        from gateway.door.watched import Sweeper, WatchedProtocol
 
         config.http = WatchedProtocol
-        return None
+        return Sweeper(fleet)
     from gateway.door.protocol import Door, protocol_of
 
     door = Door(fleet, crowd)

@@ -24,6 +24,7 @@ from registry.memory import (
     Cache,
     Estimate,
     billions_of,
+    copied_bytes,
     estimate,
     usual_shape,
     usual_weight_bytes,
@@ -192,7 +193,13 @@ def _estimated(
     def parts_of(cache: Cache) -> Estimate:
         parts = estimate(weight_bytes, attention, width, cache, on_gpu=on_gpu)
         kv_cache = cache_bytes_of(msgspec.structs.replace(needs, cache=cache))
-        return msgspec.structs.replace(parts, kv_cache=kv_cache, engine=needs.overhead_bytes or parts.engine)
+        copied = copied_bytes(attention, width, cache) if needs.copies_cache else 0
+        return msgspec.structs.replace(
+            parts,
+            kv_cache=kv_cache,
+            activations=parts.activations + copied,
+            engine=needs.overhead_bytes or parts.engine,
+        )
 
     parts = parts_of(cache)
     needs = msgspec.structs.replace(

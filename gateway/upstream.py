@@ -158,7 +158,7 @@ class Upstream:
             lines.append(f"host: {self._host}\r\n")
         if body is not None or method != "GET":
             lines.append(f"content-length: {len(body or b'')}\r\n")
-        return "".join([*lines, "\r\n"]).encode("latin-1")
+        return "".join([*lines, "\r\n"]).encode()
 
     async def _first_session(self) -> aiohttp.ClientSession:
         await asyncio.to_thread(import_module, "aiohttp")  # others are served meanwhile

@@ -68,12 +68,16 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Cache(msgspec.Struct, frozen=True, kw_only=True):
-    """The cache of keys and values that an engine sets up: tokens of each sequence, how many sequences, bits."""
+    """The cache of keys and values that an engine sets up: tokens of each sequence, how many sequences, bits.
+
+    `is_even`: layers with a window have as much of it as the others.
+    """
 
     tokens: int
     sequences: int = 1
     key_bits: float = 16.0
     value_bits: float = 16.0
+    is_even: bool = False
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,9 +98,17 @@ def kv_cache_bytes(attention: Sequence[Attention], cache: Cache) -> int:
     """Bytes of the cache of keys and values."""
     bits = 0.0
     for part in attention:
-        tokens = cache.tokens if part.window is None else min(cache.tokens, part.window)
+        tokens = cache.tokens if part.window is None or cache.is_even else min(cache.tokens, part.window)
         bits += part.layers * tokens * (part.key * cache.key_bits + part.value * cache.value_bits)
     return round(bits * cache.sequences / 8)
+
+
+def copied_bytes(attention: Sequence[Attention], width: int, cache: Cache) -> int:
+    """Of what a step copies out of the cache for one layer, where all of it is read: keys and values, each as wide as
+    the model once they are repeated for its heads, and the values as they are.
+    """
+    value = max((part.value for part in attention), default=0)
+    return round(cache.tokens * cache.sequences * (2 * width + value) * cache.value_bits / 8)
 
 
 def most_tokens(attention: Sequence[Attention], cache: Cache, room_bytes: int) -> int:

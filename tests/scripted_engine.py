@@ -13,7 +13,7 @@ import struct
 import sys
 
 # Of each gateway, of each request, of how a request was sent; and what stands behind the body and is of no account.
-OWN = ("authorization", "connection", "x-request-id", "x-trailer")
+OWN = ("authorization", "connection", "content-length", "transfer-encoding", "x-request-id", "x-trailer")
 END = ("close", "reset", "die")
 
 
@@ -30,7 +30,7 @@ class Engine:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 first, *lines = head.decode("latin-1").rstrip("\r\n").split("\r\n")
                 headers = [[name.lower(), value.strip()] for name, _, value in (line.partition(":") for line in lines)]
-                body = await reader.readexactly(int(dict(headers).get("content-length", 0)))
+                body = await self.body(dict(headers), reader)
                 method, path, _ = first.split(" ")
                 if method == "GET":
                     writer.write(self.tell(path))
@@ -48,6 +48,16 @@ class Engine:
             pass
         finally:
             writer.close()
+
+    async def body(self, headers: dict[str, str], reader: asyncio.StreamReader) -> bytes:
+        if "transfer-encoding" not in headers:
+            return await reader.readexactly(int(headers.get("content-length", 0)))
+        parts = []
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            parts.append(await reader.readexactly(size))
+            await reader.readexactly(2)
+        await reader.readexactly(2)
+        return b"".join(parts)
 
     def tell(self, path: str) -> bytes:
         said = {"status": "ok"}

@@ -35,7 +35,6 @@ from engines.workers.server import (
 )
 from engines.workers.tool_calls import FORMS, MARKS, form_of, tools_of
 
-CONTEXT_LENGTH = 4096  # where neither the launch nor the model says less
 COMPLETION_TOKENS = 16
 MOST_CHOICES = 128
 # What cannot be done here and changes the answer, so that it must not pass unnoticed.
@@ -101,10 +100,9 @@ class Generation:
         self._template: str | None = options.get("chat_template")
         self._template_values = options.get("template_values") or {}
         self._tags = tuple(options["reasoning_tags"]) if options.get("reasoning_tags") else None
-        of_model = getattr(model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT_LENGTH
-        self._context = min(options.get("context_length") or min(of_model, CONTEXT_LENGTH), of_model)
-        if cache_tokens := options.get("kv_cache_tokens"):
-            self._context = min(self._context, cache_tokens)  # one that needs more would end all others
+        context, cache_tokens = options["context_length"], options["kv_cache_tokens"]
+        of_model = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context
+        self._context = min(context, of_model, cache_tokens)  # one that needs more would end all others
         self._vocabulary = model.config.get_text_config().vocab_size
         self._defaults = model.generation_config
         self._end_ids = _end_ids(model.generation_config, tokenizer)
@@ -117,7 +115,7 @@ class Generation:
         self._batch = new_batch(
             model,
             together=options.get("continuous_batching", True) and len(getattr(model, "hf_device_map", None) or [0]) < 2,
-            cache_tokens=options.get("kv_cache_tokens") or self._context * max(1, most_lines // 2),
+            cache_tokens=min(cache_tokens, self._context * most_lines),
             batch_tokens=options.get("max_num_batched_tokens") or 512,
             most_lines=most_lines,
         )

@@ -34,7 +34,7 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
         UnsupportedBody: it is compressed.
         BadRequest: the client left in the middle of it.
     """
-    refusal = BodyTooLarge(f"The request body is larger than `max_body_bytes` ({limit_bytes} bytes) allows.")
+    refusal = too_large(limit_bytes)
     for name, value in scope["headers"]:
         if name == b"content-length" and int(value) > limit_bytes:
             raise refusal
@@ -53,3 +53,8 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def too_large(limit_bytes: int) -> BodyTooLarge:
+    """The refusal of a body that is larger than this."""
+    return BodyTooLarge(f"The request body is larger than `max_body_bytes` ({limit_bytes} bytes) allows.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -39,9 +39,10 @@ HOPS_HEADER = b"x-hostler-hops"  # through how many gateways a request has come:
 HOP_LIMIT = 5
 NOT_RETURNED = frozenset(
     b"access-control-allow-credentials access-control-allow-headers access-control-allow-methods "
-    b"access-control-allow-origin connection date keep-alive server set-cookie trailer transfer-encoding upgrade "
-    b"x-request-id".split()
+    b"access-control-allow-origin connection date keep-alive proxy-connection server set-cookie te trailer "
+    b"transfer-encoding upgrade x-request-id".split()
 )
+SAYS_NO_MORE = frozenset((b"keep-alive", b"close"))  # what nearly every `Connection` says, which lists no header
 SSE = b"text/event-stream"
 SSE_HEADERS = [(b"content-type", SSE), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 # What servers say to a path that they do not have.
@@ -71,6 +72,7 @@ class Terms:
         self.upstream_path = engine.routes.get(path, path)  # where the engine answers
         self.tally = metrics.tally_of(launch.uid)
         self.asks_for_usage = engine.asks_for_usage and way.tells_usage
+        self.takes_chunks = engine.takes_chunks
         self.changes_json = bool(way.rewrite or way.opening or self.words or self.back)
         self.is_read_whole = bool(way.rewrite or self.words or self.back)  # a reply that differs is needed as a whole
 
@@ -157,7 +159,7 @@ class Exchange:
 
     def forwarded(self) -> Headers:
         """The client's headers as far as they go on, and the request's id."""
-        headers = [header for header in self.headers if header[0] not in NOT_FORWARDED]
+        headers = [header for header in end_to_end(self.headers) if header[0] not in NOT_FORWARDED]
         headers.append((b"x-request-id", self.request_id))
         return headers
 
@@ -179,9 +181,9 @@ class Exchange:
 
     # --- what the client gets
 
-    def returned(self, status: int, headers: Iterable[tuple[bytes, bytes]], replica: Replica) -> Headers:
+    def returned(self, status: int, headers: Headers, replica: Replica) -> Headers:
         """The head of an engine's reply as the client gets it; `is_sse` is known by now."""
-        kept = [header for header in headers if header[0] not in NOT_RETURNED]
+        kept = [header for header in end_to_end(headers) if header[0] not in NOT_RETURNED]
         kept.append((b"x-hostler-replica", b"%d" % replica.index))
         if self.queued_s:
             kept.append((b"x-hostler-queue-ms", b"%d" % (1000 * self.queued_s)))
@@ -250,7 +252,7 @@ class Exchange:
         """What a stream has left that is no whole event."""
         return bytes(self.events.held) if self.events else b""
 
-    def refusal(self, status: int, headers: Iterable[tuple[bytes, bytes]], text: bytes) -> tuple[int, Headers, bytes]:
+    def refusal(self, status: int, headers: Headers, text: bytes) -> tuple[int, Headers, bytes]:
         """An engine's error as the client gets it, in the envelope that clients know."""
         error = _engine_error(status, text[:ENGINE_ERROR_LIMIT_BYTES])
         if status in (404, 405) and NO_ROUTE.match(error.message):
@@ -265,7 +267,7 @@ class Exchange:
             status = 502
         payload = envelope(error)
         told = [(b"content-type", b"application/json"), (SOURCE_HEADER.encode(), b"engine")]
-        told += [header for header in headers if header[0] == b"retry-after"]
+        told += [header for header in end_to_end(headers) if header[0] == b"retry-after"]
         return status, [*told, (b"content-length", b"%d" % len(payload))], payload
 
     def as_event(self, payload: bytes) -> bytes:
@@ -327,6 +329,26 @@ class Exchange:
         tally.completion_tokens += completion_tokens
         if reason:
             tally.reasons[reason] = tally.reasons.get(reason, 0) + 1
+
+
+def end_to_end(headers: Headers) -> Headers:
+    """Without those that are for the next server alone, as `Connection` says of them."""
+    listed = [value for name, value in headers if name == b"connection" and value.lower() not in SAYS_NO_MORE]
+    if not listed:
+        return headers
+    names = {name.strip().lower() for name in b",".join(listed).split(b",")}
+    return [header for header in headers if header[0] not in names]
+
+
+def in_utf8(value: bytes) -> bytes:
+    """A header's value as both ways send it on: as it is, or, where it is no UTF-8, told in it."""
+    if value.isascii():
+        return value
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1").encode()
+    return value
 
 
 def with_length(headers: Headers, size: int) -> None:

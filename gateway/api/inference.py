@@ -31,6 +31,8 @@ from gateway.api.exchange import (
     Headers,
     Lost,
     Terms,
+    end_to_end,
+    in_utf8,
     with_length,
 )
 from gateway.api.heads import FormHead, Head, is_form, read_form_head, read_head, read_query_head
@@ -253,7 +255,8 @@ class Relay(Exchange):
             return
         self.is_sse |= reply.is_sse
         if not self.status:
-            await self._start(reply.status, [header for header in reply.headers if header[0] not in NOT_RETURNED])
+            kept = [header for header in end_to_end(reply.headers) if header[0] not in NOT_RETURNED]
+            await self._start(reply.status, kept)
         self.phase = "answering"
         while chunk:
             await self._send_body(chunk)
@@ -312,7 +315,7 @@ class Relay(Exchange):
         headers = self.forwarded()
         if upstream.is_elsewhere:
             headers.append((HOPS_HEADER, b"%d" % self.hops()))
-        texts = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+        texts = [(name.decode(), in_utf8(value).decode()) for name, value in headers]
         reply = await upstream.send(self.way.method, self.terms.upstream_path, texts, self.body)
         try:
             chunk = await reply.read()

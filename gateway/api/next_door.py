@@ -10,6 +10,7 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api.body import read_body
+from gateway.api.exchange import end_to_end, in_utf8
 from gateway.api.ways import WAYS, WEBUI_WAYS
 from gateway.connections import UpstreamLost
 from gateway.errors import HandedOver, HostlerError, ModelFailed, ShuttingDown, answer
@@ -93,7 +94,7 @@ async def _relay(door: Upstream, scope: Scope, body: bytes, send: Send) -> None:
     try:
         reply = await door.send(scope["method"], path_of(scope), headers_of(scope), body)
         try:
-            headers = [header for header in reply.headers if header[0] not in OF_THE_CONNECTION]
+            headers = [header for header in end_to_end(reply.headers) if header[0] not in OF_THE_CONNECTION]
             headers += [header for header in reply.headers if header[0] == b"content-length"]
             if "request_id" in scope:  # ours is told already
                 headers = [header for header in headers if header[0] != b"x-request-id"]
@@ -163,7 +164,7 @@ def path_of(scope: Scope) -> str:
 def headers_of(scope: Scope) -> list[tuple[str, str]]:
     """The request's headers, but those of the connection."""
     return [
-        (name.decode("latin-1"), value.decode("latin-1"))
-        for name, value in scope["headers"]
+        (name.decode(), in_utf8(value).decode())
+        for name, value in end_to_end(scope["headers"])
         if name not in OF_THE_CONNECTION
     ]

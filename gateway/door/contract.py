@@ -84,6 +84,9 @@ def _breaches() -> Iterator[str]:
             yield f"uvicorn's HttpToolsProtocol has no {name}({', '.join(parameters)})"
             return
         spoken.update(method.__code__.co_names)
+    cycle = getattr(module, "RequestResponseCycle", None)
+    if cycle is None or "waiting_for_100_continue" not in cycle.receive.__code__.co_names:
+        yield "uvicorn's RequestResponseCycle no longer knows waiting_for_100_continue"
     if missing := ATTRIBUTES - spoken:
         yield f"uvicorn's HttpToolsProtocol no longer speaks of {', '.join(sorted(missing))}"
     if missing := ASKED_OF_PARSER - spoken:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import asyncio
 import select
 from contextlib import suppress
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 HAS_EPOLL = hasattr(select, "epoll")
 
@@ -79,28 +77,6 @@ class WatchedFlow(FlowControl):
         """The other end sends no more. As if the end had been read: what is on its way still goes out."""
         if self.read_paused or is_broken:
             (self._transport.abort if is_broken else self._transport.close)()
-
-
-class WatchedProtocol(HttpToolsProtocol):
-    """uvicorn's, but that it learns of every client that leaves."""
-
-    _watched: WatchedFlow
-    _answered: RequestResponseCycle | None = None  # uvicorn's own `cycle` is of the request that came last
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.flow = self._watched = WatchedFlow(transport, self.loop)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._watched.forget()
-        if (cycle := self._answered) is not None and not cycle.response_complete:
-            cycle.disconnected = True
-            cycle.message_event.set()
-        super().connection_lost(exc)
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._answered = cycle
-        super()._start_asgi_task(cycle, app)
 
 
 _leavers: WeakKeyDictionary[asyncio.AbstractEventLoop, Leavers] = WeakKeyDictionary()

@@ -6,37 +6,33 @@ asked as others are. What is not easy is told to uvicorn as if we had not been t
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.api.auth import Guard
 from gateway.api.beginning import Fields
-from gateway.api.exchange import Asked, Headers, Lost
+from gateway.api.exchange import SAYS_NO_MORE, Asked, Headers, Lost
 from gateway.api.inference import Inference
 from gateway.api.trace import id_of, new_id, write_line
 from gateway.api.ways import WAYS, Way
 from gateway.config import Settings
 from gateway.crowd import Crowd
-from gateway.door.leaving import WatchedProtocol
 from gateway.door.splice import Splice, passed_on
-from gateway.door.upload import Upload
-from gateway.errors import HeadTooLarge, HostlerError, RequestRefused, body_of, envelope
+from gateway.door.upload import ENDLESS, Upload
+from gateway.door.watched import Sweeper, WatchedProtocol
+from gateway.errors import HostlerError, RequestRefused
 from gateway.fleet import Fleet
 from gateway.known_head import KnownHead, around_length, is_worth_learning
 
 logger = logging.getLogger("hostler.door")
 
-SWEEP_S = 1.0
-STALL_LIMIT_S = 60.0  # of a request that has begun to come
-HEAD_LIMIT_BYTES = 128 * 1024  # what comes at once may be more
 HELD_LIMIT_BYTES = 64 * 1024
 PARTS_LIMIT = 10_000  # of a body: each costs more than the few bytes that it may have
 
@@ -47,32 +43,21 @@ GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 # Headers that are looked at. What to do about some of them, or about one that stands twice, the plain route knows.
 TELLING = frozenset(
-    b"authorization content-encoding content-length expect host origin upgrade x-api-key x-request-id".split()
+    b"authorization connection content-encoding content-length expect host origin upgrade x-api-key "
+    b"x-request-id".split()
 )
 
 
-class Door:
+class Door(Sweeper):
     """What all connections share."""
 
     def __init__(self, fleet: Fleet, crowd: Crowd) -> None:
-        self.fleet = fleet
+        super().__init__(fleet)
         self.crowd = crowd
         self.guard = Guard(_nowhere, fleet.in_effect)
         self.inferences = {way.path.encode(): Inference(fleet, way) for way in WAYS if is_easy(way)}
         self._default_headers: list[tuple[bytes, bytes]] = []
         self._default_head = b""
-
-    async def sweep(self, clients: Collection[asyncio.Protocol]) -> None:
-        """Once a second, for all timers that connections would else have: end those that are quiet for too long."""
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            now = time.monotonic()
-            for client in [client for client in clients if isinstance(client, DoorProtocol)]:
-                client.end_if_quiet(now)
-            for deployment in self.fleet.deployments():
-                for replica in deployment.replicas:
-                    if replica.upstream is not None:
-                        replica.upstream.connections.close_idle()
 
     def still_knows(self, known: KnownRequest, size: int) -> bool:
         """Whether a request of so many bytes is as easy as the one before."""
@@ -117,24 +102,17 @@ class DoorProtocol(WatchedProtocol):
 
     # There may be thousands, each with more attributes than Python shares the names of.
     __slots__ = (
-        *("_awaits_word", "_begun", "_door", "_has_head", "_head_bytes", "_held", "_idle_since", "_inference"),
-        *("_is_coming", "_keeps_alive", "_known", "_last_look", "_length", "_look_at", "_parts", "_request_id"),
-        *("_size", "_splice", "_strange", "_upload"),
+        *("_awaits_word", "_begun", "_door", "_held", "_inference", "_keeps_alive", "_known", "_length", "_look_at"),
+        *("_parts", "_request_id", "_splice", "_strange", "_upload"),
     )
 
     def __init__(self, door: Door, **of_uvicorn: Any) -> None:
         super().__init__(**of_uvicorn)
-        self._idle_since: float | None = time.monotonic()  # no request has come since; None where uvicorn has the clock
-        self._last_look: tuple[float, Headers, int] | None = None  # when we first saw what has not changed since
         self._door = door
         self._splice: Splice | None = None  # what is being answered
         self._inference: Inference | None = None  # of the request that comes in, as long as it is easy
-        self._is_coming = False  # a request has begun, and not all of it is there
-        self._has_head = False
-        self._head_bytes = 0  # that have come since it began, and are not all of it
         self._keeps_alive = True
         self._parts: list[bytes] = []
-        self._size = 0
         self._length = 0  # as the head says; 0 if it does not
         self._look_at = NEVER  # with so much of the body there
         self._awaits_word = False  # the client sends no body until it is told to
@@ -157,11 +135,6 @@ class DoorProtocol(WatchedProtocol):
     def _parse(self, data: bytes) -> None:
         if not self._is_coming:
             self._begun = data
-        elif not self._has_head:
-            if self._head_bytes > HEAD_LIMIT_BYTES:
-                self._refuse_head()
-                return
-            self._head_bytes += len(data)
         super().data_received(data)
         self._begun = b""
 
@@ -169,16 +142,6 @@ class DoorProtocol(WatchedProtocol):
         if self._held:
             data, self._held = self._held, b""
             self._parse(data)
-
-    def _refuse_head(self) -> None:
-        refusal = HeadTooLarge(f"The request's headers are larger than {HEAD_LIMIT_BYTES} bytes.")
-        if self.is_answering:  # a second reply would be taken for some of that one
-            self.transport.close()
-            return
-        content = envelope(body_of(refusal))
-        lines = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(content)
-        self.transport.write(STATUS_LINE[refusal.status] + self.default_head() + lines + content)
-        self.transport.close()
 
     def shutdown(self) -> None:
         self._parse_held()
@@ -203,51 +166,22 @@ class DoorProtocol(WatchedProtocol):
             self._splice.client_paused(is_paused=False)
 
     def end_if_quiet(self, now: float) -> None:
-        """Close the connection if it is kept for nothing, or if its request does not come on."""
         self._parse_held()
-        if self._idle_since is not None:
-            if now - self._idle_since > self.timeout_keep_alive:
-                self.transport.close()
-            return
-        is_passed_on = self._upload is not None and not self.flow.read_paused
-        if not is_passed_on and (self.is_answering or (self._has_head and self._inference is None)):
-            self._last_look = None
-            return
-        look = self._last_look
-        if look is None or look[1] is not self.headers or look[2] != self._progress:
-            self._last_look = now, self.headers, self._progress
-        elif now - look[0] > STALL_LIMIT_S:
-            logger.info("A client sent nothing more of its request for %g s; its connection is closed.", STALL_LIMIT_S)
-            self.transport.close()
+        super().end_if_quiet(now)
 
     def is_between_requests(self) -> bool:
-        """Whether nothing of a request was read, and all are answered."""
-        cycle = self.cycle
-        is_answered = cycle is None or (cycle.response_complete and not cycle.more_body)
-        return is_answered and not self._is_coming and not self._held and not self.pipeline
-
-    @property
-    def is_answering(self) -> bool:
-        """Whether a request is at work that has all its head."""
-        return self.cycle is not None and not self.cycle.response_complete
-
-    @property
-    def _progress(self) -> int:
-        return len(self.headers) + self._size
+        return super().is_between_requests() and not self._held
 
     # --- what the parser tells
 
     def on_message_begin(self) -> None:
+        self._request_begins()
         self.url = b""
         self.headers = []
-        self._idle_since = None
         self._inference = None
-        self._is_coming = True
-        self._has_head = False
-        self._head_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._has_head:  # else it stands behind the body, where nobody looks for it
+        if not self._has_head:  # as for uvicorn
             self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
@@ -260,8 +194,10 @@ class DoorProtocol(WatchedProtocol):
             self._keeps_alive = self.parser.should_keep_alive()
             self._learn(inference)
             self._parts = []
-            self._size = 0
-            self._look_at = FIRST_LOOK_BYTES if self._length > UPLOAD_BYTES else NEVER
+            if self._length:
+                self._look_at = FIRST_LOOK_BYTES if self._length > UPLOAD_BYTES else NEVER
+            else:  # who sends chunks does not say how many
+                self._look_at = UPLOAD_BYTES
         else:
             self._pass_on(self.url, self.headers)
 
@@ -272,6 +208,8 @@ class DoorProtocol(WatchedProtocol):
             else:
                 self._size += len(body)
                 self._upload.more(body)
+                if self._size > (limit_bytes := self._door.fleet.settings.max_body_bytes) and self._upload:
+                    self._upload.refuse_size(limit_bytes)
             return
         self._parts.append(body)
         self._size += len(body)
@@ -288,6 +226,8 @@ class DoorProtocol(WatchedProtocol):
                 super().on_message_complete()
             elif self._upload.response_complete:  # before the request was whole
                 self._idle_since = time.monotonic()
+            else:
+                self._upload.ends()
             self._upload = None
             return
         self._inference = None
@@ -317,7 +257,7 @@ class DoorProtocol(WatchedProtocol):
         self._strange = 0
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
-        self._idle_since = None
+        self._idle_since = self._last_look = None
         self.url, self.headers = known.url, known.headers()
         self._request_id, self._keeps_alive = b"", True
         self._answer(known.inference, data[known.body_at :], known)
@@ -369,6 +309,8 @@ class DoorProtocol(WatchedProtocol):
                 has_other_key = True
             elif name == b"expect" and value.lower() == b"100-continue":
                 self._awaits_word = True
+            elif name == b"connection" and value.lower() in SAYS_NO_MORE:
+                continue
             else:
                 return False
         if not has_other_key and door.guard.knows(host or b"", authorization):
@@ -387,13 +329,18 @@ class DoorProtocol(WatchedProtocol):
         begun = b"".join(self._parts)
         self._parts = [begun]
         self._look_at = 2 * self._size if self._size < LAST_LOOK_BYTES else NEVER
-        rest = self._length - self._size
+        rest = self._length - self._size if self._length else ENDLESS
         if rest <= 0:  # it is all there
             return False
         fields = Fields()
         fields.feed(begun)
         make = partial(Upload, fields=fields, rest=rest)
-        return self._begins(inference, inference.asked_by_beginning, (begun, fields), make, begun)
+
+        def asked(headers: Headers) -> Asked | None:
+            found = inference.asked_by_beginning(headers, begun, fields)
+            return found if found is None or self._length or found.terms.takes_chunks else None
+
+        return self._begins(inference, asked, (), make, begun)
 
     def _begins(
         self,
@@ -472,7 +419,7 @@ class DoorProtocol(WatchedProtocol):
     # --- how uvicorn learns of what is not easy
 
     def _pass_on(self, url: bytes, headers: Headers, lost: Lost | None = None, *, was_told: bool = False) -> None:
-        super().on_message_begin()
+        HttpToolsProtocol.on_message_begin(self)
         self.url = url
         self.headers += headers
         self.expect_100_continue = not was_told and any(
@@ -480,7 +427,7 @@ class DoorProtocol(WatchedProtocol):
         )
         if lost is not None:
             self.scope["lost"] = lost  # type: ignore[typeddict-unknown-key]
-        super().on_headers_complete()
+        HttpToolsProtocol.on_headers_complete(self)
 
     def _pass_on_what_has_come(self) -> None:
         """Of a request that was held back: the rest of it is uvicorn's."""
@@ -502,9 +449,9 @@ class DoorProtocol(WatchedProtocol):
         self.parser, self.cycle = cast(Any, _Said(keeps_alive)), None  # type: ignore[assignment]
         self._pass_on(url, headers, lost, was_told=True)
         for part in parts:
-            super().on_body(part)
+            HttpToolsProtocol.on_body(self, part)
         if is_whole:
-            super().on_message_complete()
+            HttpToolsProtocol.on_message_complete(self)
         self.url, self.headers, self.scope, self.expect_100_continue, self.parser, cycle = now
         if cycle is not None and not cycle.response_complete:
             self.cycle = cycle

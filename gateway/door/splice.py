@@ -21,6 +21,7 @@ from gateway.api.exchange import (
     Exchange,
     Headers,
     Lost,
+    in_utf8,
     with_length,
 )
 from gateway.api.ways import Way
@@ -77,7 +78,7 @@ class Splice(Exchange):
         *("_task", "_top", "_upstream", "disconnected", "keep_alive", "known", "response_complete", "rest", "sent"),
     )
     message_event = _Nobody()
-    more_body = False
+    more_body = waiting_for_100_continue = False
 
     def __init__(
         self, fleet: Fleet, way: Way, asked: Asked, headers: Headers, request_id: bytes, client: Client, sent: bytes
@@ -133,13 +134,17 @@ class Splice(Exchange):
             connection.pause(is_paused=True)
         upstream = self._upstream
         lines = self.known.passed_on(upstream.own_names) if self.known else passed_on(self.headers, upstream.own_names)
-        head = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
+        head = b"%b%bx-request-id: %b\r\n%b" % (
             upstream.opening(self.terms.upstream_path),
             lines,
             self.request_id,
-            len(self.body) + self.rest,
+            self.measure(),
         )
         connection.ask(self, head, self.body, self.rest)
+
+    def measure(self) -> bytes:
+        """The end of the head, which says how long the body is."""
+        return b"content-length: %d\r\n\r\n" % (len(self.body) + self.rest)
 
     def _connect(self) -> None:
         self._task = self._client.loop.create_task(self._ask_anew())
@@ -415,7 +420,8 @@ def passed_on(headers: Headers, own_names: frozenset[bytes]) -> bytes:
     for name, value in headers:
         if name not in NOT_FORWARDED and name not in own_names:
             lines += (name, b": ", value, b"\r\n")
-    return b"".join(lines)
+    joined = b"".join(lines)
+    return joined if joined.isascii() else b"\r\n".join(map(in_utf8, joined.split(b"\r\n")))
 
 
 def _around_length(headers: Headers) -> tuple[bytes, bytes] | None:

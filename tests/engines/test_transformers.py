@@ -57,6 +57,7 @@ def test_the_whole_command() -> None:
     assert command.env["CUDA_VISIBLE_DEVICES"] == ""
     assert json.loads(command.env["WORKER_OPTIONS"]) == {
         "context_length": 99,
+        "kv_cache_tokens": 396,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 512,
         "continuous_batching": True,
@@ -206,6 +207,25 @@ def test_a_call_that_is_cut_off_is_read_if_it_can_be() -> None:
 def test_its_device_says_where_it_computes(options: dict[str, Any], fields: dict[str, Any], expected: Any) -> None:
     needs = ENGINE.needs(a_launch(options, **fields))
     assert (needs.gpu_idx, needs.n_gpu, needs.can_spread) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "sequences"),
+    [
+        ({}, 4096, 4),
+        ({"max_num_seqs": 1}, 4096, 1),
+        ({"context_length": 1000, "max_num_seqs": 16}, 1000, 8),
+        ({"context_length": 1000, "kv_cache_tokens": 2500}, 1000, 3),
+        ({"context_length": 1000, "kv_cache_tokens": 64}, 64, 1),
+        ({"continuous_batching": False}, None, None),
+    ],
+    ids=str,
+)
+def test_the_cache_that_the_worker_makes_is_asked_for(
+    options: dict[str, Any], tokens: int | None, sequences: int | None
+) -> None:
+    cache = ENGINE.needs(a_launch(options)).cache
+    assert (cache and cache.tokens, cache and cache.sequences) == (tokens, sequences)
 
 
 def test_the_gpu_that_it_got_is_the_first_that_it_sees() -> None:

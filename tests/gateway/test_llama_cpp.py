@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
+from comers import come_and_leave, environment_of
 from harness import Gateway
 from xinference_client import RESTfulClient
 
@@ -93,3 +95,20 @@ async def test_an_adapter_that_is_not_there_ends_in_a_sentence(
     answer = await gateway.post("/v1/models", launch)
     assert answer.status >= 400
     assert missing in answer.error["message"]
+
+
+async def test_streams_that_are_left_at_random_leave_nothing_behind(gateway: Gateway, smollm2_gguf: Path) -> None:
+    launch = {"model_uid": "crowded", "model_path": str(smollm2_gguf), "n_threads_http": 300}
+    assert (await gateway.post("/v1/models", launch | SMALL | {"n_parallel": 8, "context_length": 256})).status == 200
+    assert (await gateway.complete("crowded", max_tokens=1)).status == 200
+    replica = await gateway.until("crowded", in_flight=0)
+    seen = await come_and_leave(gateway, "crowded", 256)
+    assert (seen.whole > 20, seen.left > 200) == (True, True)
+    key = environment_of(replica["pid"])["LLAMA_API_KEY"]
+    connector = aiohttp.UnixConnector(replica["address"].removeprefix("unix:"))
+    async with (
+        aiohttp.ClientSession("http://x", connector=connector, headers={"authorization": f"Bearer {key}"}) as engine,
+        asyncio.timeout(20),
+    ):
+        while any(slot["is_processing"] for slot in await (await engine.get("/slots")).json()):
+            await asyncio.sleep(0.1)

@@ -15,7 +15,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway import passed_on
-from gateway.door.leaving import WatchedProtocol
+from gateway.door.watched import Sweeper, WatchedProtocol
 from gateway.handover import HandoverFailed
 from gateway.server import Server
 
@@ -55,11 +55,15 @@ async def test_who_asks_nothing_by_a_connection_that_was_passed_on_is_not_kept_f
     with socket.create_server(("127.0.0.1", 0)) as listener, ours:
         server = Server(config, cast(Any, None), listener, -1)
         server.lifespan = config.lifespan_class(config)
+        sweeping = asyncio.create_task(
+            Sweeper(SimpleNamespace(deployments=list)).sweep(server.server_state.connections)
+        )
         taking = asyncio.create_task(server.take(theirs.detach()))
         reader, writer = await asyncio.open_connection(*listener.getsockname())
         with listener.accept()[0] as accepted:
             socket.send_fds(ours, [b"c"], [accepted.fileno()])
         assert await asyncio.wait_for(reader.read(), 5) == b""
+        sweeping.cancel()
         writer.close()
         await server.end_taking()
         await taking

@@ -19,7 +19,7 @@ from uvicorn.protocols.http import httptools_impl
 
 from gateway import metrics, passed_on, server
 from gateway.config import Settings
-from gateway.door import contract, protocol
+from gateway.door import contract, protocol, watched
 from gateway.errors import BadRequest
 
 __all__ = ["ends"]
@@ -146,6 +146,27 @@ async def test_a_host_that_is_named_twice_is_for_the_plain_way(ends: SimpleNames
     await asyncio.gather(*ends.client.tasks, return_exceptions=True)
 
 
+async def test_what_connection_lists_is_for_the_next_server_alone(ends: SimpleNamespace) -> None:
+    ends.client.data_received(HEAD.replace(b"localhost", b"localhost\r\nconnection: Keep-Alive") + BODY)
+    assert b"onnection" not in ends.to_engine.taken()
+    odd = b"\r\ncontent-length: 2\r\nX-Hop: 1\r\nx-stays: 1\r\nConnection: x-hop , keep-alive"
+    ends.engine.data_received(REPLY.replace(b"\r\ncontent-length: 2", odd))
+    told = ends.to_client.taken()
+    assert b"x-stays: 1" in told
+    assert b"x-hop" not in told
+    ends.client.data_received(HEAD.replace(b"localhost", b"localhost\r\nconnection: x-hop\r\nx-hop: 1") + BODY)
+    assert not ends.to_engine.taken()  # it is for the plain way
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
+
+
+async def test_headers_that_are_no_ascii_go_on_as_by_the_plain_way(ends: SimpleNamespace) -> None:
+    texts = b"localhost\r\nx-one: caf\xe9\r\nx-two: caf\xc3\xa9\r\nx-three: \xff \xc3"
+    ends.client.data_received(HEAD.replace(b"localhost", texts) + BODY)
+    sent = ends.to_engine.taken()
+    assert b"x-one: caf\xc3\xa9\r\nx-two: caf\xc3\xa9\r\nx-three: \xc3\xbf \xc3\x83\r\n" in sent
+    assert sent.endswith(BODY)
+
+
 async def test_a_head_without_end_is_refused(ends: SimpleNamespace) -> None:
     piece = b"x-a: %b\r\n" % (b"a" * 60_000)
     ends.client.data_received(HEAD[:-2])
@@ -202,7 +223,7 @@ async def test_connections_that_are_kept_for_nothing_or_do_not_come_on_are_close
     for after_s in (60, 119):
         ends.client.end_if_quiet(now + after_s)
     assert ends.to_client.end is None  # more has come in between
-    ends.client.end_if_quiet(now + 60 + protocol.STALL_LIMIT_S + 1)
+    ends.client.end_if_quiet(now + 60 + watched.STALL_LIMIT_S + 1)
     assert ends.to_client.end == "closed"
 
 

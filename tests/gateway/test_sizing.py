@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from model_files import F32, gguf
 from engines.base import Launch, Needs, Placement
 from engines.llama_cpp import LlamaCpp
 from engines.remote import Remote
+from engines.transformers import Transformers
 from gateway.experience import Experience
 from gateway.gpus import Gpu
 from gateway.placement import Device, NoRoom, place
 from gateway.sizing import needs_now, size_up
-from registry.memory import CPU_ENGINE_BYTES, GPU_ENGINE_BYTES, Attention, Cache
+from registry.memory import CPU_ENGINE_BYTES, GPU_ENGINE_BYTES, Attention, Cache, kv_cache_bytes
 from registry.schema import NO_FILES, ModelSpec, Source
 from registry.weights import Facts
 
@@ -162,6 +164,22 @@ def test_a_cache_has_room_for_so_many_tokens_at_least_in_whole_units() -> None:
     assert sizes == [sizes[0], 4 * sizes[0], 2**30, 5 * GB]
 
 
+def test_the_cache_of_transformers_batching_is_in_what_it_is_promised() -> None:
+    """As was held by one on an H100: 16 layers of 32 heads, 8 of keys and values, for 16 requests at once."""
+    attention = Attention(layers=16, key=512, value=512)
+    facts = Facts(weight_bytes=2_349_000_000, attention=(attention,), is_attention_known=True, width=2048)
+    launch = a_launch(options={"max_num_seqs": 16}, engine="transformers")
+    needs = size_up(launch, Transformers().needs(launch), None, facts, [], NOTHING, has_gpus=True).needs
+    held_bytes = 4_357_881_856
+    assert held_bytes < needs.memory_bytes < 1.1 * held_bytes
+
+
+def test_a_cache_of_equal_parts_has_no_windows() -> None:
+    attention = (Attention(layers=2, key=100, value=100), Attention(layers=2, key=100, value=100, window=10))
+    even = Cache(tokens=1000, sequences=3, is_even=True)
+    assert kv_cache_bytes(attention, even) == 4 * 1000 * 200 * 2 * 3
+
+
 def test_lighter_specs_of_the_family_are_known_for_advice() -> None:
     specs = [a_spec(7, "q4_0"), a_spec("0_5", "q8_0"), a_spec(14, "q8_0")]
     needs = size_up(of_spec(a_spec(7, "q8_0")), Needs(), None, None, [], NOTHING, has_gpus=False, specs=specs).needs
@@ -228,3 +246,35 @@ def test_a_cache_is_as_long_as_the_engine_has_it(
     found = size_up(of_spec(a_spec(1), options=options), needs, None, facts, [], NOTHING, has_gpus=True).needs.cache
     assert found
     assert (found.tokens, found.sequences) == (tokens, sequences)
+
+
+MAKES_A_POOL = """
+import gc, os, sys, types
+sys.modules["engines"] = package = types.ModuleType("engines")  # ours as workers have it: without the gateway's needs
+package.__path__ = [sys.argv[1]]
+from transformers import AutoModelForCausalLM, LlamaConfig
+from engines.workers.generators import Together
+sizes = dict(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+config = LlamaConfig(hidden_size=64, intermediate_size=64, vocab_size=100, **sizes)
+model = AutoModelForCausalLM.from_config(config, dtype="bfloat16").eval()
+Together(model, cache_tokens=4000, batch_tokens=64, most_lines=8)
+(cache,) = [one for one in gc.get_objects() if type(one).__name__ == "PagedAttentionCache"]
+tensors = [cache.cache_tensor] if hasattr(cache, "cache_tensor") else [*cache.key_cache, *cache.value_cache]
+print(sum(one.numel() * one.element_size() for one in tensors), flush=True)
+
+os._exit(0)
+"""
+
+
+@pytest.mark.engine
+def test_the_library_makes_its_pool_as_large_as_is_reckoned(torch_python: str) -> None:
+    made = subprocess.run(
+        [torch_python, "-P", "-c", MAKES_A_POOL, str(Path(__file__).parents[2] / "engines")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr[-2000:]
+    reckoned = kv_cache_bytes((Attention(layers=3, key=32, value=32),), Cache(tokens=1000, sequences=4, is_even=True))
+    assert reckoned <= int(made.stdout) < 1.05 * reckoned

@@ -14,11 +14,12 @@ import os
 import random
 import re
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from socket import SO_LINGER, SOL_SOCKET
+from socket import SHUT_WR, SO_LINGER, SOL_SOCKET
 from typing import Any, NamedTuple
 
 import httptools
@@ -30,6 +31,7 @@ SEED = int(os.environ.get("HOSTLER_FUZZ_SEED", "1"))
 KEY = "a-key"
 LIMIT_BYTES = 2_000_000
 UPLOAD_BYTES = 1_200_000  # passed on while it comes, if the head stands before what is large
+LEFT_S = 10.0  # until all is quiet behind a case
 QUIET_S = 8.0  # a connection that says nothing for so long is a fault
 # Each in the same engine; what the second one says by its own name is read as a whole, as clients are told ours.
 MODELS = {"fake": "fake", "named": "theirs"}
@@ -41,6 +43,10 @@ COUNTED = re.compile(
 )
 HEAD = re.compile(r"HTTP/1\.[01] [2-5]\d\d .*?\r\n\r\n", re.DOTALL)
 OF_TOKENS = re.compile("token|finish")
+
+
+class LeftOver(Exception):
+    """A request has not come to its end, though its client and its script have; the text says what is known."""
 
 
 class Case(NamedTuple):
@@ -79,6 +85,8 @@ def head(rng: random.Random, status: int, *lines: str, version: str = "HTTP/1.1"
         "Cache-Control: max-age=1",
         "Retry-After: 7",
         "Trailer: x",
+        "Connection: x-hop, Keep-Alive\r\nX-Hop: 1",
+        "X-Text: caf\xc3\xa9",
     ]
     chosen = [*lines, *rng.sample(more, rng.choice((0, 0, 1, 3)))]
     rng.shuffle(chosen)
@@ -117,9 +125,11 @@ def chunks(rng: random.Random, text: str, *, is_ended: bool = True) -> str:
     places = sorted({0, len(text), *(rng.randrange(len(text) + 1) for _ in range(rng.randrange(5)))})
     parts = [text[begin:end] for begin, end in itertools.pairwise(places)]
     mark = rng.choice(("", "", ";a=b"))
-    return "".join(f"{len(part):x}{mark}\r\n{part}\r\n" for part in parts) + ("0\r\n\r\n" if is_ended else "")
+    said = "".join(f"{len(part):x}{mark}\r\n{part}\r\n" for part in parts)
+    return said + (f"0\r\n{rng.choice(TRAILERS)}\r\n" if is_ended else "")
 
 
+TRAILERS = ("", "", "", "x-trailer: 1\r\n", "Retry-After: 9\r\nSet-Cookie: t=1\r\n", "x-trailer: caf\xe9\r\n")
 JSON = ("Content-Type: application/json", "content-type: application/json; charset=utf-8", "Content-Type: text/plain")
 
 
@@ -349,6 +359,10 @@ def request(rng: random.Random, script: list[Any], path: str, *, is_last: bool) 
             body = json.dumps(fields | {"stream": True})
         case 19:
             more.append("Host: second.example")
+        case 25:
+            more += [rng.choice(("Connection: X-Hop, keep-alive", "Connection: ,x-hop\r\nConnection: te")), "X-Hop: 1"]
+        case 26:
+            more.append(rng.choice(("X-Text: caf\xe9", "X-Text: caf\xc3\xa9", "X-Text: \xff \xc3", "cookie: \x80")))
         case 20 | 21 | 22 | 23 | 24 if HEAD.search("".join(step for step in script if isinstance(step, str))):
             # else it may be sent twice by one way, as only what is at hand can be
             large = {"pad": 'p\\"' * (UPLOAD_BYTES // 5)}
@@ -366,7 +380,7 @@ def request(rng: random.Random, script: list[Any], path: str, *, is_last: bool) 
     places = sorted({0, len(data), *(rng.randrange(len(data) + 1) for _ in range(rng.randrange(4)))})
     parts = [data[begin:end] for begin, end in itertools.pairwise(places)]
     sent = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
-    trailer = rng.choice((b"", b"", b"x-trailer: 1\r\n"))
+    trailer = rng.choice((b"", b"", b"x-trailer: 1\r\n", b"authorization: no\r\nhost: evil\r\nx-one: caf\xe9\r\n"))
     return top + b"\r\nTransfer-Encoding: chunked\r\n\r\n" + sent + b"0\r\n" + trailer + b"\r\n"
 
 
@@ -436,26 +450,35 @@ class Replies:
         return [one for one in self.found if one.get("status", 200) >= 200]
 
 
-async def play(gateway: Gateway, case: Case) -> dict[str, Any]:
+async def play(gateway: Gateway, case: Case, diary: list[tuple[float, str]]) -> dict[str, Any]:
     """Be the client; what it is told."""
+
+    def note(what: str) -> None:
+        diary.append((round(time.monotonic() % 1000, 3), what))
+
     port = int(gateway.address.rpartition(":")[2])
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
     replies, is_open, read = Replies(), True, 0
     sending = asyncio.ensure_future(_send(writer, case.sent))
+    sending.add_done_callback(lambda _: note("sent"))
+    note(f"port {writer.get_extra_info('sockname')[1]}")
     try:
         if case.leaves and not case.reads:
-            await sending
+            await asyncio.wait_for(sending, QUIET_S)
             await asyncio.sleep(0.4)  # until the engine has it, on a busy machine too
         while not (case.leaves and read >= case.reads):
-            if replies.is_whole and len(replies.told()) >= case.asked:
-                await sending
-                break
             try:
+                if replies.is_whole and len(replies.told()) >= case.asked:
+                    await asyncio.wait_for(sending, QUIET_S)
+                    break
                 data = await asyncio.wait_for(reader.read(2**16), QUIET_S)
             except ConnectionError:
                 data = b""
             except TimeoutError:
-                return {"replies": replies.told(), "is_open": "it says nothing"}
+                note("nothing is said, or taken")
+                writer.transport.abort()  # to close it would wait for what the gateway does not read
+                return {"replies": replies.told(), "is_open": "it says nothing, or does not take what is sent"}
+            note(f"{len(data)} bytes")
             if not data:
                 is_open = False
                 break
@@ -468,6 +491,7 @@ async def play(gateway: Gateway, case: Case) -> dict[str, Any]:
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
         writer.close()
+        note("closed")
     if case.leaves:
         return {}
     return {"replies": replies.told(), "is_open": is_open}
@@ -488,25 +512,38 @@ async def look(gateway: Gateway) -> dict[str, Any]:
     headers = {"authorization": f"Bearer {KEY}"}
     seen: list[dict[str, Any]] = []
     gone = 0
-    async with asyncio.timeout(10):
-        while True:
-            replicas = (await gateway.get("/v1/replicas", headers=headers)).json
-            if not any(replica["in_flight"] for replica in replicas):
-                break
-            await asyncio.sleep(0.01)
-    async with asyncio.timeout(10):
-        for replica in replicas:
-            is_at_work = True
-            while is_at_work:
-                engine = await ask_engine(replica["address"])
-                seen += engine["seen"]
-                gone += engine["gone"]
-                if is_at_work := engine["at_work"]:
-                    await asyncio.sleep(0.01)
+    limit_at = time.monotonic() + LEFT_S
+    while True:
+        replicas = (await gateway.get("/v1/replicas", headers=headers)).json
+        if not any(replica["in_flight"] for replica in replicas):
+            break
+        if time.monotonic() > limit_at:
+            raise LeftOver(await left_over(gateway, replicas))
+        await asyncio.sleep(0.01)
+    for replica in replicas:
+        is_at_work = True
+        while is_at_work:
+            engine = await ask_engine(replica["address"])
+            seen += engine["seen"]
+            gone += engine["gone"]
+            if is_at_work := engine["at_work"]:
+                if time.monotonic() > limit_at:
+                    raise LeftOver(await left_over(gateway, replicas))
+                await asyncio.sleep(0.01)
     text = (await gateway.get("/metrics", headers=headers)).body.decode()
     lines = [line.rpartition(" ") for line in text.splitlines() if COUNTED.match(line)]
     counts = Counter({name: float(count) for name, _, count in lines})
     return {"counts": counts, "seen": seen, "gone": gone, "starts": [replica["starts"] for replica in replicas]}
+
+
+async def left_over(gateway: Gateway, replicas: list[dict[str, Any]]) -> str:
+    """Who has not seen the end of a request: the gateway, its engine, or the system that holds what nobody reads."""
+    counts = {replica["uid"]: replica["in_flight"] for replica in replicas}
+    engines = {replica["uid"]: await ask_engine(replica["address"]) for replica in replicas}
+    ours = f":{int(gateway.address.rpartition(':')[2]):04X}"
+    sockets = [line.split()[1:5] for line in Path("/proc/net/tcp").read_text().splitlines() if ours in line]
+    log = gateway.log.read_text()[-2000:]
+    return f"{gateway.home.name}: in flight {counts}; engines {engines}; sockets {sockets}; log {log}"
 
 
 async def ask_engine(address: str) -> dict[str, Any]:
@@ -552,10 +589,14 @@ async def both(tmp_path: Path, start_gateway: StartGateway) -> tuple[Gateway, Ga
 async def differences(gateways: tuple[Gateway, Gateway], case: Case) -> dict[str, Any]:
     """What the case shows of one and not of the other."""
     before = [await look(gateway) for gateway in gateways]
-    told = await asyncio.gather(*(play(gateway, case) for gateway in gateways))
+    diaries: list[list[tuple[float, str]]] = [[], []]
+    told = await asyncio.gather(*map(play, gateways, (case, case), diaries))
     found = []
-    for gateway, was, one in zip(gateways, before, told, strict=True):
-        now = await look(gateway)
+    for gateway, was, one, diary in zip(gateways, before, told, diaries, strict=True):
+        try:
+            now = await look(gateway)
+        except LeftOver as exc:
+            raise LeftOver(f"{exc}\nclient {diary}") from exc
         for name, count in was["counts"].items():
             now["counts"][name] -= count
         if case.leaves:  # how much of what came had been read by then is not told
@@ -571,12 +612,48 @@ async def test_random_requests_and_engines_see_no_difference(tmp_path: Path, sta
     wrong = []
     for number in range(CASES):
         case = case_of(random.Random(f"{SEED}-{number}"))
-        if found := await differences(gateways, case):
+        try:
+            found = await differences(gateways, case)
+            if '"send_again"' in str(found):  # once for a model, of what changes a request and comes too late
+                found = await differences(gateways, case)
+        except LeftOver as exc:
+            raise AssertionError(f"case {number}: {short(case)}\n{short(exc)}") from exc
+        if found:
             wrong.append((number, case, found))
             if len(wrong) >= 5:
                 break
             await asyncio.gather(*(look(gateway) for gateway in gateways))
     assert not wrong, "\n\n".join(f"case {number}: {short(case)}\n{short(found)}" for number, case, found in wrong)
+
+
+async def test_whoever_leaves_at_any_moment_leaves_nothing_in_flight(
+    tmp_path: Path, start_gateway: StartGateway
+) -> None:
+    gateways = await both(tmp_path, start_gateway)
+    for number, gateway in itertools.product(range(max(8, CASES // 20)), gateways):
+        await asyncio.gather(*(come_and_leave(gateway, random.Random(f"{SEED}-{number}-{one}")) for one in range(20)))
+        await look(gateway)
+        assert "Traceback" not in gateway.log.read_text()
+
+
+async def come_and_leave(gateway: Gateway, rng: random.Random) -> None:
+    """Leave in the middle of whatever is going on."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.address.rpartition(":")[2]), limit=2**24)
+    doing = [asyncio.ensure_future(_send(writer, case_of(rng).sent))]
+    if rng.randrange(6):  # else it does not even listen
+        doing.append(asyncio.ensure_future(reader.read()))
+    await asyncio.sleep(rng.choice((0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.4)) * rng.random())
+    how = rng.choice(("close", "reset", "half"))
+    if how == "half":
+        with suppress(OSError):
+            writer.get_extra_info("socket").shutdown(SHUT_WR)
+        await asyncio.sleep(0.05)
+    elif how == "reset":
+        writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+    for one in doing:
+        one.cancel()
+    await asyncio.gather(*doing, return_exceptions=True)
+    writer.transport.abort()
 
 
 async def test_no_request_is_sent_twice_as_the_engine_says_more_than_its_reply(

@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import struct
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from both_ends import STREAM, WHOLE, Wire, ends
 from harness import StartGateway, events_in
 
 from engines.base import Endpoint
+from gateway import metrics
 from gateway.api.affinity import key_of
 from gateway.api.beginning import Fields, as_whole
 from gateway.api.exchange import RESTARTED_MIDWAY
@@ -105,6 +107,15 @@ async def test_a_large_conversation_is_drawn_to_the_replica_of_its_earlier_turns
     assert asked.body + data[cut:] == whole.body
 
 
+def test_of_a_name_that_is_long_or_no_text_nothing_is_kept() -> None:
+    fields = Fields()
+    fields.feed(b'{"')
+    for _ in range(1000):
+        fields.feed(b"n" * 1000)
+    assert sum(len(one) for one in vars(fields).values() if isinstance(one, bytes)) < 10_000
+    assert len(fields.feed(b'":1,"\\ud800":2,"\\x":3,"model":"')) == 4
+
+
 # --- with both ends in hand
 
 
@@ -170,6 +181,30 @@ async def test_an_engine_that_takes_it_slowly_slows_the_client(ends: SimpleNames
     assert not ends.to_client.is_read_paused
 
 
+async def test_what_is_changed_for_the_engine_as_a_whole_is_read_whole(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    body = b'{"model":"mock","content":"%b","prompt":"x"}' % PAD
+    head = (HEAD % len(body)).replace(b"/v1/completions", b"/tokenize")
+    ends.client.data_received(head + body[:PART])
+    await asyncio.sleep(0)
+    ends.client.data_received(body[PART:])
+    assert not fresh.engines
+    assert ends.to_engine.sent
+
+
+async def test_an_answer_before_the_request_has_gone_out_leaves_a_connection_that_nobody_waits_behind(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    ends.connections.idle.clear()
+    ends.client.data_received(await begin(ends))
+    fresh.wires[0].unsent = 1
+    fresh.engines[0].data_received(WHOLE)
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 200")
+    assert fresh.wires[0].end == "aborted"
+    assert not ends.connections.idle
+
+
 async def test_whoever_has_sent_it_all_is_listened_to(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
     ends.client.data_received(await begin(ends))
     fresh.engines[0].pause_writing()
@@ -191,6 +226,16 @@ async def test_what_is_all_there_at_once_goes_out_as_any_other(ends: SimpleNames
     ends.client.data_received(HEAD % len(LARGE) + LARGE)
     assert ends.to_engine.taken().endswith(LARGE)
     assert not fresh.engines
+
+
+async def test_an_engine_that_takes_even_the_beginning_slowly_slows_the_client(
+    ends: SimpleNamespace, fresh: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Wire, "writelines", lambda wire, parts: fresh.engines[0].pause_writing())
+    await begin(ends)
+    assert ends.to_client.is_read_paused
+    fresh.engines[0].resume_writing()
+    assert not ends.to_client.is_read_paused
 
 
 async def test_whoever_leaves_in_the_middle_has_asked_nothing(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
@@ -229,6 +274,7 @@ async def test_what_cannot_be_connected_is_the_plain_routes_with_all_of_its_body
     ends.client.data_received(LARGE[PART // 2 : PART])
     await asyncio.sleep(0)
     assert not ends.to_client.is_read_paused
+    assert ends.client.cycle.more_body
     ends.client.data_received(LARGE[PART:])
     assert ends.client.cycle.body == LARGE
     assert not ends.client.cycle.more_body
@@ -247,7 +293,9 @@ async def test_a_field_that_changes_the_request_and_comes_late_is_asked_for_agai
     assert b"send_again" in told
     assert b"retry-after: 0" in told
     assert fresh.wires[0].end == "aborted"
-    ends.client.data_received(HEAD % len(body) + body)  # from now on they are read whole
+    left = await begin(ends, body)  # from now on they are read whole
+    ends.client.data_received(left)
+    assert len(fresh.engines) == 1
     assert b'"chat_template_kwargs"' in ends.to_engine.taken()
     ends.engine.data_received(WHOLE)
     assert ends.to_client.taken().startswith(b"HTTP/1.1 200")
@@ -316,8 +364,9 @@ async def test_a_field_that_comes_late_changes_nothing_of_an_answer_that_has_beg
 async def test_what_is_not_known_from_the_beginning_is_read_whole(
     ends: SimpleNamespace, fresh: SimpleNamespace, body: bytes
 ) -> None:
-    ends.client.data_received(HEAD % len(body) + body[:PART])
-    ends.client.data_received(body[PART:-1])
+    left = await begin(ends, body)
+    ends.client.data_received(left[:-1])
+    await asyncio.sleep(0)
     assert not ends.to_engine.sent
     assert not fresh.engines
     ends.client.data_received(body[-1:])
@@ -354,6 +403,18 @@ async def test_it_passes_on_however_its_beginning_comes(
     assert fresh.wires[0].taken().endswith(LARGE)
 
 
+async def test_it_passes_on_though_its_beginning_tells_nothing_yet(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    body = b'{"model":"mock",%b"prompt":"%b"}' % (b" " * 2 * FIRST_LOOK_BYTES, PAD)
+    left = await begin(ends, body, size=FIRST_LOOK_BYTES + 100)
+    assert not fresh.engines
+    ends.client.data_received(left[:PART])
+    await asyncio.sleep(0)
+    ends.client.data_received(left[PART:])
+    assert fresh.wires[0].taken().endswith(body)
+
+
 @pytest.mark.parametrize("place", ["gateway.api.beginning.Fields.feed", "gateway.connections.Connection.more"])
 async def test_a_fault_of_ours_in_the_middle_is_answered_and_nothing_stays_in_use(
     ends: SimpleNamespace, fresh: SimpleNamespace, place: str, monkeypatch: pytest.MonkeyPatch
@@ -370,13 +431,16 @@ async def test_a_fault_of_ours_in_the_middle_is_answered_and_nothing_stays_in_us
 async def test_a_client_that_sends_nothing_more_is_not_waited_for_but_an_engine_is(
     ends: SimpleNamespace, fresh: SimpleNamespace
 ) -> None:
-    await begin(ends)
-    fresh.engines[0].pause_writing()
+    left = await begin(ends)
     for after_s in (0, 100, 200):
+        ends.client.data_received(left[after_s : after_s + 100])
+        ends.client.end_if_quiet(after_s)
+    fresh.engines[0].pause_writing()
+    for after_s in (300, 400, 500):
         ends.client.end_if_quiet(after_s)
     assert ends.to_client.end is None
     fresh.engines[0].resume_writing()
-    for after_s in (300, 400):
+    for after_s in (600, 700):
         ends.client.end_if_quiet(after_s)
     assert ends.to_client.end == "closed"
 
@@ -387,6 +451,134 @@ async def test_a_stream_is_an_answer_too(ends: SimpleNamespace, fresh: SimpleNam
     fresh.engines[0].data_received(STREAM)
     assert ends.to_client.taken().endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     assert ends.replica.in_flight == 0
+
+
+CHUNKED_HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def chunk(part: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(part), part)
+
+
+def unchunked(sent: bytes) -> tuple[bytes, bool]:
+    """The body so far, and whether it has its end."""
+    head, _, rest = sent.partition(b"\r\n\r\n")
+    assert b"transfer-encoding: chunked" in head
+    assert b"content-length" not in head
+    body = b""
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        if size == b"0":
+            assert rest == b"\r\n"
+            return body, True
+        body += rest[: int(size, 16)]
+        rest = rest[int(size, 16) + 2 :]
+    return body, False
+
+
+async def begin_in_chunks(ends: SimpleNamespace, body: bytes = LARGE) -> bytes:
+    """Send so much that it is known to be large; what is left."""
+    ends.client.data_received(CHUNKED_HEAD)
+    while not ends.client._upload and body:
+        ends.client.data_received(chunk(body[:PART]))
+        body = body[PART:]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    return body
+
+
+async def test_a_large_request_in_chunks_passes_on_in_chunks_while_it_comes(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    left = await begin_in_chunks(ends)
+    assert len(LARGE) - len(left) < UPLOAD_BYTES + PART
+    sent = fresh.wires[0].taken()
+    while left:
+        ends.client.data_received(chunk(left[:PART]))
+        sent += (part := fresh.wires[0].taken())
+        assert left[:PART] in part
+        assert not ends.client._parts
+        left = left[PART:]
+    assert unchunked(sent) == (LARGE, False)
+    ends.client.data_received(b"0\r\nx-trailer: 1\r\n\r\n")
+    assert unchunked(sent + fresh.wires[0].taken()) == (LARGE, True)
+    fresh.engines[0].data_received(WHOLE)
+    assert ends.to_client.taken().endswith(WHOLE.partition(b"\r\n\r\n")[2])
+    assert (ends.replica.in_flight, ends.replica.served) == (0, 1)
+    assert fresh.wires[0].end == "closed"
+
+
+async def test_what_was_all_there_before_there_was_a_connection_says_how_long_it_is(
+    ends: SimpleNamespace, fresh: SimpleNamespace
+) -> None:
+    ends.client.data_received(CHUNKED_HEAD + b"".join(map(chunk, (LARGE[:2_000_000], LARGE[2_000_000:]))) + chunk(b""))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    sent = fresh.wires[0].taken()
+    assert b"content-length: %d\r\n\r\n" % len(LARGE) in sent
+    assert sent.endswith(LARGE)
+
+
+async def test_a_large_request_in_chunks_has_its_limit_too(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
+    before = metrics.tally_of("mock").answered.copy()
+    left = await begin_in_chunks(ends)
+    limit_bytes = ends.client._door.fleet.settings.max_body_bytes
+    for _ in range((limit_bytes - len(LARGE) + len(left)) // 1_000_000 + 1):
+        assert not ends.to_client.sent
+        ends.client.data_received(chunk(PAD[:1_000_000]))
+        fresh.wires[0].taken()
+    told = ends.to_client.taken()
+    assert told.startswith(b"HTTP/1.1 413")
+    assert b"`max_body_bytes` (%d bytes)" % limit_bytes in told
+    assert metrics.tally_of("mock").answered == before  # as on the plain way, which reads it before all else
+    assert fresh.wires[0].end == "aborted"
+    assert ends.replica.in_flight == ends.connections.asking == 0
+    ends.client.data_received(chunk(PAD) + chunk(b""))  # nobody needs it
+    assert ends.client.is_between_requests()
+
+
+async def test_an_answer_before_the_end_of_what_comes_in_chunks(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
+    left = await begin_in_chunks(ends)
+    fresh.engines[0].data_received(WHOLE)
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 200")
+    assert fresh.wires[0].end == "aborted"
+    ends.client.data_received(chunk(left) + chunk(b""))
+    assert ends.client.is_between_requests()
+
+
+async def test_chunks_that_an_engine_may_not_take_are_read_whole(
+    ends: SimpleNamespace, fresh: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.llama_cpp.LlamaCpp.takes_chunks", False)
+    assert not await begin_in_chunks(ends)
+    assert not fresh.engines
+    ends.client.data_received(chunk(b""))
+    assert b"content-length: %d\r\n\r\n" % len(LARGE) in ends.to_engine.taken()
+
+
+async def test_a_fault_of_ours_at_the_end_of_what_comes_in_chunks(
+    ends: SimpleNamespace, fresh: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends.client.data_received(chunk(await begin_in_chunks(ends)))
+    monkeypatch.setattr("gateway.connections.Connection.more", lambda *of_it, **named: 1 / 0)
+    ends.client.data_received(chunk(b""))
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 500")
+    assert fresh.wires[0].end == "aborted"
+    assert ends.replica.in_flight == ends.connections.asking == 0
+
+
+async def test_chunks_that_cannot_go_on_are_the_plain_routes(ends: SimpleNamespace, fresh: SimpleNamespace) -> None:
+    fresh.refuses = True
+    ends.client.data_received(CHUNKED_HEAD + chunk(LARGE[:UPLOAD_BYTES]))
+    await asyncio.sleep(0)
+    assert not ends.to_client.is_read_paused
+    ends.client.data_received(chunk(LARGE[UPLOAD_BYTES:]))
+    assert ends.client.cycle.more_body
+    ends.client.data_received(chunk(b""))
+    assert bytes(ends.client.cycle.body) == LARGE
+    assert not ends.client.cycle.more_body
+    assert ends.replica.in_flight == 0
+    await asyncio.gather(*ends.client.tasks, return_exceptions=True)
 
 
 # --- on real sockets
@@ -468,3 +660,53 @@ async def test_a_client_that_leaves_an_engine_that_takes_nothing_is_noticed(star
         await gateway.until(in_flight=0, limit_s=2)
     finally:
         os.kill(engine, signal.SIGCONT)
+
+
+@pytest.mark.both_doors
+async def test_an_engine_that_hangs_is_ended_though_a_client_goes_on_sending(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(fake={}, probe_interval_s=0.3, probe_failures=2)
+    await gateway.complete()
+    engine = (await gateway.replicas())[0]["pid"]
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.address.rpartition(":")[2]))
+    body = b'{"model":"fake","prompt":"' + b"y" * 1_500_000 + b'"}'
+    writer.write(HEAD % len(body) + body[:PART])
+    await asyncio.sleep(0.2)
+    os.kill(engine, signal.SIGSTOP)
+    at = PART
+    async with asyncio.timeout(10):
+        while (await gateway.replicas())[0]["pid"] == engine:
+            writer.write(body[at : at + 1])
+            at += 1
+            await asyncio.sleep(0.05)
+    writer.write(body[at:])
+    assert (await reader.readline()).split()[1] in (b"200", b"502")
+    writer.close()
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+@pytest.mark.parametrize("door", ["auto"], indirect=True)
+async def test_a_large_request_takes_about_as_much_memory_as_any(
+    start_gateway: StartGateway, tmp_path: Path, *, is_chunked: bool
+) -> None:
+    events = tmp_path / "events"
+    gateway = await start_gateway(fake={"events_file": str(events)}, max_body_bytes=2**27)
+    proc = Path(f"/proc/{gateway.process.pid}")
+
+    async def send(size: int) -> None:
+        body = b'{"model":"fake","stream":false,"prompt":"' + b"y" * size + b'"}'
+
+        async def parts() -> AsyncIterator[bytes]:
+            for begin in range(0, len(body), PART):
+                yield body[begin : begin + PART]
+
+        assert (await gateway.request("POST", "/v1/completions", data=parts() if is_chunked else body)).status == 200
+        assert events_in(events, "request")[-1]["bytes"] == len(body)
+
+    def peak_kib() -> int:
+        return int((proc / "status").read_text().partition("VmHWM:")[2].split()[0])
+
+    await send(2_000_000)
+    (proc / "clear_refs").write_text("5")
+    before = peak_kib()
+    await send(100_000_000)
+    assert peak_kib() - before < 12 * 1024

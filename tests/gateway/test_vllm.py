@@ -16,6 +16,7 @@ import openai
 import psutil
 import pytest
 import pytest_asyncio
+from comers import come_and_leave
 from harness import Gateway, until
 from openai import AsyncOpenAI
 from xinference_client import RESTfulClient
@@ -139,14 +140,14 @@ async def test_a_client_that_leaves_frees_its_place(client: AsyncOpenAI, gateway
 
 
 async def requests_running(gateway: Gateway) -> float:
-    """What vLLM itself says."""
+    """What vLLM itself says; those that wait for their turn are some, too."""
     replica = await gateway.until("smol", state="ready")
     connector = aiohttp.UnixConnector(replica["address"].removeprefix("unix:"))
     async with aiohttp.ClientSession(connector=connector) as engine:
         text = await (await engine.get("http://x/metrics")).text()
-    found = re.search(r"^vllm:num_requests_running\{.*\} (\S+)$", text, re.MULTILINE)
-    assert found
-    return float(found[1])
+    found = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", text, re.MULTILINE)
+    assert len(found) == 2
+    return sum(map(float, found))
 
 
 async def test_refusals_name_what_is_wrong(client: AsyncOpenAI, gateway: Gateway) -> None:
@@ -193,6 +194,14 @@ async def test_engines_whose_libraries_clash_answer_side_by_side(client: AsyncOp
 
     both = await asyncio.gather(ask("smol"), ask("other"))
     assert [text.startswith(" Paris") for text in both] == [True, True]
+
+
+async def test_streams_that_are_left_at_random_leave_nothing_behind(gateway: Gateway) -> None:
+    seen = await come_and_leave(gateway, "smol", 256)
+    assert (seen.whole > 20, seen.left > 200) == (True, True)
+    async with asyncio.timeout(20):
+        while await requests_running(gateway):
+            await asyncio.sleep(0.1)
 
 
 async def test_when_only_the_front_is_killed_nothing_of_the_engine_stays(gateway: Gateway) -> None:
