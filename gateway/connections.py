@@ -188,8 +188,10 @@ class Connection(asyncio.Protocol):
         self.known = None
         self._strange += 1
         is_usual = self._is_kept and not self._is_odd and self.status == 200
-        if is_usual and is_worth_learning(self._strange) and (head := around_length(data)):
-            self.known = KnownReply(*head, self._headers, self.status)
+        if is_usual and is_worth_learning(self._strange) and (head := around_length(data, self._headers)):
+            known = KnownReply(*head, self._headers, self.status)
+            if not known.rest(data):  # else it is a head before that of the reply
+                self.known = known
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.forget(self)

@@ -54,11 +54,15 @@ def is_worth_learning(strange: int) -> bool:
     return 0 < strange <= STRANGE_LIMIT
 
 
-def around_length(data: bytes) -> tuple[bytes, bytes] | None:
-    """The head that these bytes begin with, before and behind the length that it tells; None if there is none."""
+def around_length(data: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[bytes, bytes] | None:
+    """The head that these bytes begin with, before and behind the length that it tells.
+
+    None if there is none, or it is not that of the headers.
+    """
     end = data.find(END) + len(END)
     for name in LENGTHS:
         if (at := data.find(name, 0, end)) >= 0:
             at += len(name)
-            return data[:at], data[data.index(b"\r", at) : end]
+            behind = data.index(b"\r", at)
+            return (data[:at], data[behind:end]) if (LENGTH, data[at:behind]) in headers else None
     return None

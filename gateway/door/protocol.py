@@ -220,6 +220,7 @@ class DoorProtocol(WatchedProtocol):
 
     def on_message_complete(self) -> None:
         self._is_coming = False
+        self._begun = b""
         inference = self._inference
         if inference is None:
             if self._upload is None:
@@ -267,7 +268,7 @@ class DoorProtocol(WatchedProtocol):
         begun, self._begun, self._known = self._begun, b"", None
         self._strange += 1
         is_usual = self._keeps_alive and not (self._request_id or self._awaits_word)
-        if is_usual and is_worth_learning(self._strange) and (head := around_length(begun)):
+        if is_usual and is_worth_learning(self._strange) and (head := around_length(begun, self.headers)):
             self._known = KnownRequest(*head, self.url, self.headers, inference, self._door.fleet.settings)
 
     # --- what is easy

@@ -292,7 +292,7 @@ async def test_where_no_two_heads_are_alike_none_is_learned_any_more(ends: Simpl
 
 
 def test_a_head_is_known_by_all_of_its_bytes_but_its_length() -> None:
-    head = around_length(HEAD + BODY)
+    head = around_length(HEAD + BODY, [(b"content-length", b"%d" % len(BODY))])
     assert head is not None
     known = KnownHead(*head, [(b"content-length", b"0"), (b"host", b"localhost")])
     assert known.rest(HEAD + BODY) == 0
@@ -313,5 +313,22 @@ def test_a_head_is_known_by_all_of_its_bytes_but_its_length() -> None:
         HEAD.replace(b"%d\r\n" % len(BODY), b"1" * 20 + b"\r\n"),
     ):
         assert known.rest(other) < 0
-    assert around_length(b"POST / HTTP/1.1\r\nhost: x\r\n\r\n\r\ncontent-length: 5\r\n\r\n") is None
-    assert around_length(HEAD[:-1]) is None
+    length = [(b"content-length", b"5")]
+    assert around_length(b"POST / HTTP/1.1\r\nhost: x\r\n\r\n\r\ncontent-length: 5\r\n\r\n", length) is None
+    assert around_length(b"POST / HTTP/1.1\r\ncontent-length: 5\r\n", length) is None
+    assert around_length(HEAD, length) is None
+
+
+@pytest.mark.parametrize("length", [0, 2, 3])
+async def test_the_head_of_an_interim_reply_is_not_taken_for_that_of_the_reply(
+    ends: SimpleNamespace, length: int
+) -> None:
+    interim = b"HTTP/1.1 103 Early Hints\r\ncontent-length: %d\r\n\r\n" % length
+    for _ in range(4):
+        assert ask(ends, reply=interim + REPLY).endswith(b"\r\n\r\n{}")
+        ends.client.data_received(HEAD + BODY)
+        ends.engine.data_received(interim)
+        assert not ends.to_client.taken()
+        ends.engine.data_received(REPLY)
+        assert ends.to_client.taken().endswith(b"\r\n\r\n{}")
+    assert ends.engine.known is None or not ends.engine.known.rest(REPLY)
