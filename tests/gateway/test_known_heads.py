@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
-from types import SimpleNamespace
+from collections.abc import Callable
+from types import FrameType, SimpleNamespace
 
 import msgspec
 import pytest
@@ -92,6 +94,35 @@ async def test_a_reply_with_a_known_head_tells_its_own_length(ends: SimpleNamesp
         ends.client.shutdown()
     ends.engine.data_received(WHOLE)
     assert ends.to_client.taken().lower().count(b"content-length: %d\r\n" % len(TOLD)) == 1
+
+
+async def test_an_easy_request_takes_few_calls_and_an_event_of_a_stream_fewer(known: SimpleNamespace) -> None:
+    """What a request costs beside the system's own work, told by what no other load of the machine disturbs."""
+    ask(known, HEAD + BODY, WHOLE)  # the second with this head
+    calls = calls_of(lambda: ask(known, HEAD + BODY, WHOLE))
+    assert len(calls) <= 66, calls
+    parse(known)
+    head, event = STREAM[: STREAM.index(b"28")], STREAM[STREAM.index(b"28") : STREAM.index(b"3e")]
+    known.client.data_received(HEAD + BODY)
+    known.engine.data_received(head + event)
+    calls = calls_of(lambda: known.engine.data_received(event))
+    assert len(calls) <= 8, calls
+
+
+def calls_of(work: Callable[[], object]) -> list[str]:
+    """The functions of ours, and of what is written in Python, that are called for it."""
+    names = []
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename != __file__:
+            names.append(frame.f_code.co_qualname)
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return names
 
 
 async def test_tokens_of_a_known_reply_are_counted(ends: SimpleNamespace) -> None:
