@@ -58,7 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     door: Annotated[
         Literal["auto", "plain"],
         Meta(description="auto: requests that need no more than a look take a short way; plain: none does"),
-    ] = "plain"
+    ] = "auto"
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
     access_log: Annotated[bool, Meta(description="one line a request")] = True
     keepalive_interval_s: Annotated[

@@ -338,7 +338,7 @@ EVERY_FIELD: dict[str, tuple[str, Any]] = {
     "allowed_origins": ("https://a.example, https://b.example", ("https://a.example", "https://b.example")),
     "max_body_bytes": ("2048", 2048),
     "log_level": ("debug", "debug"),
-    "door": ("auto", "auto"),
+    "door": ("plain", "plain"),
     "access_log": ("false", False),
     "keepalive_interval_s": ("0.5", 0.5),
     "drain_timeout_s": ("0", 0.0),
