@@ -96,6 +96,27 @@ async def test_a_reply_with_a_known_head_tells_its_own_length(ends: SimpleNamesp
     assert ends.to_client.taken().lower().count(b"content-length: %d\r\n" % len(TOLD)) == 1
 
 
+@pytest.mark.parametrize(
+    "line", [b"x-content-length: 7", b"x-note: content-length: 7", b"x-content-length: 102", b"content-length-x: 102"]
+)
+async def test_a_header_that_only_looks_like_the_length_is_left_as_it_is(ends: SimpleNamespace, line: bytes) -> None:
+    def marked(reply: bytes) -> bytes:
+        return reply.replace(b"content-type", line + b"\r\ncontent-type")
+
+    for reply, size in ((WHOLE, len(TOLD)), (REPLY, 2)) * 4:
+        told = ask(ends, reply=marked(reply))
+        assert [one for one in told.split(b"\r\n") if b"content-length" in one] == [line, b"content-length: %d" % size]
+
+
+async def test_uvicorns_own_clock_ends_no_connection_on_which_a_known_head_has_come(known: SimpleNamespace) -> None:
+    known.client.data_received(HEAD + BODY)
+    known.client.flow.pause_reading()
+    known.engine.data_received(REPLY)
+    assert known.client.timeout_keep_alive_task is not None
+    known.client.data_received(LONG_HEAD)
+    assert known.client.timeout_keep_alive_task is None
+
+
 async def test_an_easy_request_takes_few_calls_and_an_event_of_a_stream_fewer(known: SimpleNamespace) -> None:
     """What a request costs beside the system's own work, told by what no other load of the machine disturbs."""
     ask(known, HEAD + BODY, WHOLE)  # the second with this head
