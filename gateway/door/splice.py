@@ -430,5 +430,7 @@ def _around_length(headers: Headers) -> tuple[bytes, bytes] | None:
     if b"content-length" not in names:
         return None
     at = names.index(b"content-length")
-    before, behind = (b"".join([b"%b: %b\r\n" % header for header in part]) for part in (headers[:at], headers[at + 1 :]))
+    before, behind = (
+        b"".join([b"%b: %b\r\n" % header for header in part]) for part in (headers[:at], headers[at + 1 :])
+    )
     return before + b"content-length: ", b"\r\n" + behind

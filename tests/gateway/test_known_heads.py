@@ -13,7 +13,7 @@ import pytest
 from both_ends import BODY, HEAD, REPLY, STREAM, TOLD, WHOLE, ends
 
 from gateway import metrics, passed_on
-from gateway.known_head import STRANGE_LIMIT, KnownHead, around_length
+from gateway.known_head import HEAD_LIMIT_BYTES, STRANGE_LIMIT, KnownHead, around_length
 
 __all__ = ["ends"]
 
@@ -341,6 +341,17 @@ async def test_where_no_two_heads_are_alike_none_is_learned_any_more(ends: Simpl
     for number in range(STRANGE_LIMIT, STRANGE_LIMIT + 3):
         assert ask(ends, numbered(HEAD, number) + BODY, numbered(REPLY, number)).endswith(b"{}")
         assert ends.client._known is ends.engine.known is None
+
+
+async def test_a_large_head_is_not_kept(ends: SimpleNamespace) -> None:
+    def marked(message: bytes, size: int) -> bytes:
+        return message.replace(b"content-length", b"x-large: %b\r\ncontent-length" % (b"y" * size), 1)
+
+    for size, is_kept in ((HEAD_LIMIT_BYTES, False), (HEAD_LIMIT_BYTES // 2, True)):
+        ends.client._strange = ends.engine._strange = 0
+        for _ in range(3):
+            assert ask(ends, marked(HEAD, size) + BODY, marked(REPLY, size)).endswith(b"{}")
+        assert (ends.client._known is not None) == (ends.engine.known is not None) == is_kept
 
 
 def test_a_head_is_known_by_all_of_its_bytes_but_its_length() -> None:
