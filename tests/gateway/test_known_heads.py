@@ -13,6 +13,8 @@ import pytest
 from both_ends import BODY, HEAD, REPLY, STREAM, TOLD, WHOLE, ends
 
 from gateway import metrics, passed_on
+from gateway.connections import JOINED_BYTES
+from gateway.door.protocol import HELD_LIMIT_BYTES, KnownRequest
 from gateway.known_head import HEAD_LIMIT_BYTES, STRANGE_LIMIT, KnownHead, around_length
 
 __all__ = ["ends"]
@@ -170,8 +172,64 @@ async def test_a_body_in_pieces_behind_a_known_head_is_parsed(known: SimpleNames
     known.client.data_received(LONG_HEAD + LONG[:10])
     parse(known)
     known.client.data_received(LONG[10:20])
+    assert not known.client._held
     known.client.data_received(LONG[20:])
     assert known.to_engine.taken().endswith(LONG)
+
+
+async def test_a_large_body_behind_a_known_head_is_not_held(known: SimpleNamespace) -> None:
+    parse(known)
+    size = HELD_LIMIT_BYTES + 1
+    known.client.data_received(HEAD.replace(b"%d\r\n" % len(BODY), b"%d\r\n" % size))
+    assert not known.client._held
+    known.client.data_received(b"{" * size)
+    await asyncio.gather(*known.client.tasks, return_exceptions=True)
+
+
+async def test_a_known_head_is_refused_where_there_are_too_many_clients(known: SimpleNamespace) -> None:
+    parse(known)
+    known.client._door.crowd.most = 0
+    known.client.data_received(HEAD + BODY)
+    assert not known.to_engine.taken()
+    assert known.client.tasks
+    await asyncio.gather(*known.client.tasks, return_exceptions=True)
+
+
+async def test_who_waits_for_the_word_to_send_a_body_gets_it_each_time(ends: SimpleNamespace) -> None:
+    head = HEAD.replace(b"host: ", b"expect: 100-continue\r\nhost: ")
+    for _ in range(4):
+        ends.client.data_received(head)
+        assert ends.to_client.taken() == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert ask(ends, BODY).endswith(b"{}")
+
+
+async def test_a_large_reply_with_a_known_head_is_told_whole(known: SimpleNamespace) -> None:
+    ask(known)
+    text = b"[%b]" % (b"1" * JOINED_BYTES)
+    assert ask(known, reply=REPLY.replace(b"2\r\n\r\n{}", b"%d\r\n\r\n%b" % (len(text), text))).endswith(text)
+
+
+async def test_a_reply_that_differs_for_clients_does_so_behind_a_known_head(ends: SimpleNamespace) -> None:
+    other = HEAD.replace(b"completions", b"embeddings").replace(b"%d\r\n" % len(BODY), b"31\r\n")
+    for _ in range(3):
+        assert ask(ends, reply=WHOLE).endswith(TOLD)
+        assert b'replica":"mock-0"' in ask(ends, other + b'{"model":"mock","input":"text"}', WHOLE)
+
+
+def test_what_is_passed_on_of_a_known_head_is_by_the_engine_that_gets_it() -> None:
+    headers = [(b"x-one", b"1"), (b"content-length", b"2"), (b"x-two", b"2")]
+    known = KnownRequest(b"", b"", b"", headers, SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
+    for own, left in (((), (1, 2)), ((b"x-one",), (2,)), ((b"x-two",), (1,)), ((), (1, 2))):
+        lines = known.passed_on(frozenset(own))
+        assert [line[-1:] for line in lines.split(b"\r\n")[:-1]] == [b"%d" % number for number in left]
+
+
+async def test_a_known_head_shows_that_heads_are_alike_after_all(ends: SimpleNamespace) -> None:
+    for number in range(3 * STRANGE_LIMIT):
+        ask(ends)
+        ask(ends)
+        ask(ends, HEAD.replace(b"host: ", b"x-number: %d\r\nhost: " % number) + BODY)
+        assert ends.client._known
 
 
 async def test_a_known_head_whose_body_does_not_come_ends_as_any_other(known: SimpleNamespace) -> None:

@@ -41,7 +41,7 @@ ODD_LINES = (
 )
 LENGTHS = (b"%d", b"%d ", b"0%d", b"+%d", b"-%d", b" %d", b"%d, %d", b"1%d", b"%d1", b"0x%d", b"00000000000000%d")
 BODIES = tuple(
-    b'{"model":"mock","messages":[{"role":"user"}],"prompt":"%b"}' % (b"p" * size)
+    b'{"model":"mock","messages":[{"role":"user"}],"input":"x","prompt":"%b"}' % (b"p" * size)
     for size in (0, 1, 71, 200, 5_000, 90_000)
 )
 OTHER_BODIES = (b"", b"{", b"{}", b'{"model":"other"}', BODIES[0] + b"\r\n", b"\r\ncontent-length: 5\r\n\r\n", b"\0")
@@ -51,8 +51,9 @@ def head_of(rng: random.Random) -> bytes:
     """With a place for the length."""
     lines = [b"host: localhost", rng.choice((b"content-length", b"Content-Length")) + b": <length>"]
     lines += rng.sample(LINES, rng.choice((0, 0, 1, 2)))
+    lines += [b"Expect: 100-continue"] * (not rng.randrange(20))
     rng.shuffle(lines)
-    path = rng.choice((b"/v1/completions", b"/v1/chat/completions"))
+    path = rng.choice((b"/v1/completions", b"/v1/chat/completions", b"/v1/embeddings"))
     return b"\r\n".join([b"POST %b HTTP/1.1" % path, *lines, b"", b""])
 
 
