@@ -124,6 +124,7 @@ async def test_an_easy_request_takes_few_calls_and_an_event_of_a_stream_fewer(kn
     ask(known, HEAD + BODY, WHOLE)  # the second with this head
     calls = calls_of(lambda: ask(known, HEAD + BODY, WHOLE))
     assert len(calls) <= 66, calls
+    assert "passed_on" not in calls  # of its headers, which are passed on as before
     parse(known)
     head, event = STREAM[: STREAM.index(b"28")], STREAM[STREAM.index(b"28") : STREAM.index(b"3e")]
     known.client.data_received(HEAD + BODY)
@@ -369,6 +370,16 @@ async def test_a_known_reply_in_two_pieces_is_parsed(ends: SimpleNamespace) -> N
         ends.engine.data_received(REPLY[cut:])
         assert ends.to_client.taken().endswith(b"\r\n\r\n{}")
     assert ends.connections.idle == [ends.engine]
+
+
+async def test_a_known_reply_has_its_own_status(ends: SimpleNamespace) -> None:
+    ask(ends)
+    ask(ends)
+    ends.client.data_received(HEAD + BODY)
+    for part in (b"HTTP/1.1 400 Bad Request\r\ncontent-length: 2\r\n\r\n", b"{}"):  # which leaves the known one be
+        ends.engine.data_received(part)
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 400 ")
+    assert ask(ends).startswith(b"HTTP/1.1 200 ")
 
 
 async def test_an_engine_that_says_more_than_it_was_asked_is_not_asked_again(ends: SimpleNamespace) -> None:
