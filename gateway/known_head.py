@@ -11,6 +11,7 @@ LENGTHS = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
 LENGTH = b"content-length"
 END = b"\r\n\r\n"
 DIGITS_LIMIT = 12
+HEAD_LIMIT_BYTES = 16 * 1024  # of one that is kept, in some forms, as long as its connection is
 STRANGE_LIMIT = 8  # heads in a row that no other was like
 
 
@@ -57,9 +58,9 @@ def is_worth_learning(strange: int) -> bool:
 def around_length(data: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[bytes, bytes] | None:
     """The head that these bytes begin with, before and behind the length that it tells.
 
-    None if there is none, or it is not that of the headers.
+    None if there is none, or it is not that of the headers, or too large to be kept.
     """
-    end = data.find(END) + len(END)
+    end = data.find(END, 0, HEAD_LIMIT_BYTES) + len(END)
     for name in LENGTHS:
         if (at := data.find(name, 0, end)) >= 0:
             at += len(name)

@@ -86,12 +86,17 @@ class FakeReplica(SimpleNamespace):
 
 @pytest.fixture
 async def ends(tmp_path: Path) -> SimpleNamespace:
+    """As `ends_at` has them."""
+    return ends_at(tmp_path)
+
+
+def ends_at(home: Path) -> SimpleNamespace:
     """A client's connection and an engine's, in hand, with all of ours between them."""
     spec = ModelSpec(model_format="ggufv2", model_hub="local", model_id="/m")
     source = Source(model_hub="local", model_id="/m")
     artifact = Artifact(family=LLMFamily(model_name="mock", model_specs=(spec,)), spec=spec, source=source)
     launch = Launch(uid="mock", artifact=artifact, engine="llama.cpp")
-    settings = Settings(home=str(tmp_path), access_log=False)
+    settings = Settings(home=str(home), access_log=False)
     deployment = Deployment(launch, LlamaCpp(settings=EngineSettings(binary="x")), settings=lambda: settings)
     connections = Connections(SimpleNamespace(socket="/nowhere", host="", port=0))  # type: ignore[arg-type]
     upstream = SimpleNamespace(

@@ -249,15 +249,15 @@ class DoorProtocol(WatchedProtocol):
         rest = known.rest(data)
         if rest < 0 or self.cycle is not None or not self._door.still_knows(known, len(data) + rest):
             return False
+        if rest and (held or rest > HELD_LIMIT_BYTES):
+            return False
+        if self.timeout_keep_alive_task is not None:
+            self._unset_keepalive_if_required()
         if rest:
-            if held or rest > HELD_LIMIT_BYTES:
-                return False
             self._held = data
             return True
         self._held = b""
         self._strange = 0
-        if self.timeout_keep_alive_task is not None:
-            self._unset_keepalive_if_required()
         self._idle_since = self._last_look = None
         self.url, self.headers = known.url, known.headers()
         self._request_id, self._keeps_alive = b"", True

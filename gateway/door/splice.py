@@ -426,6 +426,11 @@ def passed_on(headers: Headers, own_names: frozenset[bytes]) -> bytes:
 
 def _around_length(headers: Headers) -> tuple[bytes, bytes] | None:
     """Their lines in a head, before and behind the number of bytes in the body."""
-    lines = b"".join(b"%b: %b\r\n" % header for header in headers)
-    before, name, rest = lines.partition(b"content-length: ")
-    return (before + name, rest[rest.index(b"\r") :]) if name else None
+    names = [name for name, _ in headers]
+    if b"content-length" not in names:
+        return None
+    at = names.index(b"content-length")
+    before, behind = (
+        b"".join([b"%b: %b\r\n" % header for header in part]) for part in (headers[:at], headers[at + 1 :])
+    )
+    return before + b"content-length: ", b"\r\n" + behind

@@ -13,7 +13,9 @@ import pytest
 from both_ends import BODY, HEAD, REPLY, STREAM, TOLD, WHOLE, ends
 
 from gateway import metrics, passed_on
-from gateway.known_head import STRANGE_LIMIT, KnownHead, around_length
+from gateway.connections import JOINED_BYTES
+from gateway.door.protocol import HELD_LIMIT_BYTES, KnownRequest
+from gateway.known_head import HEAD_LIMIT_BYTES, STRANGE_LIMIT, KnownHead, around_length
 
 __all__ = ["ends"]
 
@@ -96,11 +98,33 @@ async def test_a_reply_with_a_known_head_tells_its_own_length(ends: SimpleNamesp
     assert ends.to_client.taken().lower().count(b"content-length: %d\r\n" % len(TOLD)) == 1
 
 
+@pytest.mark.parametrize(
+    "line", [b"x-content-length: 7", b"x-note: content-length: 7", b"x-content-length: 102", b"content-length-x: 102"]
+)
+async def test_a_header_that_only_looks_like_the_length_is_left_as_it_is(ends: SimpleNamespace, line: bytes) -> None:
+    def marked(reply: bytes) -> bytes:
+        return reply.replace(b"content-type", line + b"\r\ncontent-type")
+
+    for reply, size in ((WHOLE, len(TOLD)), (REPLY, 2)) * 4:
+        told = ask(ends, reply=marked(reply))
+        assert [one for one in told.split(b"\r\n") if b"content-length" in one] == [line, b"content-length: %d" % size]
+
+
+async def test_uvicorns_own_clock_ends_no_connection_on_which_a_known_head_has_come(known: SimpleNamespace) -> None:
+    known.client.data_received(HEAD + BODY)
+    known.client.flow.pause_reading()
+    known.engine.data_received(REPLY)
+    assert known.client.timeout_keep_alive_task is not None
+    known.client.data_received(LONG_HEAD)
+    assert known.client.timeout_keep_alive_task is None
+
+
 async def test_an_easy_request_takes_few_calls_and_an_event_of_a_stream_fewer(known: SimpleNamespace) -> None:
     """What a request costs beside the system's own work, told by what no other load of the machine disturbs."""
     ask(known, HEAD + BODY, WHOLE)  # the second with this head
     calls = calls_of(lambda: ask(known, HEAD + BODY, WHOLE))
     assert len(calls) <= 66, calls
+    assert "passed_on" not in calls  # of its headers, which are passed on as before
     parse(known)
     head, event = STREAM[: STREAM.index(b"28")], STREAM[STREAM.index(b"28") : STREAM.index(b"3e")]
     known.client.data_received(HEAD + BODY)
@@ -149,8 +173,64 @@ async def test_a_body_in_pieces_behind_a_known_head_is_parsed(known: SimpleNames
     known.client.data_received(LONG_HEAD + LONG[:10])
     parse(known)
     known.client.data_received(LONG[10:20])
+    assert not known.client._held
     known.client.data_received(LONG[20:])
     assert known.to_engine.taken().endswith(LONG)
+
+
+async def test_a_large_body_behind_a_known_head_is_not_held(known: SimpleNamespace) -> None:
+    parse(known)
+    size = HELD_LIMIT_BYTES + 1
+    known.client.data_received(HEAD.replace(b"%d\r\n" % len(BODY), b"%d\r\n" % size))
+    assert not known.client._held
+    known.client.data_received(b"{" * size)
+    await asyncio.gather(*known.client.tasks, return_exceptions=True)
+
+
+async def test_a_known_head_is_refused_where_there_are_too_many_clients(known: SimpleNamespace) -> None:
+    parse(known)
+    known.client._door.crowd.most = 0
+    known.client.data_received(HEAD + BODY)
+    assert not known.to_engine.taken()
+    assert known.client.tasks
+    await asyncio.gather(*known.client.tasks, return_exceptions=True)
+
+
+async def test_who_waits_for_the_word_to_send_a_body_gets_it_each_time(ends: SimpleNamespace) -> None:
+    head = HEAD.replace(b"host: ", b"expect: 100-continue\r\nhost: ")
+    for _ in range(4):
+        ends.client.data_received(head)
+        assert ends.to_client.taken() == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert ask(ends, BODY).endswith(b"{}")
+
+
+async def test_a_large_reply_with_a_known_head_is_told_whole(known: SimpleNamespace) -> None:
+    ask(known)
+    text = b"[%b]" % (b"1" * JOINED_BYTES)
+    assert ask(known, reply=REPLY.replace(b"2\r\n\r\n{}", b"%d\r\n\r\n%b" % (len(text), text))).endswith(text)
+
+
+async def test_a_reply_that_differs_for_clients_does_so_behind_a_known_head(ends: SimpleNamespace) -> None:
+    other = HEAD.replace(b"completions", b"embeddings").replace(b"%d\r\n" % len(BODY), b"31\r\n")
+    for _ in range(3):
+        assert ask(ends, reply=WHOLE).endswith(TOLD)
+        assert b'replica":"mock-0"' in ask(ends, other + b'{"model":"mock","input":"text"}', WHOLE)
+
+
+def test_what_is_passed_on_of_a_known_head_is_by_the_engine_that_gets_it() -> None:
+    headers = [(b"x-one", b"1"), (b"content-length", b"2"), (b"x-two", b"2")]
+    known = KnownRequest(b"", b"", b"", headers, SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
+    for own, left in (((), (1, 2)), ((b"x-one",), (2,)), ((b"x-two",), (1,)), ((), (1, 2))):
+        lines = known.passed_on(frozenset(own))
+        assert [line[-1:] for line in lines.split(b"\r\n")[:-1]] == [b"%d" % number for number in left]
+
+
+async def test_a_known_head_shows_that_heads_are_alike_after_all(ends: SimpleNamespace) -> None:
+    for number in range(3 * STRANGE_LIMIT):
+        ask(ends)
+        ask(ends)
+        ask(ends, HEAD.replace(b"host: ", b"x-number: %d\r\nhost: " % number) + BODY)
+        assert ends.client._known
 
 
 async def test_a_known_head_whose_body_does_not_come_ends_as_any_other(known: SimpleNamespace) -> None:
@@ -292,6 +372,16 @@ async def test_a_known_reply_in_two_pieces_is_parsed(ends: SimpleNamespace) -> N
     assert ends.connections.idle == [ends.engine]
 
 
+async def test_a_known_reply_has_its_own_status(ends: SimpleNamespace) -> None:
+    ask(ends)
+    ask(ends)
+    ends.client.data_received(HEAD + BODY)
+    for part in (b"HTTP/1.1 400 Bad Request\r\ncontent-length: 2\r\n\r\n", b"{}"):  # which leaves the known one be
+        ends.engine.data_received(part)
+    assert ends.to_client.taken().startswith(b"HTTP/1.1 400 ")
+    assert ask(ends).startswith(b"HTTP/1.1 200 ")
+
+
 async def test_an_engine_that_says_more_than_it_was_asked_is_not_asked_again(ends: SimpleNamespace) -> None:
     ask(ends)
     ask(ends)
@@ -320,6 +410,17 @@ async def test_where_no_two_heads_are_alike_none_is_learned_any_more(ends: Simpl
     for number in range(STRANGE_LIMIT, STRANGE_LIMIT + 3):
         assert ask(ends, numbered(HEAD, number) + BODY, numbered(REPLY, number)).endswith(b"{}")
         assert ends.client._known is ends.engine.known is None
+
+
+async def test_a_large_head_is_not_kept(ends: SimpleNamespace) -> None:
+    def marked(message: bytes, size: int) -> bytes:
+        return message.replace(b"content-length", b"x-large: %b\r\ncontent-length" % (b"y" * size), 1)
+
+    for size, is_kept in ((HEAD_LIMIT_BYTES, False), (HEAD_LIMIT_BYTES // 2, True)):
+        ends.client._strange = ends.engine._strange = 0
+        for _ in range(3):
+            assert ask(ends, marked(HEAD, size) + BODY, marked(REPLY, size)).endswith(b"{}")
+        assert (ends.client._known is not None) == (ends.engine.known is not None) == is_kept
 
 
 def test_a_head_is_known_by_all_of_its_bytes_but_its_length() -> None:

@@ -124,6 +124,44 @@ async def test_who_is_lost_twice_or_in_the_midst_is_lost(tmp_path: Path) -> None
     assert asked == 4
 
 
+async def test_who_is_lost_behind_a_head_is_not_asked_again(tmp_path: Path) -> None:
+    asked = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        asked.append(0)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n")
+
+    async with engine(tmp_path, serve) as upstream:
+        with pytest.raises(UpstreamLost, match="broke in the middle"):
+            await whole(upstream)
+    assert len(asked) == 1
+
+
+async def test_the_endpoints_own_headers_take_the_place_of_equal_ones(tmp_path: Path) -> None:
+    heads = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            heads.append(head)
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n" if head.startswith(b"HEAD") else OK)
+
+    async with engine(tmp_path, serve) as upstream:
+        given = [("host", "theirs"), ("authorization", "Bearer theirs")]
+        for method in ("GET", "HEAD"):
+            heard = upstream.heard
+            reply = await asyncio.wait_for(upstream.send(method, "/x", given), 5)
+            assert await asyncio.wait_for(reply.read(), 5) == (b"{}" if method == "GET" else b"")
+            reply.close()
+            assert upstream.heard > heard
+    for head in heads:
+        lines = head.lower().split(b"\r\n")
+        assert [line for line in lines if line.startswith((b"host", b"auth"))] in (
+            [b"host: theirs", b"authorization: bearer k"],
+            [b"authorization: bearer k", b"host: theirs"],
+        )
+
+
 async def test_who_leaves_early_is_seen_to_leave(tmp_path: Path) -> None:
     has_left = asyncio.Event()
 

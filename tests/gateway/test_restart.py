@@ -177,7 +177,13 @@ async def test_no_request_on_a_kept_connection_is_lost_whenever_it_comes(start_g
     async def ask_now_and_then(wire: Wire) -> None:
         nonlocal answered
         while not over.is_set():
-            status, head = await wire.ask()
+            if random.randrange(2):
+                wire.say(A_REQUEST)
+            else:  # a restart may come between the two
+                wire.say(A_REQUEST[: -len(BODY)])
+                await asyncio.sleep(random.uniform(0, 0.1))
+                wire.say(BODY)
+            status, head = await wire.answer()
             assert status == 200
             answered += 1
             if b"connection: close" in head:  # as it may: said beforehand
@@ -197,19 +203,24 @@ async def test_no_request_on_a_kept_connection_is_lost_whenever_it_comes(start_g
 
 async def test_half_a_request_is_waited_for_and_answered(start_gateway: StartGateway) -> None:
     gateway = await start_gateway(fake={"tokens": 1}, model={"preload": True})
-    begun, answered = await Wire.to(gateway), await Wire.to(gateway)
+    begun, answered, known = [await Wire.to(gateway) for _ in range(3)]
     assert (await answered.ask())[0] == 200
+    for _ in range(3):
+        assert (await known.ask())[0] == 200
     begun.say(A_REQUEST[:20])
     answered.say(A_REQUEST[:-5])
+    known.say(A_REQUEST[:-5])
     await asyncio.sleep(0.2)
     await restart(gateway)
     await asyncio.sleep(1)
     begun.say(A_REQUEST[20:])
-    answered.say(A_REQUEST[-5:])
-    assert (await begun.answer())[0] == (await answered.answer())[0] == 200
+    for wire in (answered, known):
+        wire.say(A_REQUEST[-5:])
+    for wire in (begun, answered, known):
+        assert (await wire.answer())[0] == 200
     await until(lambda: is_stand_in(gateway.process.pid), limit_s=5)
-    begun.close()
-    answered.close()
+    for wire in (begun, answered, known):
+        wire.close()
 
 
 async def test_half_a_request_to_change_something_is_to_be_sent_again(start_gateway: StartGateway) -> None:

@@ -49,10 +49,17 @@ class LeftOver(Exception):
     """A request has not come to its end, though its client and its script have; the text says what is known."""
 
 
+class Told(int):
+    """Until so many replies are there."""
+
+
+Sent = tuple[bytes | float | Told, ...]
+
+
 class Case(NamedTuple):
     """What a client does on one connection."""
 
-    sent: tuple[bytes | float, ...]  # what it sends, and pauses
+    sent: Sent  # what it sends, and pauses
     leaves: str | None  # "close" or "reset", once `reads` replies have begun
     reads: int
     asked: int  # how many replies there should be at most
@@ -296,9 +303,11 @@ REPLIES = [one for one, _ in WEIGHED]
 # --- what clients say
 
 
-def request(rng: random.Random, script: list[Any], path: str, *, is_last: bool) -> bytes:
+def request(
+    rng: random.Random, script: list[Any], path: str, *, is_last: bool, is_usual: bool = False, model: str = ""
+) -> bytes:
     fields: dict[str, Any] = {
-        "model": rng.choice((*MODELS, "fake")),
+        "model": model or rng.choice((*MODELS, "fake")),
         "prompt": "x",
         "messages": [{"role": "user", "content": "x"}],
         "input": "x",
@@ -306,7 +315,7 @@ def request(rng: random.Random, script: list[Any], path: str, *, is_last: bool) 
     }
     method, version, more = "POST", "HTTP/1.1", [f"Authorization: Bearer {KEY}"]
     body = json.dumps(fields)
-    odd = rng.randrange(40)
+    odd = 99 if is_usual else rng.randrange(40)
     if odd in (2, 3, 17) and not is_last:  # what follows would meet a connection that is being closed
         odd = 99
     match odd:
@@ -375,7 +384,7 @@ def request(rng: random.Random, script: list[Any], path: str, *, is_last: bool) 
     lines = [f"{method} {path} {version}", "Host: localhost", "Content-Type: application/json", *more]
     rng.shuffle(lines[1:])
     top = "\r\n".join(lines).encode("latin-1")
-    if rng.randrange(6) or version == "HTTP/1.0":
+    if is_usual or rng.randrange(6) or version == "HTTP/1.0":
         return top + b"\r\nContent-Length: %d\r\n\r\n" % len(data) + data
     places = sorted({0, len(data), *(rng.randrange(len(data) + 1) for _ in range(rng.randrange(4)))})
     parts = [data[begin:end] for begin, end in itertools.pairwise(places)]
@@ -385,6 +394,8 @@ def request(rng: random.Random, script: list[Any], path: str, *, is_last: bool) 
 
 
 def case_of(rng: random.Random) -> Case:
+    if not rng.randrange(5):
+        return alike(rng)
     count = rng.choice((1, 1, 1, 2, 3))
     paths = [rng.choice(PATHS) for _ in range(count)]
     leaves = rng.choice((None, None, None, None, "close", "reset"))
@@ -409,6 +420,26 @@ def case_of(rng: random.Random) -> Case:
     return Case(tuple(sent), leaves, reads, count, tuple(scripts))
 
 
+def alike(rng: random.Random) -> Case:
+    """Most of its requests have one head, but for the length, and each waits for the reply to the one before."""
+    count, path, model = rng.randrange(4, 8), rng.choice(PATHS), rng.choice((*MODELS, "fake"))
+    make = rng.choice((whole, whole, chunked, stream))
+    scripts = [(reply if not rng.randrange(8) else make)(rng, path) for _ in range(count)]
+    sent: list[bytes | float | Told] = []
+    for number, script in enumerate(scripts):
+        is_last = number == count - 1
+        data = request(rng, script, path, is_last=is_last, is_usual=bool(rng.randrange(8)), model=model)
+        places = {0, len(data)}
+        if not rng.randrange(3):
+            places.add(data.find(b"\r\n\r\n") + 4 + rng.choice((-3, 0, 0, 0, 0, 5)))
+        for begin, end in itertools.pairwise(sorted(places)):
+            sent += [data[begin:end], rng.choice((0.0, 0.001, 0.004))]
+        if not rng.randrange(8) and not is_last:
+            continue
+        sent.append(Told(number + 1))
+    return Case(tuple(sent), None, 0, count, tuple(scripts))
+
+
 # --- what comes of it
 
 
@@ -418,6 +449,7 @@ class Replies:
     def __init__(self) -> None:
         self.found: list[dict[str, Any]] = []
         self.is_whole = True
+        self.whole = 0  # so many, without the words to go on
         self._parser = httptools.HttpResponseParser(self)
 
     def feed(self, data: bytes) -> None:
@@ -440,6 +472,7 @@ class Replies:
 
     def on_message_complete(self) -> None:
         self.is_whole = self.found[-1]["whole"] = True
+        self.whole += self.found[-1]["status"] >= 200
 
     def told(self) -> list[dict[str, Any]]:
         for one in self.found:
@@ -459,7 +492,7 @@ async def play(gateway: Gateway, case: Case, diary: list[tuple[float, str]]) -> 
     port = int(gateway.address.rpartition(":")[2])
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
     replies, is_open, read = Replies(), True, 0
-    sending = asyncio.ensure_future(_send(writer, case.sent))
+    sending = asyncio.ensure_future(_send(writer, case.sent, replies))
     sending.add_done_callback(lambda _: note("sent"))
     note(f"port {writer.get_extra_info('sockname')[1]}")
     try:
@@ -497,12 +530,15 @@ async def play(gateway: Gateway, case: Case, diary: list[tuple[float, str]]) -> 
     return {"replies": replies.told(), "is_open": is_open}
 
 
-async def _send(writer: asyncio.StreamWriter, sent: tuple[bytes | float, ...]) -> None:
+async def _send(writer: asyncio.StreamWriter, sent: Sent, replies: Replies | None = None) -> None:
     with suppress(ConnectionError):  # who has refused the request need not take all of it
         for step in sent:
             if isinstance(step, bytes):
                 writer.write(step)
                 await writer.drain()
+            elif isinstance(step, Told):
+                while replies is not None and replies.whole < step:  # who tells them ends this, too
+                    await asyncio.sleep(0.001)
             else:
                 await asyncio.sleep(step)
 
