@@ -17,6 +17,7 @@ from harness import Gateway
 STAYING_TOKENS = 4
 LEAVING_TOKENS = 200  # more than anybody waits for
 SETTLE_LIMIT_S = 20.0
+STREAM_LIMIT_S = 120.0  # of one that comes and stays
 
 
 class Visit(NamedTuple):
@@ -84,10 +85,12 @@ async def come(gateway: Gateway, uid: str, one: Visit) -> str:
         head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         try:
-            async with asyncio.timeout(one.leaves_after_s):
+            async with asyncio.timeout(STREAM_LIMIT_S if one.leaves_after_s is None else one.leaves_after_s):
                 return await read(reader, one.leaves_after_events)
         except TimeoutError:
-            return "left"
+            if one.leaves_after_s is not None:
+                return "left"
+            return f"no end: {one}, {reader!r}, {writer.get_extra_info('socket')!r}"
     finally:
         if one.is_reset:
             writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
