@@ -1,4 +1,7 @@
-"""Clients that come at once, and of which most leave at random; and what they leave behind, which is to be nothing."""
+"""Clients that come at once, and of which most leave at random; and what they leave behind, which is to be nothing.
+
+The clients are a process of their own: beside what other tests have left in theirs, their sockets would not be read.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import json
 import os
 import random
 import struct
+import sys
 import time
 from collections import Counter
 from socket import SO_LINGER, SOL_SOCKET
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from harness import Gateway
+if TYPE_CHECKING:
+    from harness import Gateway
 
 STAYING_TOKENS = 4
 LEAVING_TOKENS = 200  # more than anybody waits for
@@ -61,8 +66,8 @@ async def come_and_leave(gateway: Gateway, uid: str, count: int, seed: int = 1) 
     pids = gateway.process.pid, (await gateway.until(uid, in_flight=0))["pid"]
     before, files = await counted(gateway, uid), [open_files(pid) for pid in pids]
     began = time.monotonic()
-    visits = [visit(random.Random(f"{seed}-{number}")) for number in range(count)]
-    ends = Counter(await asyncio.gather(*(come(gateway, uid, one) for one in visits)))
+    visits = visits_of(count, seed)
+    ends = await ends_of(gateway.address, uid, count, seed)
     ended = time.monotonic()
     await gateway.until(uid, in_flight=0, limit_s=SETTLE_LIMIT_S)
     settled_s = time.monotonic() - ended
@@ -75,12 +80,25 @@ async def come_and_leave(gateway: Gateway, uid: str, count: int, seed: int = 1) 
     return Seen(ends["whole"], ends["left"], ended - began, settled_s)
 
 
-async def come(gateway: Gateway, uid: str, one: Visit) -> str:
+def visits_of(count: int, seed: int) -> list[Visit]:
+    return [visit(random.Random(f"{seed}-{number}")) for number in range(count)]
+
+
+async def ends_of(address: str, uid: str, count: int, seed: int) -> Counter[str]:
+    """How the visits ended, which are done by a process of their own."""
+    argv = [sys.executable, __file__, address, uid, str(count), str(seed)]
+    process = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.PIPE)
+    told, _ = await process.communicate()
+    assert process.returncode == 0
+    return Counter(json.loads(told))
+
+
+async def come(address: str, uid: str, one: Visit) -> str:
     """How it ended: "whole", "left", or what was wrong."""
     tokens = STAYING_TOKENS if one.stays else LEAVING_TOKENS
     fields = {"model": uid, "prompt": "Once upon a time", "stream": True, "max_tokens": tokens, "ignore_eos": True}
     body = json.dumps(fields).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.address.rpartition(":")[2]))
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
     try:
         head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
@@ -130,3 +148,12 @@ def environment_of(pid: int) -> dict[str, str]:
     with open(f"/proc/{pid}/environ", "rb") as file:
         pairs = [line.decode().partition("=") for line in file.read().split(b"\0") if line]
     return {name: value for name, _, value in pairs}
+
+
+async def main(address: str, uid: str, count: str, seed: str) -> None:
+    ends = await asyncio.gather(*(come(address, uid, one) for one in visits_of(int(count), int(seed))))
+    print(json.dumps(Counter(ends)))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))
