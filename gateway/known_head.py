@@ -11,7 +11,7 @@ LENGTHS = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
 LENGTH = b"content-length"
 END = b"\r\n\r\n"
 DIGITS_LIMIT = 12
-HEAD_LIMIT_BYTES = 16 * 1024  # of one that is kept, in some forms, as long as its connection is
+KEPT_LIMIT_BYTES = 16 * 1024  # of one that is kept, in some forms, as long as its connection is
 STRANGE_LIMIT = 8  # heads in a row that no other was like
 
 
@@ -60,7 +60,7 @@ def around_length(data: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[byte
 
     None if there is none, or it is not that of the headers, or too large to be kept.
     """
-    end = data.find(END, 0, HEAD_LIMIT_BYTES) + len(END)
+    end = data.find(END, 0, KEPT_LIMIT_BYTES) + len(END)
     for name in LENGTHS:
         if (at := data.find(name, 0, end)) >= 0:
             at += len(name)

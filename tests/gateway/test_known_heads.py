@@ -15,7 +15,7 @@ from both_ends import BODY, HEAD, REPLY, STREAM, TOLD, WHOLE, ends
 from gateway import metrics, passed_on
 from gateway.connections import JOINED_BYTES
 from gateway.door.protocol import HELD_LIMIT_BYTES, KnownRequest
-from gateway.known_head import HEAD_LIMIT_BYTES, STRANGE_LIMIT, KnownHead, around_length
+from gateway.known_head import KEPT_LIMIT_BYTES, STRANGE_LIMIT, KnownHead, around_length
 
 __all__ = ["ends"]
 
@@ -416,7 +416,7 @@ async def test_a_large_head_is_not_kept(ends: SimpleNamespace) -> None:
     def marked(message: bytes, size: int) -> bytes:
         return message.replace(b"content-length", b"x-large: %b\r\ncontent-length" % (b"y" * size), 1)
 
-    for size, is_kept in ((HEAD_LIMIT_BYTES, False), (HEAD_LIMIT_BYTES // 2, True)):
+    for size, is_kept in ((KEPT_LIMIT_BYTES, False), (KEPT_LIMIT_BYTES // 2, True)):
         ends.client._strange = ends.engine._strange = 0
         for _ in range(3):
             assert ask(ends, marked(HEAD, size) + BODY, marked(REPLY, size)).endswith(b"{}")
